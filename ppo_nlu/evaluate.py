@@ -1,0 +1,288 @@
+"""Evaluation: `python -m ppo_nlu.evaluate RUN_DIR|CONFIG [--decode DECODE] [--split dev|test]`.
+
+Three ways to read an answer off a model, reported side by side because they differ: one sample at
+T=1, greedy decoding, and scoring each label word whole behind the prompt (never unparsed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from ppo_nlu import cli, data, lora, metrics, prefix_tree
+from ppo_nlu.answers import parse
+from ppo_nlu.checkpoint import atomic_write_json, atomic_write_text, require_run_dir
+from ppo_nlu.config import Config, load_config
+from ppo_nlu.errors import UserError
+from ppo_nlu.generate import Sampling, generate
+from ppo_nlu.model import Policy, check_words, load_policy
+from ppo_nlu.prompts import answer
+from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
+from ppo_nlu.tasks import Example, TaskSpec, get_task
+
+DECODES = ("sample", "greedy", "score")
+
+
+@dataclass
+class Answer:
+    """One row as it was answered; `probabilities` by label word where they were scored."""
+
+    example: Example
+    prediction: str | None
+    response: str
+    probabilities: dict[str, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of a predictions.jsonl."""
+        return {
+            "id": self.example.id,
+            "label": self.example.label,
+            "prediction": self.prediction,
+            "response": self.response,
+            "probabilities": self.probabilities,
+        }
+
+
+def answer_all(
+    policy: Policy,
+    spec: TaskSpec,
+    cfg: Config,
+    examples: Sequence[Example],
+    decode: str,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Answer]:
+    """Answers in the order of the examples, a window of batches at a time; ends early on `stop`.
+
+    Inside a window rows of like length run together, so little padding is run.
+    """
+    size = cfg.eval.batch_size
+    longest = longest_prompt(policy, cfg, _room(policy, spec, cfg))
+    for start in range(0, len(examples), 16 * size):
+        window = examples[start : start + 16 * size]
+        fitted = [fit_prompt(policy, spec, example, longest) for example in window]
+        order = sorted(range(len(window)), key=lambda i: -len(fitted[i][1]))
+        done: dict[int, Answer] = {}
+        for index in _batches(order, size):
+            if stop():
+                return
+            rows = [window[i] for i in index]
+            texts = [fitted[i][0] for i in index]
+            prompts = [fitted[i][1] for i in index]
+            if decode == "score":
+                answers = _by_score(policy, spec, rows, texts, prompts)
+            else:
+                generator = seeded("evaluate", cfg.seed, start, index[0])
+                answers = _by_decoding(policy, spec, cfg, rows, prompts, decode, generator)
+            done.update(zip(index, answers, strict=True))
+        yield from (done[i] for i in range(len(window)))
+
+
+def _batches(order: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(order), size):
+        yield list(order[start : start + size])
+
+
+def _room(policy: Policy, spec: TaskSpec, cfg: Config) -> int:
+    """Tokens to keep free behind a prompt: the longest answer, sampled or a label word."""
+    words = max(len(policy.encode(answer(word))) for word in spec.words)
+    return max(cfg.rollout.max_new_tokens, words)
+
+
+def _by_decoding(
+    policy: Policy,
+    spec: TaskSpec,
+    cfg: Config,
+    rows: Sequence[Example],
+    prompts: list[list[int]],
+    decode: str,
+    generator: torch.Generator,
+) -> list[Answer]:
+    drawn = generate(
+        policy,
+        prompts,
+        cfg.rollout.max_new_tokens,
+        Sampling(temperature=1.0, greedy=decode == "greedy"),
+        generator=generator,
+    )
+    texts = [policy.decode(row) for row in drawn.rows]
+    return [Answer(e, parse(spec, t), t) for e, t in zip(rows, texts, strict=True)]
+
+
+@torch.no_grad()
+def label_probabilities(
+    policy: Policy, spec: TaskSpec, texts: Sequence[str], prompts: Sequence[list[int]]
+) -> torch.Tensor:
+    """softmax over the labels of log π(` Word </Judgement>` | prompt), (P, K), no length norm.
+
+    Each label is tokenised behind its prompt, as a whole text; where a label changes the prompt's
+    last tokens, scoring starts at the first token that differs.
+    """
+    heads, answers, owners = [], [], []
+    for number, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
+        whole = [policy.encode(text + answer(word)) for word in spec.words]
+        cut = min(prefix_tree.common(ids, row) for row in whole)
+        heads.append(ids[:cut])
+        answers += [row[cut:] for row in whole]
+        owners += [number] * len(whole)
+    scored = policy.score(heads, answers, owners)
+    return scored.logprobs.sum(1).view(len(texts), -1).softmax(-1)
+
+
+def _by_score(
+    policy: Policy,
+    spec: TaskSpec,
+    rows: Sequence[Example],
+    texts: Sequence[str],
+    prompts: Sequence[list[int]],
+) -> list[Answer]:
+    table = label_probabilities(policy, spec, texts, prompts).tolist()
+    answers = []
+    for example, probabilities in zip(rows, table, strict=True):
+        by_word = dict(zip(spec.words, probabilities, strict=True))
+        best = max(by_word, key=lambda word: by_word[word])
+        answers.append(Answer(example, best, answer(best), by_word))
+    return answers
+
+
+def report(spec: TaskSpec, cfg: Config, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Accuracy with its interval, per-class figures, histogram and unparsed rate."""
+    labels = [_label(row.example) for row in answers]
+    predictions = [row.prediction for row in answers]
+    return metrics.classification_report(
+        labels, predictions, spec.words, cfg.eval.bootstrap, cfg.seed
+    )
+
+
+def _label(example: Example) -> str:
+    if example.label is None:
+        raise UserError(f"eval.split: row {example.id} has no label; use --split dev")
+    return example.label
+
+
+def evaluate_all(
+    policy: Policy,
+    spec: TaskSpec,
+    cfg: Config,
+    examples: Sequence[Example],
+    decodes: Sequence[str] = DECODES,
+    progress: bool = False,
+    title: str = "evaluate",
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, list[Answer]]:
+    """All answers under each way of decoding, with a progress bar; fewer where `stop` said so."""
+    found: dict[str, list[Answer]] = {}
+    for decode in decodes:
+        rows = answer_all(policy, spec, cfg, examples, decode, stop)
+        bar = tqdm(rows, f"{title}: {decode}", len(examples), disable=not progress, leave=False)
+        found[decode] = list(bar)
+    return found
+
+
+def headline(found: dict[str, list[Answer]]) -> dict[str, float]:
+    """The metric under each decoding, and the rate of sampled answers that hold none."""
+    row = {
+        decode: sum(a.prediction == _label(a.example) for a in answers) / len(answers)
+        for decode, answers in found.items()
+    }
+    sampled = found.get("sample") or next(iter(found.values()))
+    return row | {"unparsed": sum(a.prediction is None for a in sampled) / len(sampled)}
+
+
+def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Policy]:
+    """A finished run's config and its policy with the trained adapter and value head."""
+    folder = require_run_dir(run_dir)
+    cfg = load_config(folder / "config.yaml", overrides)
+    if not (folder / "adapter").is_dir():
+        raise UserError(
+            f"{folder}: the run has not finished and left no adapter/; "
+            f"finish it with python -m ppo_nlu.train {folder}/config.yaml --resume {folder}"
+        )
+    policy = load_policy(cfg)
+    lora.load_adapter(policy.model, folder / "adapter")
+    policy.value_head.load_state_dict(load_file(folder / "adapter" / "value_head.safetensors"))
+    return cfg, policy
+
+
+def write_predictions(path: Path, answers: Sequence[Answer]) -> None:
+    """One JSON object a row; the file appears whole or not at all."""
+    rows = [json.dumps(row.to_json(), ensure_ascii=False) for row in answers]
+    atomic_write_text(path, "\n".join(rows) + "\n")
+
+
+def join(decoded: Sequence[Answer], scored: Sequence[Answer]) -> list[Answer]:
+    """Decoded answers with the label probabilities of scored ones."""
+    pairs = zip(decoded, scored, strict=True)
+    return [replace(row, probabilities=other.probabilities) for row, other in pairs]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program."""
+    parser = argparse.ArgumentParser("python -m ppo_nlu.evaluate", description=__doc__)
+    parser.add_argument("target", metavar="RUN_DIR|CONFIG", help="a run, or a config: its base")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--decode", choices=DECODES, help="one way of decoding (default: all three)"
+    )
+    parser.add_argument("--split", choices=("train", "dev", "test"), help="default: eval.split")
+    parser.add_argument(
+        "--output", type=Path, help="a folder for predictions.jsonl and report.json"
+    )
+    args = parser.parse_intermixed_args(argv)
+    target = Path(args.target)
+    if target.is_dir():
+        cfg, policy = load_run(target, args.overrides)
+    else:
+        cfg = load_config(target, args.overrides)
+        policy = load_policy(cfg)
+    spec = get_task(cfg.task)
+    check_words(policy, spec)
+    split = args.split or cfg.eval.split
+    rows = data.load_split(spec, split, cfg.data)
+    examples = rows.examples[: cfg.eval.limit or None]
+    print(f"data: {rows.note}; {split}: {len(examples):,} rows")
+    decodes = (args.decode,) if args.decode else DECODES
+    found = evaluate_all(policy, spec, cfg, examples, decodes, cfg.log.progress)
+    default = target / f"eval-{split}" if target.is_dir() else Path(f"eval-{spec.name}-{split}")
+    output = args.output or default
+    output.mkdir(parents=True, exist_ok=True)
+    reports = {}
+    for decode, answers in found.items():
+        write_predictions(output / f"predictions-{decode}.jsonl", answers)
+        if all(row.example.label is not None for row in answers):
+            reports[decode] = report(spec, cfg, answers)
+            print_report(decode, reports[decode])
+    if reports:
+        atomic_write_json(output / "report.json", {"data": rows.source, "split": split} | reports)
+    print(f"written: {output}")
+    return 0
+
+
+def print_report(decode: str, row: dict[str, Any]) -> None:
+    """A report as a few lines of text."""
+    interval = row["accuracy_interval"]
+    spread = f" (95 % {100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
+    print(
+        f"\n{decode}: accuracy {100 * row['accuracy']:.1f} %{spread}, "
+        f"unparsed {100 * row['unparsed']:.1f} %"
+    )
+    for word, figures in row["per_class"].items():
+        shown = "  ".join(
+            f"{title} {100 * figures[key]:5.1f}"
+            for title, key in (("precision", "precision"), ("recall", "recall"), ("F1", "f1"))
+        )
+        print(f"  {word:<14} {shown}  of {figures['support']}")
+    counts = ", ".join(f"{word} {count}" for word, count in row["predicted"].items())
+    print(f"  predicted: {counts}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

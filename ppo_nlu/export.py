@@ -1,0 +1,250 @@
+"""Take the trained policy out of a run folder: as a PEFT adapter, or merged into a whole model.
+
+    python -m ppo_nlu.export RUN_DIR --output DIR                      the adapter, for peft
+    python -m ppo_nlu.export RUN_DIR --output DIR --merge              a Hugging Face folder
+    python -m ppo_nlu.export RUN_DIR --output DIR --checkpoint best    not the end of the run
+
+Overrides as in training (`model.device=cpu`, `model.name_or_path=...`) go at the end. DIR appears
+whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ppo_nlu import checkpoint, cli, lora
+from ppo_nlu.config import Config, load_config
+from ppo_nlu.errors import UserError
+from ppo_nlu.model import load_base, resolve
+
+VALUE_HEAD = "value_head.safetensors"
+# Texts on which the merged model must agree with the policy; of each the last 64 tokens.
+PROBES = (
+    "The film is good, and long.",
+    "Prompt:\nJudge the sentence: a dull , lifeless story .\nAssistant:\n<Judgement>",
+    "Prompt:\nDo the two mean the same?\nAssistant:\n<Judgement> No </Judgement>",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export a run; the exit code."""
+    args = _arguments(argv)
+    run = checkpoint.require_run_dir(args.run_dir)
+    cfg = load_config(run / "config.yaml", args.overrides)
+    output = Path(args.output)
+    _refuse_used(output)
+    with _appearing(output) as folder:
+        if args.merge:
+            report = export_merged(run, cfg, args.checkpoint, folder)
+        else:
+            report = export_adapter(run, cfg, args.checkpoint, folder)
+    print(f"{report}\nwritten to {output}")
+    return 0
+
+
+def export_adapter(run: Path, cfg: Config, which: str | None, folder: Path) -> str:
+    """Write the PEFT adapter, its value head and a README; what to tell the user."""
+    base = base_name(cfg)
+    if which is None:
+        source = _final_adapter(run)
+        lora.read_adapter_config(source)  # refuses what cannot be read
+        shutil.copyfile(source / lora.WEIGHTS_FILE, folder / lora.WEIGHTS_FILE)
+        if (source / VALUE_HEAD).is_file():
+            shutil.copyfile(source / VALUE_HEAD, folder / VALUE_HEAD)
+        config = json.loads((source / lora.CONFIG_FILE).read_text(encoding="utf-8"))
+        text = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True)
+        (folder / lora.CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    else:
+        _write_checkpoint(run, cfg, which, folder)
+    (folder / "README.md").write_text(ADAPTER_README.format(**_facts(cfg)), encoding="utf-8")
+    return f"adapter for {base}"
+
+
+def export_merged(run: Path, cfg: Config, which: str | None, folder: Path) -> str:
+    """Write the merged model with its tokenizer, load it again and compare; what to tell the user.
+
+    At most two models are in memory at a time.
+    """
+    model, tokenizer = _policy(run, cfg, which)
+    wanted = _logits(model, tokenizer)
+    merged: Any = lora.merge(model)
+    del model
+    gc.collect()
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del merged
+    gc.collect()
+    (folder / "README.md").write_text(MERGED_README.format(**_facts(cfg)), encoding="utf-8")
+    again = _logits(*load_base(replace(cfg.model, name_or_path=str(folder))))
+    gap = max(float((a - b).abs().max()) for a, b in zip(again, wanted, strict=True))
+    bound = _bound(cfg.model.dtype, wanted)
+    line = f"largest difference of the logits {gap:.2g} (allowed {bound:.2g}, {cfg.model.dtype})"
+    if not gap <= bound:
+        raise RuntimeError(f"the merged model is not the policy: {line}")
+    return f"merged into {base_name(cfg)}: {line}"
+
+
+def base_name(cfg: Config) -> str:
+    """The base model as others can load it: a folder as its full path, else a name of the hub."""
+    name = resolve(cfg.model.name_or_path)
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
+
+
+# ---- what a run holds ------------------------------------------------------------------------
+
+
+def _final_adapter(run: Path) -> Path:
+    source = run / "adapter"
+    if not source.is_dir():
+        raise UserError(f"{run} has no adapter/ (is the run finished?); try --checkpoint last")
+    return source
+
+
+def _policy(run: Path, cfg: Config, which: str | None) -> tuple[nn.Module, Any]:
+    """The base with the run's LoRA layers, and the tokenizer."""
+    source = _final_adapter(run) if which is None else None
+    groups, path = ({}, run) if which is None else _checkpoint(run, which)
+    settings = cfg.lora if source is None else lora.read_adapter_config(source)
+    model, tokenizer = load_base(cfg.model)
+    lora.attach(model, settings)
+    if source is not None:
+        lora.load_adapter(model, source)
+    else:
+        lora.load_state_dict(model, groups["adapter"], str(path))
+    return model.eval(), tokenizer
+
+
+def _checkpoint(run: Path, which: str) -> tuple[checkpoint.Tensors, Path]:
+    path = checkpoint.best(run) if which == "best" else checkpoint.latest(run)
+    if path is None:
+        raise UserError(f"{run} has no {which} checkpoint; leave --checkpoint away for adapter/")
+    groups, _ = checkpoint.load(path)
+    if "adapter" not in groups:
+        raise UserError(f"{path} holds no LoRA weights; leave --checkpoint away for adapter/")
+    return groups, path
+
+
+def _write_checkpoint(run: Path, cfg: Config, which: str, folder: Path) -> None:
+    groups, _ = _checkpoint(run, which)
+    model, _ = _policy(run, cfg, which)
+    lora.save_adapter(model, folder, cfg.lora, base_name(cfg))
+    if "value_head" in groups:
+        save_file(groups["value_head"], folder / VALUE_HEAD)
+
+
+# ---- the check -------------------------------------------------------------------------------
+
+
+def _logits(model: nn.Module, tokenizer: Any) -> list[Tensor]:
+    """The logits (T, V) of every probe on the CPU, fp32, one row at a time: nothing is padded."""
+    device = next(model.parameters()).device
+    found = []
+    for text in PROBES:
+        ids = torch.tensor([tokenizer(text)["input_ids"][-64:]], device=device)
+        with torch.no_grad():
+            found.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
+    return found
+
+
+def _bound(dtype: str, logits: Sequence[Tensor]) -> float:
+    """1e-4 in fp32; in half precision merging rounds W, a twentieth of the largest logit."""
+    if dtype == "float32":
+        return 1e-4
+    return 0.05 * max(float(rows.abs().max()) for rows in logits)
+
+
+# ---- the folder ------------------------------------------------------------------------------
+
+
+def _refuse_used(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"--output: {output} is not empty; name a new folder")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file; name a new folder")
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A folder under a temporary name, renamed to `output` at the end and deleted on any error."""
+    output = output.absolute()
+    temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--output: {output} cannot be made ({error.strerror})") from error
+    try:
+        yield temporary
+        if output.is_dir():
+            output.rmdir()  # empty, or this fails; not every system renames over a folder
+        os.rename(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _facts(cfg: Config) -> dict[str, str]:
+    return {
+        "task": cfg.task,
+        "method": cfg.method,
+        "base": base_name(cfg),
+        "dtype": cfg.model.dtype,
+    }
+
+
+ADAPTER_README = """\
+# LoRA adapter for {task} ({method})
+
+Base model: `{base}`. Trained with ppo_nlu; `value_head.safetensors`, if there, is its critic and is
+not needed for answers. From within this folder:
+
+```python
+from transformers import AutoModelForCausalLM; from peft import PeftModel
+base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="{dtype}")
+model = PeftModel.from_pretrained(base, ".")
+```
+"""
+
+MERGED_README = """\
+# {task} ({method}), merged
+
+`{base}` with its LoRA adapter merged in. Trained with ppo_nlu. From within this folder:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(".", dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+"""
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ppo_nlu.export",
+        description="Take the trained policy out of a run folder.",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="what ppo_nlu.train wrote")
+    parser.add_argument("--output", metavar="DIR", required=True, help="a new or empty folder")
+    parser.add_argument("--merge", action="store_true", help="write a whole model, not an adapter")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), help="take this checkpoint, not the run's end"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

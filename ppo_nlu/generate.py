@@ -1,0 +1,158 @@
+"""Batched generation: one pass of the prefix tree over the prompts, then token by token.
+
+Finished rows leave the batch. Log-probabilities, values and hidden states come out of the decode
+pass itself; nothing is run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ppo_nlu import prefix_tree
+from ppo_nlu.model import Policy, unflatten
+from ppo_nlu.prefix_tree import Tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; top-k and top-p are for evaluation only."""
+
+    temperature: float = 1.0
+    greedy: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass
+class Generation:
+    """Responses with the token that ends each; (B, R), right-padded, zero behind the mask.
+
+    `logprobs` are those of the sampling distribution before top-k and top-p; `hidden` (N, H) are the
+    states that the counted tokens were drawn from, row by row, where they were asked for.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor | None
+    hidden: Tensor | None
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The responses as lists of token ids, their ending token included."""
+        lengths = self.mask.sum(1).tolist()
+        return [row[:n] for row, n in zip(self.tokens.tolist(), lengths, strict=True)]
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[Tokens],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    critic: bool = False,
+) -> Generation:
+    """`samples` responses for each prompt, those of one prompt side by side.
+
+    A response ends with the token that completes `</Judgement>` in its text, with an end-of-sequence
+    token, or at `max_new_tokens`. Random numbers are drawn for all rows and steps beforehand, so a
+    row's response does not depend on which other rows have finished.
+    """
+    sampling = sampling or Sampling()
+    device, rows = policy.device, len(prompts) * samples
+    draws = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
+    tree = prefix_tree.build(prompts, shared=policy.tree).to(device)
+    flat, state = prefix_tree.run(policy.decoder, tree, policy.takes_positions)
+    hidden = flat.index_select(0, tree.ends)
+    cache, mask = state.cache, state.mask
+    place = torch.tensor(tree.lengths, device=device)
+    if samples > 1:
+        repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+        cache, mask = select(cache, repeat), mask[repeat]
+        hidden, place = hidden[repeat], place[repeat]
+
+    alive = torch.arange(rows, device=device)
+    replies: list[list[int]] = [[] for _ in range(rows)]
+    steps: list[tuple[Tensor, Tensor, Tensor]] = []
+    for step in range(max_new_tokens):
+        token, logprob = _choose(policy.logits(hidden), draws[alive, step], sampling)
+        steps.append((alive, logprob, hidden))
+        for row, value in zip(alive.tolist(), token.tolist(), strict=True):
+            replies[row].append(value)
+        ended = policy.stop.ended([replies[row] for row in alive.tolist()])
+        if step + 1 == max_new_tokens or all(ended):
+            break
+        if any(ended):
+            keep = torch.tensor([not end for end in ended], device=device).nonzero().squeeze(1)
+            cache, mask = select(cache, keep), mask[keep]
+            alive, token, place = alive[keep], token[keep], place[keep]
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+        positions = place[:, None] if policy.takes_positions else None
+        out = prefix_tree.forward(policy.decoder, token[:, None], mask, positions, cache)
+        cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
+        place = place + 1
+    return _collect(policy, replies, steps, critic)
+
+
+def _collect(
+    policy: Policy,
+    replies: list[list[int]],
+    steps: list[tuple[Tensor, Tensor, Tensor]],
+    critic: bool,
+) -> Generation:
+    """What the decode steps left, put in the order of the rows."""
+    tokens, mask = prefix_tree.pad(replies)
+    tokens, mask = tokens.to(policy.device), mask.to(policy.device)
+    row = torch.cat([alive for alive, _, _ in steps])
+    column = torch.cat([torch.full_like(alive, t) for t, (alive, _, _) in enumerate(steps)])
+    order = torch.argsort(row * len(steps) + column)
+    hidden = torch.cat([state for _, _, state in steps]).index_select(0, order)
+    logprobs = torch.cat([logprob for _, logprob, _ in steps]).index_select(0, order)
+    values = unflatten(policy.value(hidden), mask) if critic else None
+    return Generation(tokens, mask, unflatten(logprobs, mask), values, hidden)
+
+
+def _choose(logits: Tensor, draw: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The next token of each row (B,) and its log-probability at the sampling temperature."""
+    logprobs = torch.log_softmax(logits / sampling.temperature, dim=-1)
+    if sampling.greedy:
+        token = logits.argmax(-1)
+    else:
+        token = invert(_truncate(logprobs, sampling), draw)
+    return token, logprobs.gather(1, token[:, None]).squeeze(1)
+
+
+def invert(weights: Tensor, draw: Tensor) -> Tensor:
+    """Sampling by the inverse of the distribution function: (B, V) weights, (B,) draws in [0, 1)."""
+    total = weights.double().cumsum(-1)
+    token = torch.searchsorted(total, (draw * total[:, -1])[:, None], right=True).squeeze(1)
+    return token.clamp_(max=weights.shape[-1] - 1)
+
+
+def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities with all but the top k, and all but the smallest set of mass top_p, at zero."""
+    probs = logprobs.exp()
+    if sampling.top_k:
+        kth = probs.topk(min(sampling.top_k, probs.shape[-1]), dim=-1).values[:, -1:]
+        probs = probs.masked_fill(probs < kth, 0.0)
+    if sampling.top_p < 1.0:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= sampling.top_p * ordered.sum(-1, keepdim=True), 0)
+        probs = torch.zeros_like(probs).scatter(1, index, ordered)
+    return probs
+
+
+def select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """The cache of these rows only."""
+    if all(type(layer) is DynamicLayer for layer in cache.layers):
+        return prefix_tree.gather(cache, rows)
+    cache.batch_select_indices(rows)  # a window's layers keep a state of their own
+    return cache

@@ -1,0 +1,422 @@
+"""LoRA layers (arXiv 2106.09685): attach, switch off, save and load in the PEFT layout, merge.
+
+The reference policy is the same model with LoRA switched off, by a flag that the forward reads;
+weights are never merged and un-merged in place, which drifts in bf16. `merge` returns a new model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ppo_nlu import ops
+from ppo_nlu.errors import UserError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+Model = TypeVar("Model", bound=nn.Module)
+
+# PEFT's name of a weight: the prefix, the module's dotted name, a suffix for A and one for B.
+_PREFIX = "base_model.model."
+_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+
+# Keys of a PEFT config that say nothing about the function that the adapter computes, or that are
+# read below. Any other key that is set means a variant (DoRA, rank patterns, trained biases, ...)
+# that would load without an error and compute something else; it is refused.
+_HARMLESS = frozenset(
+    "auto_mapping base_model_name_or_path ensure_weight_tying eva_config "
+    "exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern "
+    "layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version "
+    "qalora_group_size r revision target_modules task_type use_rslora".split()
+)
+# Initialisations that leave the base weights alone; the others (pissa, olora, loftq, ...) save an
+# adapter that belongs to a changed base.
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class LoraSettings(Protocol):
+    """What attaching needs to know; `config.LoraConfig` is one, `AdapterConfig` another."""
+
+    @property
+    def r(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def rslora(self) -> bool: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def targets(self) -> str | Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The LoRA settings of an adapter folder; the fields are those of `config.LoraConfig`."""
+
+    r: int
+    alpha: float
+    rslora: bool
+    dropout: float
+    targets: list[str]
+
+
+def lora_scaling(r: int, alpha: float, rslora: bool) -> float:
+    """alpha / r, or alpha / √r for rank-stabilised LoRA (arXiv 2312.03732)."""
+    return alpha / math.sqrt(r) if rslora else alpha / r
+
+
+class LoraLinear(nn.Module):
+    """y = base(x) + scaling · B A dropout(x), the base frozen, A and B fp32 whatever its dtype.
+
+    The base is an `nn.Linear` or a transformers `Conv1D`, whose weight is stored transposed.
+    """
+
+    ref_a: Tensor | None
+    ref_b: Tensor | None
+
+    def __init__(
+        self, base: nn.Module, cfg: LoraSettings, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.transposed = not isinstance(base, nn.Linear)
+        out_features, in_features = self.weight.shape
+        # A is drawn on the CPU, so that one seed means one adapter on every device.
+        lora_a = torch.empty(cfg.r, in_features)
+        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
+        device = self.weight.device
+        self.lora_a = nn.Parameter(lora_a.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(out_features, cfg.r, device=device))
+        self.alpha, self.rslora = cfg.alpha, cfg.rslora
+        self.scaling = lora_scaling(cfg.r, cfg.alpha, cfg.rslora)
+        self.dropout_p = cfg.dropout
+        self.disabled = False
+        self.register_buffer("ref_a", None, persistent=False)
+        self.register_buffer("ref_b", None, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight as (out, in), a view where the base stores it transposed."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight.t() if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disabled and self.ref_a is None:
+            return self.base(x)
+        lora_a: Tensor = self.lora_a
+        lora_b: Tensor = self.lora_b
+        dropout_p = self.dropout_p if self.training else 0.0
+        if self.disabled:
+            assert self.ref_a is not None and self.ref_b is not None
+            lora_a, lora_b, dropout_p = self.ref_a, self.ref_b, 0.0
+        return ops.lora_linear(x, self.weight, self.bias, lora_a, lora_b, self.scaling, dropout_p)
+
+    def delta(self) -> Tensor:
+        """scaling · B A in fp32, shaped as the base stores its weight."""
+        delta = self.scaling * (self.lora_b.detach().float() @ self.lora_a.detach().float())
+        return delta.t() if self.transposed else delta
+
+    def extra_repr(self) -> str:
+        return f"r={self.lora_a.shape[0]}, scaling={self.scaling:g}, dropout_p={self.dropout_p:g}"
+
+
+# ---- attach and switch ----------------------------------------------------------------------
+
+
+def attach(
+    model: nn.Module, cfg: LoraSettings, generator: torch.Generator | None = None
+) -> list[str]:
+    """Wrap the target layers in place, freeze every other parameter, return the wrapped names."""
+    assert not lora_layers(model), "this model has LoRA layers already"
+    names = _select(model, cfg.targets)
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        layer = LoraLinear(model.get_submodule(name), cfg, generator)
+        layer.train(model.training)
+        setattr(model.get_submodule(parent), child, layer)
+    return names
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """The wrapped layers by their dotted name, in the order of the model's modules."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of every layer, in the order of the model's modules."""
+    return [p for layer in lora_layers(model).values() for p in (layer.lora_a, layer.lora_b)]
+
+
+@contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the reference: the base, or the copy that `freeze_reference` made."""
+    layers = list(lora_layers(model).values())
+    before = [layer.disabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.disabled = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer.disabled = disabled
+
+
+def freeze_reference(model: nn.Module) -> None:
+    """Make today's A and B the reference (PPO after SFT); the base alone is it otherwise."""
+    for layer in lora_layers(model).values():
+        layer.ref_a = layer.lora_a.detach().clone()
+        layer.ref_b = layer.lora_b.detach().clone()
+
+
+def _linear_types() -> tuple[type[nn.Module], ...]:
+    from transformers.pytorch_utils import Conv1D
+
+    return (nn.Linear, Conv1D)
+
+
+def _block_linears(model: nn.Module) -> dict[str, list[str]]:
+    """The linear layers inside the decoder's blocks: dotted name -> its parts inside the block.
+
+    The blocks are the items of the outermost module lists. The LM head and the embeddings lie
+    outside, and must: the head runs through a fused op that never calls the module.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    types = _linear_types()
+    linears = [name for name, module in model.named_modules() if isinstance(module, types)]
+    return {
+        name: name.removeprefix(f"{block}.").split(".")[1:]  # [0] is the index in the list
+        for name in linears
+        for block in outer
+        if name.startswith(f"{block}.")
+    }
+
+
+def _in_attention(parts: Sequence[str]) -> bool:
+    """By the modules around the layer; its own name says nothing."""
+    return any("attn" in part or "attention" in part for part in parts[:-1])
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    linears = _block_linears(model)
+    if targets == "all-linear":
+        wanted = list(linears)
+    elif targets == "attention":
+        wanted = [n for n, parts in linears.items() if _in_attention(parts)]
+    elif isinstance(targets, str):
+        raise UserError(
+            f"lora.targets: {targets!r} is neither all-linear nor attention; "
+            f"to name layers give a list, [{targets}]"
+        )
+    else:
+        unmatched = [t for t in targets if not any(_matches(n, t) for n in linears)]
+        if unmatched:
+            raise _no_match(", ".join(unmatched), linears)
+        wanted = [n for n in linears if any(_matches(n, t) for t in targets)]
+    if not wanted:
+        raise _no_match(str(targets), linears)
+    return wanted
+
+
+def _no_match(targets: str, linears: Mapping[str, list[str]]) -> UserError:
+    there = ", ".join(dict.fromkeys(".".join(parts) for parts in linears.values())) or "none"
+    return UserError(
+        f"lora.targets: {targets} matches no linear layer in the model's blocks; there are: {there}"
+    )
+
+
+# ---- the PEFT layout ------------------------------------------------------------------------
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of A and B on the CPU under PEFT's keys, in the order of the model's modules."""
+    return {key: p.detach().to("cpu", copy=True) for key, p in _named(model).items()}
+
+
+def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy a whole adapter into the attached layers; `source` names it in the errors."""
+    own = _named(model)
+    for word, keys in (("lacks", own.keys() - tensors), ("has unexpected", tensors.keys() - own)):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            raise UserError(
+                f"{source} {word} {len(keys)} tensors: {shown}; "
+                "was it made for this base model and these lora.targets?"
+            )
+    for key, parameter in own.items():
+        if tensors[key].shape != parameter.shape:
+            raise UserError(
+                f"{source}: {key} has shape {tuple(tensors[key].shape)}, "
+                f"the model needs {tuple(parameter.shape)}; was it made for this base model?"
+            )
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(tensors[key])
+
+
+def save_adapter(model: nn.Module, folder: str | Path, cfg: LoraSettings, base_name: str) -> None:
+    """Write the adapter in the PEFT layout; each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": any(layer.transposed for layer in lora_layers(model).values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": cfg.alpha,
+        "lora_dropout": cfg.dropout,
+        "peft_type": "LORA",
+        "r": cfg.r,
+        "target_modules": _shortest_suffixes(model),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": cfg.rslora,
+    }
+    _replace(folder / WEIGHTS_FILE, save(state_dict(model), {"format": "pt"}))
+    _replace(folder / CONFIG_FILE, f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Load a PEFT adapter, ours or peft's, into an attached model; anything amiss is refused."""
+    config = read_adapter_config(folder)
+    for name, layer in lora_layers(model).items():
+        here = {"r": layer.lora_a.shape[0], "alpha": layer.alpha, "rslora": layer.rslora}
+        for field, value in here.items():
+            if getattr(config, field) != value:
+                raise UserError(
+                    f"{Path(folder) / CONFIG_FILE}: {field} is {getattr(config, field)}, "
+                    f"but the model was given lora.{field}={value} ({name}); make them agree"
+                )
+    path = Path(folder) / WEIGHTS_FILE
+    load_state_dict(model, _read_weights(path), str(path))
+
+
+def read_adapter_config(folder: str | Path) -> AdapterConfig:
+    """The settings that a model must be attached with to load this adapter folder.
+
+    The targets are the names of the layers that have weights, since `target_modules` may be a
+    pattern, or be narrowed by other keys.
+    """
+    path = Path(folder) / CONFIG_FILE
+    config = _read_config(path)
+    variants = [k for k, v in config.items() if k not in _HARMLESS and v and v != "none"]
+    if config.get("init_lora_weights") not in _HARMLESS_INITS:
+        variants.append("init_lora_weights")
+    if variants:
+        shown = ", ".join(f"{key}={config[key]!r}" for key in sorted(variants))
+        raise UserError(f"{path}: {shown} is not supported; give a plain LoRA adapter")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
+    weights = path.with_name(WEIGHTS_FILE)
+    ours = [k for k in _read_weights(weights) if k.startswith(_PREFIX) and k.endswith(_SUFFIXES[0])]
+    if not ours:
+        raise UserError(f"{weights} holds no LoRA weights ({_PREFIX}...{_SUFFIXES[0]})")
+    try:
+        return AdapterConfig(
+            r=int(config["r"]),
+            alpha=float(config["lora_alpha"]),
+            rslora=bool(config.get("use_rslora", False)),
+            dropout=float(config.get("lora_dropout", 0.0)),
+            targets=sorted(k.removeprefix(_PREFIX).removesuffix(_SUFFIXES[0]) for k in ours),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: r and lora_alpha must be there, as numbers ({error})") from error
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{_PREFIX}{name}{suffix}": parameter
+        for name, layer in lora_layers(model).items()
+        for suffix, parameter in zip(_SUFFIXES, (layer.lora_a, layer.lora_b), strict=True)
+    }
+
+
+def _shortest_suffixes(model: nn.Module) -> list[str]:
+    """The shortest `target_modules` from which peft, matching suffixes, finds just our layers.
+
+    GPT-2 has a `c_proj` in the attention and one in the MLP: `attn.c_proj` tells them apart.
+    """
+    wrapped = lora_layers(model)
+    others = [n for n, _ in model.named_modules() if n not in wrapped]
+    suffixes = set()
+    for name in wrapped:
+        parts = name.split(".")
+        tails = (".".join(parts[-depth:]) for depth in range(1, len(parts) + 1))
+        suffixes.add(next(t for t in tails if not any(_matches(other, t) for other in others)))
+    return sorted(suffixes)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no adapter folder: it has no {path.name}") from None
+    except (NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        pickled = (path.parent / "adapter_model.bin").is_file()
+        hint = "; adapter_model.bin is a pickle, save it again as safetensors" if pickled else ""
+        raise UserError(f"{path.parent} has no {path.name}{hint}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error})") from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file under another name, then rename it, so that nobody ever sees half of it."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- merge ----------------------------------------------------------------------------------
+
+
+def merge(model: Model) -> Model:
+    """A new model without LoRA layers: W + scaling · B A, in fp32, then cast to the base's dtype.
+
+    The original stays as it is; tied weights stay tied.
+    """
+    merged = copy.deepcopy(model)
+    for name, layer in lora_layers(merged).items():
+        base = layer.base
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        with torch.no_grad():
+            weight.copy_(weight.float() + layer.delta())
+        parent, _, child = name.rpartition(".")
+        setattr(merged.get_submodule(parent), child, base)
+    return merged.requires_grad_(True)

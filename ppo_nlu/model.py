@@ -1,0 +1,294 @@
+"""The policy: one trunk in memory that is policy, reference (LoRA off) and critic at once."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppo_nlu import lora, ops, prefix_tree
+from ppo_nlu.answers import parse
+from ppo_nlu.config import Config, ModelConfig
+from ppo_nlu.errors import UserError
+from ppo_nlu.prefix_tree import Tokens
+from ppo_nlu.prompts import STOP, answer, render
+from ppo_nlu.tasks import TaskSpec
+
+BUNDLED = Path(__file__).resolve().parent / "assets" / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ValueHead(nn.Module):
+    """V(s) from the last hidden state, in fp32, zero at the start: an MLP, or a linear layer."""
+
+    def __init__(self, hidden: int, kind: str = "mlp", width: int = 0, dropout: float = 0.0):
+        super().__init__()
+        width = width or hidden
+        self.dropout = nn.Dropout(dropout)
+        self.body = nn.Sequential(nn.Linear(hidden, width), nn.GELU()) if kind == "mlp" else None
+        self.out = nn.Linear(width if kind == "mlp" else hidden, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, H) hidden states to (N,) values."""
+        x = self.dropout(hidden.float())
+        return self.out(x if self.body is None else self.body(x)).squeeze(-1)
+
+
+@dataclass
+class Scored:
+    """What a pass says of the answers, all (B, R): zero where `mask` is False."""
+
+    mask: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None
+    hidden: Tensor  # (N, H), the states that predict the counted tokens, row by row
+
+
+class Policy:
+    """A causal language model with LoRA and a value head, and the text side of its tokenizer."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, value_head: ValueHead, cfg: ModelConfig):
+        self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
+        self.device = next(model.parameters()).device
+        self.decoder: nn.Module = model.base_model
+        self.detach_value = cfg.detach_value
+        self.tree = True
+        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.stop = StopDetector(model, tokenizer)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model was made for, in tokens."""
+        config = self.model.config
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if getattr(config, name, None):
+                return int(getattr(config, name))
+        return 2048
+
+    @property
+    def head(self) -> nn.Linear:
+        """The LM head."""
+        return self.model.get_output_embeddings()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a whole text, with the tokenizer's own opening token and no closing one."""
+        ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+        if ids and ids[-1] in self.stop.eos and not text.endswith(self.decode(ids[-1:], False)):
+            ids = ids[:-1]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+        )
+
+    def hidden(
+        self,
+        prompts: Sequence[Tokens],
+        answers: Sequence[Tokens],
+        owners: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """States that predict the answers' tokens (N, H), row by row, and the mask (B, R)."""
+        tree = prefix_tree.build(prompts, answers, owners, shared=self.tree).to(self.device)
+        flat, _ = prefix_tree.run(self.decoder, tree, self.takes_positions)
+        return flat.index_select(0, tree.positions[tree.mask]), tree.mask
+
+    def score(
+        self,
+        prompts: Sequence[Tokens],
+        answers: Sequence[Tokens],
+        owners: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        values: bool = False,
+    ) -> Scored:
+        """Log-probabilities, entropies and (where asked) values of the answers' tokens."""
+        hidden, mask = self.hidden(prompts, answers, owners)
+        targets = torch.tensor([t for a in answers for t in a], device=self.device)
+        head = self.head
+        logprobs, entropy = ops.linear_logprobs(
+            hidden, head.weight, targets, bias=getattr(head, "bias", None), temperature=temperature
+        )
+        critic = None
+        if values:
+            critic = unflatten(self.value(hidden), mask)
+        return Scored(mask, unflatten(logprobs, mask), unflatten(entropy, mask), critic, hidden)
+
+    def value(self, hidden: Tensor) -> Tensor:
+        """V(s) for each state (N, H), fp32."""
+        return self.value_head(hidden.detach() if self.detach_value else hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (N, V) in fp32."""
+        return self.head(hidden).float()
+
+
+def unflatten(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values of the counted tokens into (B, R), zero elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+class StopDetector:
+    """Tells when a response is over: an eos id, or a text that holds `</Judgement>`.
+
+    The tag is looked for in the decoded text, whatever its tokenisation; a row is decoded only when
+    its newest token could hold the tag's last character.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        self.tokenizer = tokenizer
+        listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        many = listed if isinstance(listed, list) else [listed]
+        self.eos = {int(i) for i in [*many, tokenizer.eos_token_id] if i is not None}
+        size = model.config.vocab_size
+        pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
+        closing = [i for i, piece in enumerate(pieces) if piece is None or STOP[-1] in piece]
+        self.may_end = torch.zeros(size, dtype=torch.bool)
+        self.may_end[closing + [i for i in self.eos if i < size]] = True
+
+    def ended(self, rows: Sequence[Tokens]) -> list[bool]:
+        """Whether each response is over with its last token."""
+        return [row[-1] in self.eos or STOP in self._text(row) for row in rows]
+
+    def _text(self, row: Tokens) -> str:
+        if not self.may_end[row[-1]]:
+            return ""
+        return self.tokenizer.decode(list(row), clean_up_tokenization_spaces=False)
+
+
+def resolve(name: str) -> str:
+    """`bundled` as the folder of the bundled model; any other name as it is."""
+    return str(BUNDLED) if name == "bundled" else name
+
+
+def load_base(cfg: ModelConfig) -> tuple[nn.Module, Any]:
+    """The Hugging Face causal LM (eval mode, frozen) and its tokenizer; UserError where none."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    name, device = resolve(cfg.name_or_path), pick_device(cfg.device)
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"model.name_or_path: {path} holds no config.json; give a model folder")
+    options = {"trust_remote_code": cfg.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.attention, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"model.name_or_path: cannot load {cfg.name_or_path!r} ({reason[:200]}); give a local "
+            "folder with config.json, weights and tokenizer, or a model name of the hub"
+        ) from error
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one; a GPU that is asked for and absent is a UserError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"model.device: no such device {name!r}; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device: cuda is asked for, but torch sees no GPU; use cpu or auto")
+    return device
+
+
+def load_policy(cfg: Config) -> Policy:
+    """The base with fresh LoRA layers (zero at the start) and a fresh value head, from `seed`."""
+    model, tokenizer = load_base(cfg.model)
+    torch.manual_seed(cfg.seed)
+    lora.attach(model, cfg.lora)
+    hidden = model.config.hidden_size
+    head = ValueHead(hidden, cfg.model.value_head, cfg.model.value_hidden, cfg.model.value_dropout)
+    policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)
+    policy.tree = choose_path(policy, cfg.model.path)
+    return policy
+
+
+def trainable(policy: Policy) -> list[nn.Parameter]:
+    """LoRA weights, then the value head's: all that trains."""
+    return [*lora.lora_parameters(policy.model), *policy.value_head.parameters()]
+
+
+def choose_path(policy: Policy, wanted: str) -> bool:
+    """Whether the prefix tree may be used: two ragged rows go through it and, alone, through HF.
+
+    A model whose window is shorter than its context, or whose cache holds more than plain keys and
+    values, takes the plain path. A plain path that differs from the model's own logits is an error.
+    """
+    ids = policy.encode("The film is good, and long. Now judge the opinion of the sentence.")
+    ids = (ids * 12)[:24]
+    size = policy.model.config.vocab_size
+    other = [(i * 7 + 3) % size for i in range(9)]
+    prompts, answers = [ids[:14], ids[:10] + other], [ids[14:20], other[:3]]
+    wanted_logits = torch.cat([_alone(policy, p, a) for p, a in zip(prompts, answers, strict=True)])
+
+    def gap(tree: bool) -> float:
+        policy.tree = tree
+        hidden, _ = policy.hidden(prompts, answers)
+        return float((policy.logits(hidden) - wanted_logits).abs().max())
+
+    bound = 1e-3 if wanted_logits.dtype == torch.float32 and _is_fp32(policy) else 0.25
+    with torch.no_grad():
+        if wanted != "plain" and policy.takes_positions and not _has_window(policy.model.config):
+            if gap(True) <= bound:
+                return True
+            if wanted == "tree":
+                raise UserError("model.path: the prefix tree changes this model's logits; use auto")
+        if gap(False) > bound:
+            raise UserError(
+                f"model.name_or_path: {policy.model.config.model_type} gives other logits behind "
+                "padding or a head of its own; this architecture is not supported"
+            )
+    return False
+
+
+def _is_fp32(policy: Policy) -> bool:
+    return policy.head.weight.dtype == torch.float32
+
+
+def _alone(policy: Policy, prompt: Tokens, reply: Tokens) -> Tensor:
+    """The model's own logits (R, V) for one row without padding, fp32."""
+    row = torch.tensor([[*prompt, *reply[:-1]]], device=policy.device)
+    with torch.no_grad():
+        return policy.model(input_ids=row, use_cache=False).logits[0, -len(reply) :].float()
+
+
+def _has_window(config: Any) -> bool:
+    """Whether some layer sees only a window shorter than the context, or is no plain attention."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True)
+    context = getattr(config, "max_position_embeddings", 0)
+    return kinds != {"full_attention"} or bool(window and used and window < context)
+
+
+def check_words(policy: Policy, spec: TaskSpec) -> None:
+    """Each label word and the closing tag must survive the tokenizer; else a UserError."""
+    fields = {name: "a film" for name in spec.fields}
+    prompt = render(spec, fields)
+    for word in spec.words:
+        text = policy.decode(policy.encode(prompt + answer(word)))
+        reply = text.rpartition("<Judgement>")[2]
+        if parse(spec, reply) != word or STOP not in reply:
+            raise UserError(
+                f"model.name_or_path: the tokenizer of {policy.model.name_or_path!r} does not keep "
+                f"{answer(word).strip()!r} (it reads back {reply.strip()[-40:]!r}); "
+                "use a model whose tokenizer knows these characters"
+            )

@@ -1,0 +1,553 @@
+"""The three operations that decide speed and memory, each in a torch form and a Triton form.
+
+Which form runs is decided per call: a CUDA tensor takes Triton, a CPU tensor takes torch, and with
+TRITON_INTERPRET=1 a CPU tensor takes Triton in its interpreter. PPO_NLU_BACKEND=triton|torch
+overrides; `triton` never falls back in silence. Triton is imported only when a kernel is asked for.
+
+Everything is computed in fp32 (float64 for float64 inputs); gradients come back in the dtype of
+what they belong to. Double backward is refused by autograd, not answered wrongly.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ppo_nlu.errors import UserError
+
+BACKENDS = ("auto", "triton", "torch")
+_TINY = 1 << 14  # so few logits are taken whole: a second block would cost more than it saves
+_FLOOR = -1e5  # exp(-1e5) is exactly 0 and 0 · -1e5 is 0, where 0 · -inf would be NaN
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """A frozen linear layer with a low-rank addition: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ (LoRA, eq. 3).
+
+    `weight` is a constant: it never gets a gradient and no (O, K) gradient is ever formed. Only x
+    and S = s · drop(x) Aᵀ are kept for the backward; the dropout mask is drawn again from `seed`
+    (by default taken from torch's CPU generator, so that checkpointed recomputation agrees).
+
+    Args: x (..., K), weight (O, K), bias (O,) or None, lora_a (r, K), lora_b (O, r).
+    Returns: y (..., O) in the dtype of x.
+    """
+    _check_lora(x, weight, bias, lora_a, lora_b, dropout_p)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if dropout_p > 0 and seed is None:
+        seed = int(torch.randint(2**31 - 1, ()).item())
+    args = (x, weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed or 0)
+    with _without_autocast(x):
+        if choose_backend(x) == "triton":
+            return _kernel("lora_linear")(*args)
+        if _wants_grad(x, bias, lora_a, lora_b):
+            return _LoraLinear.apply(*args)
+        return _lora_forward(*args)[0]
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """log π(target) and the entropy of softmax((h Wᵀ + b)/τ), without the (N, V) logits in memory.
+
+    With a frozen head ∂log π/∂h = (W_y − Σᵥ pᵥ W_v)/τ does not depend on the upstream gradient: it
+    is formed in the forward while a block of probabilities is at hand, and the backward is one
+    multiplication. The entropy's gradient is formed only if the backward asks for it, from
+    recomputed blocks. A trainable head (or bias) takes the recomputing path throughout.
+
+    Args: hidden (N, H), weight (V, H), targets (N,) integers in [0, V), bias (V,) or None.
+    Returns: logprobs (N,), entropy (N,), fp32 (float64 for float64 inputs).
+    """
+    _check_rows(hidden, targets, temperature, "hidden")
+    _check_head(hidden, weight, bias)
+    _check_targets(targets, weight.shape[0])
+    targets = targets.long()
+    with _without_autocast(hidden):
+        if choose_backend(hidden) == "triton":
+            return _kernel("linear_logprobs")(hidden, weight, targets, bias, float(temperature))
+        args = (hidden, weight, bias, targets, float(temperature))
+        if _wants_grad(weight, bias):
+            return _LinearLogprobsTrainable.apply(*args)
+        if _wants_grad(hidden):
+            return _LinearLogprobsFrozen.apply(*args)
+        return _linear_logprobs_forward(*args)[:2]
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log π(target) and the entropy of softmax(z/τ) for logits that already exist.
+
+    Args: logits (N, V), targets (N,) integers in [0, V).
+    Returns: logprobs (N,), entropy (N,), fp32 (float64 for float64 logits).
+    """
+    _check_rows(logits, targets, temperature, "logits")
+    _check_targets(targets, logits.shape[1])
+    targets = targets.long()
+    with _without_autocast(logits):
+        if choose_backend(logits) == "triton":
+            return _kernel("token_logprobs")(logits, targets, float(temperature))
+        if _wants_grad(logits):
+            return _TokenLogprobs.apply(logits, targets, float(temperature))
+        return _token_logprobs_forward(logits, targets, float(temperature))[:2]
+
+
+# ---- which form runs
+
+
+def choose_backend(tensor: Tensor) -> str:
+    """'triton' or 'torch' for this tensor, from PPO_NLU_BACKEND, the device and TRITON_INTERPRET."""
+    choice = os.environ.get("PPO_NLU_BACKEND", "").strip().lower() or "auto"
+    if choice not in BACKENDS:
+        raise UserError(f"PPO_NLU_BACKEND={choice!r} is not known; use one of {', '.join(BACKENDS)}")
+    if choice == "torch":
+        return "torch"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+    runnable = tensor.is_cuda or interpreted
+    if choice == "auto":
+        return "triton" if runnable and _has_triton() else "torch"
+    if not _has_triton():
+        raise UserError("PPO_NLU_BACKEND=triton, but triton is not installed: pip install triton")
+    if not runnable:
+        raise UserError(
+            f"PPO_NLU_BACKEND=triton, but the tensor is on {tensor.device.type}: move it to CUDA, "
+            "or set TRITON_INTERPRET=1 before Python starts"
+        )
+    return "triton"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _kernel(name: str) -> Callable[..., Any]:
+    return getattr(import_module(f"ppo_nlu.kernels.{name}"), name)
+
+
+# ---- checks
+
+
+def _check_lora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, p: float
+) -> None:
+    (out, features), rank = weight.shape, lora_a.shape[0]
+    if x.shape[-1:] != (features,) or lora_a.shape != (rank, features):
+        raise ValueError(
+            f"x {tuple(x.shape)} and lora_a {tuple(lora_a.shape)} must both end in K = {features}, "
+            f"the columns of weight {tuple(weight.shape)}"
+        )
+    if lora_b.shape != (out, rank):
+        raise ValueError(f"lora_b is {tuple(lora_b.shape)}, expected {(out, rank)}")
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias is {tuple(bias.shape)}, expected {(out,)}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p is {p}, expected 0 <= dropout_p < 1")
+
+
+def _check_rows(rows: Tensor, targets: Tensor, temperature: float, name: str) -> None:
+    if rows.dim() != 2 or targets.shape != rows.shape[:1]:
+        raise ValueError(
+            f"expected {name} (N, ·) and targets (N,), got {tuple(rows.shape)} and "
+            f"{tuple(targets.shape)}"
+        )
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(f"targets must be integers, got {targets.dtype}")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0")
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} differ in H"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias is {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
+
+
+def _check_targets(targets: Tensor, vocab: int) -> None:
+    """A target outside [0, V) raises IndexError.
+
+    On CUDA this costs one small reduction and one copy of two numbers to the host. It is left out
+    while a CUDA graph is captured, where no copy is possible; the kernels then answer NaN for such
+    a row and never read outside the logits.
+    """
+    if targets.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    low, high = torch.stack(torch.aminmax(targets)).tolist()
+    if low < 0 or high >= vocab:
+        raise IndexError(
+            f"a target is out of range: found {low}..{high}, the vocabulary is 0..{vocab - 1}; "
+            "select the rows that count beforehand"
+        )
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- lora_linear
+
+
+def _dropped(rows: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
+    """rows · mask and the 0/1 mask of `seed`; the factor 1/(1 − p) is left to the caller."""
+    if p == 0:
+        return rows, None
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    mask = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    mask.bernoulli_(1.0 - p, generator=generator)
+    return rows * mask, mask
+
+
+def _lora_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+    scaling: float, p: float, seed: int,
+) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    low = _dropped(rows, p, seed)[0] @ lora_a.to(x.dtype).t()
+    low.mul_(scaling / (1.0 - p))
+    y = F.linear(rows, weight, bias).addmm_(low, lora_b.to(x.dtype).t())
+    return y.view(*x.shape[:-1], weight.shape[0]), low
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, p, seed):  # type: ignore[override]
+        y, low = _lora_forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, low)
+        ctx.factor, ctx.p, ctx.seed = scaling / (1.0 - p), p, seed
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        x, weight, lora_a, lora_b, low = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_a = None
+        if needs_x or needs_a:
+            grad_low = (grad @ lora_b.to(grad.dtype)).mul_(ctx.factor)  # (T, r)
+            dropped, mask = _dropped(x.reshape(-1, x.shape[-1]), ctx.p, ctx.seed)
+        if needs_a:
+            grad_a = (grad_low.t() @ dropped).to(lora_a.dtype)
+        if needs_x:
+            grad_x = grad @ weight
+            if mask is None:
+                grad_x.addmm_(grad_low, lora_a.to(grad.dtype))
+            else:
+                grad_x.addcmul_(grad_low @ lora_a.to(grad.dtype), mask)
+            grad_x = grad_x.view(x.shape)
+        grad_b = (grad.t() @ low).to(lora_b.dtype) if needs_b else None
+        grad_bias = grad.sum(0) if needs_bias else None
+        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
+
+
+# ---- log-probabilities: blocks of logits, and what is kept of a row while they pass
+
+
+class _Softmax:
+    """The running maximum, Σ exp, Σ exp · z and the target's logit of a chunk of rows.
+
+    Online softmax: after each block m' = max(m, max z), and what was summed relative to m is scaled
+    by exp(m − m'). With z measured from m, entropy = log Σ exp(z) − Σ z exp(z) / Σ exp(z).
+    """
+
+    def __init__(self, targets: Tensor, dtype: torch.dtype) -> None:
+        self.targets = targets
+        self.top = torch.full(targets.shape, -torch.inf, dtype=dtype, device=targets.device)
+        self.total = torch.zeros_like(self.top)
+        self.weighted = torch.zeros_like(self.top)
+        self.at_target = torch.zeros_like(self.top)
+
+    def update(self, z: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Take in the logits of entries start, start + 1, …; z is overwritten.
+
+        Returns: exp(z − m') with the target's entry cleared, and exp(m − m') for earlier sums.
+        """
+        top = torch.maximum(self.top, z.amax(1))
+        finite = top.masked_fill(top == -torch.inf, 0.0)
+        column, inside = _columns(self.targets, start, z.shape[1])
+        self.at_target = torch.where(inside, z.gather(1, column)[:, 0], self.at_target)
+        shift = (self.top - finite).clamp_(min=_FLOOR)
+        scale = shift.exp()
+        z.sub_(finite[:, None]).clamp_(min=_FLOOR)
+        exp = z.exp()
+        self.weighted = (self.weighted + shift * self.total) * scale + z.mul_(exp).sum(1)
+        self.total = self.total * scale + exp.sum(1)
+        self.top = top
+        kept = exp.gather(1, column)[:, 0].masked_fill_(inside, 0.0)
+        return exp.scatter_(1, column, kept[:, None]), scale
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """log π(target), entropy and log Σ exp(z), all (C,)."""
+        log_total = self.total.log()
+        logprobs = (self.at_target - self.top) - log_total
+        return logprobs, log_total - self.weighted / self.total, self.top + log_total
+
+
+def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Each target's column in a block (C, 1), clamped into it, and whether it lies there (C,)."""
+    column = targets - start
+    inside = (column >= 0) & (column < width)
+    return column.clamp_(0, width - 1)[:, None], inside
+
+
+def _dlogits(
+    z: Tensor, start: int, targets: Tensor, logprobs: Tensor, entropy: Tensor, lse: Tensor,
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None,
+) -> Tensor:
+    """g (1[v=y] − p_v) − g_ent p_v (log p_v + entropy) for a block of logits z, overwritten.
+
+    The target's 1 − p is formed as −expm1(log p): the difference would cancel where p is near 1.
+    """
+    z.sub_(lse[:, None]).clamp_(min=_FLOOR)
+    p = z.exp()
+    if grad_entropy is not None:
+        z.add_(entropy[:, None]).mul_(p).mul_(-grad_entropy[:, None])
+    if grad_logprobs is None:
+        return z
+    column, inside = _columns(targets, start, z.shape[1])
+    entry = torch.where(inside, torch.expm1(logprobs), p.gather(1, column)[:, 0])
+    p.scatter_(1, column, entry[:, None]).mul_(-grad_logprobs[:, None])
+    return p if grad_entropy is None else p.add_(z)
+
+
+def _used(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """None for a gradient that is absent, or all zero where looking costs no synchronisation."""
+    if grad is None or (grad.device.type == "cpu" and not grad.any()):
+        return None
+    return grad.to(dtype)
+
+
+def _rows(grad: Tensor | None, part: slice) -> Tensor | None:
+    return None if grad is None else grad[part]
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, max(step, 1)))
+
+
+# ---- linear_logprobs
+
+
+def _block_shape(rows: int, vocab: int, device: torch.device) -> tuple[int, int]:
+    """Rows and vocabulary entries of one block of logits: never both whole, unless it is tiny.
+
+    On the CPU a GEMM of 128 rows is as fast per row as a larger one, fewer rows are kept together
+    (streaming the head twice would cost more), and a block stays in the cache for its few passes.
+    """
+    most_rows, most_columns = (512, 16384) if device.type == "cuda" else (128, 4096)
+    if rows * vocab <= _TINY:
+        return rows, vocab
+    return min(rows, most_rows), min((vocab + 1) // 2, most_columns)
+
+
+def _block(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: slice, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The block's logits over τ, and its part of the head widened to the accumulator dtype."""
+    part = weight[entries].to(hidden.dtype)
+    z = hidden @ part.t()
+    if bias is not None:
+        z.add_(bias[entries].to(z.dtype))
+    return (z if temperature == 1.0 else z.div_(temperature)), part
+
+
+def _linear_logprobs_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
+    with_direction: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """logprobs, entropy, log Σ exp and, on request, U = ∂logprobs/∂hidden (N, H)."""
+    dtype = _accumulator(hidden.dtype)
+    stats = torch.empty(3, hidden.shape[0], dtype=dtype, device=hidden.device)
+    direction = hidden.new_empty(hidden.shape) if with_direction else None
+    most_rows, most_columns = _block_shape(hidden.shape[0], weight.shape[0], hidden.device)
+    for rows in _slices(hidden.shape[0], most_rows):
+        chunk, state = hidden[rows].to(dtype), _Softmax(targets[rows], dtype)
+        pulled: Tensor | None = None  # Σ exp(z_v) W_v over v ≠ y
+        for entries in _slices(weight.shape[0], most_columns):
+            z, part = _block(chunk, weight, bias, entries, temperature)
+            exp, scale = state.update(z, entries.start)
+            if with_direction:
+                pulled = exp @ part if pulled is None else pulled.mul_(scale[:, None]).addmm_(
+                    exp, part
+                )
+        logprobs, entropy, lse = state.result()
+        stats[0, rows], stats[1, rows], stats[2, rows] = logprobs, entropy, lse
+        if direction is not None and pulled is not None:
+            # (1 − p_y) W_y − Σ p_v W_v over v ≠ y: nothing cancels where p_y is near 1.
+            own = weight[targets[rows]].to(dtype).mul_(torch.expm1(logprobs)[:, None])
+            pulled.div_(state.total[:, None]).add_(own).mul_(-1.0 / temperature)
+            direction[rows] = pulled
+    return stats[0], stats[1], stats[2], direction
+
+
+def _linear_logprobs_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
+    stats: tuple[Tensor, Tensor, Tensor], upstream: tuple[Tensor | None, Tensor | None],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Recompute each block and add into the buffers given for hidden, weight and bias."""
+    grad_hidden, grad_weight, grad_bias = grads
+    most_rows, most_columns = _block_shape(hidden.shape[0], weight.shape[0], hidden.device)
+    for rows in _slices(hidden.shape[0], most_rows):
+        chunk = hidden[rows].to(stats[0].dtype)
+        row_terms = [_rows(t, rows) for t in (targets, *stats, *upstream)]
+        for entries in _slices(weight.shape[0], most_columns):
+            z, part = _block(chunk, weight, bias, entries, temperature)
+            dz = _dlogits(z, entries.start, *row_terms).mul_(1.0 / temperature)  # type: ignore[arg-type]
+            if grad_hidden is not None:
+                grad_hidden[rows].addmm_(dz, part)
+            if grad_weight is not None:
+                grad_weight[entries].addmm_(dz.t(), chunk)
+            if grad_bias is not None:
+                grad_bias[entries] += dz.sum(0)
+
+
+class _LinearLogprobsFrozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):  # type: ignore[override]
+        *stats, direction = _linear_logprobs_forward(
+            hidden, weight, bias, targets, temperature, with_direction=True
+        )
+        ctx.save_for_backward(hidden, weight, bias, targets, *stats, direction)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return stats[0], stats[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
+        *inputs, logprobs, entropy, lse, direction = ctx.saved_tensors
+        dtype, hidden = lse.dtype, inputs[0]
+        grad_entropy = _used(grad_entropy, dtype)
+        if grad_logprobs is None:
+            grad = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        else:
+            grad = direction * grad_logprobs[:, None].to(dtype)
+        if grad_entropy is not None:
+            _linear_logprobs_backward(
+                *inputs, ctx.temperature, (logprobs, entropy, lse), (None, grad_entropy),
+                (grad, None, None),
+            )
+        return grad.to(hidden.dtype), None, None, None, None
+
+
+class _LinearLogprobsTrainable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):  # type: ignore[override]
+        *stats, _ = _linear_logprobs_forward(hidden, weight, bias, targets, temperature)
+        ctx.save_for_backward(hidden, weight, bias, targets, *stats)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return stats[0], stats[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
+        *inputs, logprobs, entropy, lse = ctx.saved_tensors
+        dtype = lse.dtype
+        grads = [
+            torch.zeros(t.shape, dtype=dtype, device=t.device) if needed else None
+            for t, needed in zip(inputs[:3], ctx.needs_input_grad, strict=False)
+        ]
+        upstream = _used(grad_logprobs, dtype), _used(grad_entropy, dtype)
+        if any(g is not None for g in upstream):
+            _linear_logprobs_backward(
+                *inputs, ctx.temperature, (logprobs, entropy, lse), upstream, tuple(grads)
+            )
+        cast = (None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=False))
+        return *cast, None, None
+
+
+# ---- token_logprobs
+
+
+def _token_logprobs_forward(
+    logits: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy and log Σ exp(z/τ), through fp32 copies of a few rows at a time."""
+    dtype = _accumulator(logits.dtype)
+    stats = torch.empty(3, logits.shape[0], dtype=dtype, device=logits.device)
+    for rows in _slices(*_token_rows(logits)):
+        state = _Softmax(targets[rows], dtype)
+        state.update(logits[rows].to(dtype, copy=True).div_(temperature), 0)
+        stats[0, rows], stats[1, rows], stats[2, rows] = state.result()
+    return stats[0], stats[1], stats[2]
+
+
+def _token_rows(logits: Tensor) -> tuple[int, int]:
+    """The number of rows, and how many to take at a time so that their copy stays in the cache."""
+    entries = 1 << (24 if logits.is_cuda else 19)
+    return logits.shape[0], max(1, entries // max(logits.shape[1], 1))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):  # type: ignore[override]
+        stats = _token_logprobs_forward(logits, targets, temperature)
+        ctx.save_for_backward(logits, targets, *stats)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return stats[0], stats[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
+        logits, targets, *stats = ctx.saved_tensors
+        dtype = stats[0].dtype
+        upstream = _used(grad_logprobs, dtype), _used(grad_entropy, dtype)
+        if all(g is None for g in upstream):
+            return torch.zeros_like(logits), None, None
+        grad = logits.new_empty(logits.shape)
+        for rows in _slices(*_token_rows(logits)):
+            z = logits[rows].to(dtype, copy=True).div_(ctx.temperature)
+            row_terms = [_rows(t, rows) for t in (targets, *stats, *upstream)]
+            grad[rows] = _dlogits(z, 0, *row_terms).mul_(1.0 / ctx.temperature)
+        return grad, None, None

@@ -1,0 +1,212 @@
+"""Proximal policy optimisation (arXiv 1707.06347) for short answers: collect, then update.
+
+Departures from arXiv 2410.11020, each with the key that takes it back:
+1. KL to the reference is in the reward, as in the paper's released code (`ppo.kl_coef=0`).
+2. The critic's target is the GAE return, not one step of TD (`ppo.critic_target=td0`).
+3. Advantages are whitened over the batch (`ppo.whiten_advantages=false`).
+4. The response ends with the token that completes `</Judgement>`; nothing behind it is trained.
+5. The gradient's norm is clipped (`optim.max_grad_norm=0`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ppo_nlu import losses
+from ppo_nlu.config import Config
+from ppo_nlu.errors import UserError
+from ppo_nlu.model import Policy, trainable
+from ppo_nlu.optim import clip_gradients
+from ppo_nlu.rollout import Rollout, collect_answers, seeded
+from ppo_nlu.tasks import Example, TaskSpec
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Batch:
+    """A rollout with what PPO derives from it, all (B, R)."""
+
+    rollout: Rollout
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def collect(
+    policy: Policy,
+    spec: TaskSpec,
+    cfg: Config,
+    kl: losses.AdaptiveKL,
+    examples: Sequence[Example],
+    step: int,
+) -> tuple[Batch, Metrics]:
+    """Sample answers, score them, shape the rewards with KL, estimate advantages and returns."""
+    rollout = collect_answers(policy, spec, cfg, examples, step)
+    mask, ppo = rollout.mask, cfg.ppo
+    rewards = losses.shaped_rewards(
+        rollout.scores, rollout.logprobs, rollout.logprobs, mask, kl.coef, kl=rollout.kl
+    )
+    if ppo.whiten_rewards:
+        rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = losses.gae(rewards, rollout.values, mask, ppo.gamma, ppo.lam)
+    if ppo.whiten_advantages:
+        advantages = losses.masked_whiten(advantages, mask)
+    divergence = float(rollout.kl.masked_fill(~mask, 0.0).sum(1).mean())
+    right = [p == e.label for p, e in zip(rollout.predictions, rollout.examples, strict=True)]
+    metrics = {
+        "reward/mean": float(rollout.scores.mean()),
+        "reward/std": float(rollout.scores.std(correction=0)),
+        "answer/accuracy": sum(right) / rollout.size,
+        "answer/unparsed": sum(p is None for p in rollout.predictions) / rollout.size,
+        "answer/tokens": float(mask.sum()) / rollout.size,
+        "answer/truncated_prompts": float(rollout.truncated),
+        "kl/ref": divergence,
+        "kl/coef": kl.coef,
+        "value/mean": float(losses.masked_mean(rollout.values, mask)),
+    }
+    if ppo.kl_adaptive:
+        kl.update(divergence, rollout.size)
+    return Batch(rollout, rewards, advantages, returns), metrics
+
+
+def update(
+    policy: Policy, optimizer: Optimizer, cfg: Config, batch: Batch, step: int
+) -> Metrics:
+    """`epochs` passes over the batch, one optimizer step a minibatch, in a fresh order each pass."""
+    totals: Metrics = {}
+    taken = skipped = 0
+    first_gap = math.nan
+    for epoch in range(cfg.ppo.epochs):
+        order = torch.randperm(
+            batch.rollout.size, generator=seeded("update", cfg.seed, step, epoch)
+        ).tolist()
+        stop = False
+        for index in chunks(order, cfg.ppo.minibatch_size):
+            metrics = backward(policy, cfg, batch, index)
+            if taken + skipped == 0:
+                first_gap = metrics["policy/ratio_gap"]
+            norm = float(clip_gradients(trainable(policy), cfg.optim.max_grad_norm))
+            metrics["optim/grad_norm"] = norm
+            finite = math.isfinite(norm) and math.isfinite(metrics["loss"])
+            if not finite:
+                optimizer.zero_grad(set_to_none=True)
+                raise BadStep(index, metrics)
+            if cfg.ppo.max_ratio and metrics["policy/ratio_mean"] > cfg.ppo.max_ratio:
+                skipped += 1
+            else:
+                optimizer.step()
+                taken += 1
+            optimizer.zero_grad(set_to_none=True)
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value
+            limit = cfg.ppo.target_kl
+            if limit is not None and metrics["policy/approx_kl"] > 1.5 * limit:
+                stop = True
+                break
+        if stop:
+            break
+    count = taken + skipped
+    means = {name: value / count for name, value in totals.items()}
+    means |= {
+        "policy/first_ratio_gap": first_gap,
+        "optim/steps": float(taken),
+        "optim/skipped": float(skipped),
+    }
+    return means
+
+
+class BadStep(Exception):
+    """A loss or gradient that is not finite; the minibatch's rows and metrics go with it."""
+
+    def __init__(self, index: Sequence[int], metrics: Metrics):
+        super().__init__("loss or gradient is not finite")
+        self.index, self.metrics = list(index), metrics
+
+
+def backward(policy: Policy, cfg: Config, batch: Batch, index: Sequence[int]) -> Metrics:
+    """Gradients of one minibatch, summed over micro-batches; its metrics.
+
+    Losses are sums over the micro-batch divided by the token count of the whole minibatch, so the
+    gradient does not depend on the size of the micro-batches.
+    """
+    ppo, rollout = cfg.ppo, batch.rollout
+    device = rollout.mask.device
+    count = float(rollout.mask[list(index)].sum())
+    totals: Metrics = {}
+    worst = 0.0
+    for micro in chunks(index, ppo.micro_batch_size or len(index)):
+        rows = torch.tensor(micro, device=device)
+        scored = policy.score(*rollout.rows(micro), cfg.rollout.temperature, values=True)
+        width = scored.mask.shape[1]
+        mask = rollout.mask[rows, :width]
+        old_logprobs = rollout.logprobs[rows, :width]
+        assert scored.values is not None and torch.equal(mask, scored.mask)
+        surrogate, metrics = losses.policy_loss(
+            scored.logprobs,
+            old_logprobs,
+            batch.advantages[rows, :width],
+            mask,
+            ppo.clip,
+            ppo.clip_high,
+            ppo.dual_clip,
+            denominator=count,
+        )
+        if ppo.critic_target == "td0":
+            share = float(mask.sum()) / count
+            rewards = batch.rewards[rows, :width]
+            critic = share * losses.td_error_loss(scored.values, rewards, mask, ppo.gamma)
+            metrics |= {"value/loss": critic.detach()}
+        else:
+            critic, more = losses.value_loss(
+                scored.values,
+                rollout.values[rows, :width],
+                batch.returns[rows, :width],
+                mask,
+                ppo.value_clip,
+                denominator=count,
+            )
+            metrics |= more
+        entropy = scored.entropy.masked_fill(~mask, 0.0).sum() / count
+        loss = surrogate + ppo.value_coef * critic
+        if ppo.entropy_coef:
+            loss = loss - ppo.entropy_coef * entropy
+        loss.backward()
+        gap = (scored.logprobs.detach() - old_logprobs).masked_fill(~mask, 0.0).expm1().abs()
+        worst = max(worst, float(gap.max()))
+        metrics |= {"loss": loss.detach(), "policy/entropy": entropy.detach()}
+        for name, value in metrics.items():
+            old = totals.get(name, 0.0)
+            totals[name] = max(old, float(value)) if name.endswith("_max") else old + float(value)
+    return totals | {"policy/ratio_gap": worst}
+
+
+def chunks(items: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Consecutive slices of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
+
+
+def check_first_ratio(gap: float, exact: bool) -> str | None:
+    """What to say of the ratio's distance from 1 at the first minibatch; over 1e-3 in fp32 is an end.
+
+    The policy has not moved yet, so any distance means dropout, padding, temperature or a mismatch
+    between the decode and the training pass.
+    """
+    if not exact:
+        return f"largest distance of the first ratio from 1 in low precision: {gap:.1e}"
+    if gap > 1e-3:
+        raise UserError(
+            f"model.name_or_path: the first PPO ratio is {gap:.1e} away from 1 before any update; "
+            "decode and training pass disagree for this model. Try model.path=plain, "
+            "model.attention=eager or model.dtype=float32"
+        )
+    if gap > 1e-4:
+        return f"warning: the first ratio is {gap:.1e} away from 1 (expected below 1e-4)"
+    return None

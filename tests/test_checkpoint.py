@@ -1,0 +1,693 @@
+"""Checkpoints under kills and full disks, optimizer state, run folders, the stop flag."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.optimization import Adafactor
+
+from ppo_nlu import checkpoint
+from ppo_nlu.errors import UserError
+
+CALLS = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")  # of os: every step of a write
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process: no `except Exception` may see it."""
+
+
+def content(number: int) -> tuple[checkpoint.Tensors, dict[str, Any]]:
+    tensors = {
+        "adapter": {"w": torch.full((5,), float(number))},
+        "optimizer": {"0.step": torch.tensor(float(number))},
+    }
+    return tensors, {"step": number, "kl_coef": number / 3}
+
+
+def check(path: Path | None, number: int) -> None:
+    """The folder holds exactly `content(number)`."""
+    assert path is not None
+    tensors, state = checkpoint.load(path)
+    wanted, wanted_state = content(number)
+    assert state == wanted_state and tensors.keys() == wanted.keys()
+    for name, group in wanted.items():
+        assert all(torch.equal(tensors[name][key], value) for key, value in group.items())
+
+
+def on_call(
+    patch: pytest.MonkeyPatch, number: int, act: Callable[[], None], names: tuple[str, ...] = CALLS
+) -> None:
+    """Do `act` instead of the `number`-th (from 0) of the named calls, and at each later one."""
+    seen = 0
+
+    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen > number:
+                act()
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        patch.setattr(os, name, wrapped(getattr(os, name)))
+
+
+def die() -> None:
+    raise Killed
+
+
+def names(run_dir: Path) -> set[str]:
+    return {path.name for path in (run_dir / "checkpoints").iterdir()}
+
+
+# --- writing and reading ----------------------------------------------------------------------
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    shared = torch.randn(4, requires_grad=True)
+    tensors = {
+        "adapter": {"a": base[:, 1], "b": base.T, "c": shared, "d": shared},  # views, shared memory
+        "rng": {"state": torch.get_rng_state()},
+        "optimizer": {},
+        "half": {"x": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16)},
+    }
+    floats = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0]
+    state = {"floats": floats, "step": 7, "nested": {"best": None, "on": True}, "bad": math.nan}
+    loaded, back = checkpoint.load(checkpoint.save(tmp_path, 7, tensors, state))
+    assert loaded.keys() == tensors.keys()
+    for name, group in tensors.items():
+        assert loaded[name].keys() == group.keys()
+        for key, value in group.items():
+            found, wanted = loaded[name][key], value.detach().contiguous()
+            assert found.dtype == wanted.dtype
+            assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+    assert math.isnan(back.pop("bad"))
+    assert math.copysign(1, back["floats"][-1]) == -1
+    assert back == {key: value for key, value in state.items() if key != "bad"}
+
+
+def test_no_pickle_and_readable_by_the_group(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        path = checkpoint.save(tmp_path, 1, *content(1))
+    finally:
+        os.umask(umask)
+    assert sorted(p.name for p in path.iterdir()) == [
+        "adapter.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o644}
+    json.loads((path / "state.json").read_text())
+
+
+def test_latest_goes_by_number_and_prune_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    for step in (2, 999_999, 1_000_000, 30):
+        checkpoint.save(tmp_path, step, *content(step))
+    checkpoint.save_best(tmp_path, 2, 0.5, *content(2))
+    (tmp_path / "checkpoints" / "step_abc").mkdir()
+    check(checkpoint.latest(tmp_path), 1_000_000)  # by name, step_999999 would be last
+    assert checkpoint.step_of(checkpoint.latest(tmp_path) or "") == 1_000_000
+    checkpoint.prune(tmp_path, 2)
+    assert names(tmp_path) == {"step_999999", "step_1000000", "best", "step_abc"}
+    checkpoint.prune(tmp_path, 0)
+    assert names(tmp_path) == {"step_1000000", "best", "step_abc"}
+
+
+def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 5, *content(1))
+    check(checkpoint.save(tmp_path, 5, *content(2)), 2)
+    assert names(tmp_path) == {"step_000005"}
+
+
+def test_best_is_replaced_only_by_a_better_metric(tmp_path: Path) -> None:
+    assert checkpoint.best(tmp_path) is None and checkpoint.best_metric(tmp_path) is None
+    for step, metric, stays in (
+        (1, 0.5, 1),
+        (2, 0.5, 1),
+        (3, 0.4, 1),
+        (4, math.nan, 1),
+        (5, 0.6, 5),
+    ):
+        written = checkpoint.save_best(tmp_path, step, metric, *content(step))
+        assert (written is not None) == (stays == step)
+        check(checkpoint.best(tmp_path), stays)
+    assert checkpoint.best_metric(tmp_path) == 0.6
+    assert checkpoint.latest(tmp_path) is None  # best is no step to resume from
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: (p / "adapter.safetensors").write_bytes(b"x" * 9), "damaged"),
+        (lambda p: (p / "adapter.safetensors").unlink(), "damaged"),
+        (lambda p: (p / "state.json").write_text("{"), "not a checkpoint"),
+        (lambda p: (p / "state.json").write_text('{"format": 9, "files": [], "state": {}}'), "9"),
+        (lambda p: p.rename(p.with_name("gone")), "no such checkpoint"),
+    ],
+)
+def test_a_spoilt_checkpoint_is_one_line(
+    tmp_path: Path, spoil: Callable[[Path], Any], message: str
+) -> None:
+    path = checkpoint.save(tmp_path, 1, *content(1))
+    spoil(path)
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- kills ------------------------------------------------------------------------------------
+
+WRITES: dict[str, Callable[[Path, int], Any]] = {
+    "best": lambda run, n: checkpoint.save_best(run, n, float(n), *content(n)),
+    "same step": lambda run, n: checkpoint.save(run, 1, *content(n)),
+}
+FIND: dict[str, Callable[[Path], Path | None]] = {
+    "best": checkpoint.best,
+    "same step": checkpoint.latest,
+}
+
+
+def survive(run: Path, kind: str) -> int:
+    """After a kill: old (1) or new (2) is readable, still so after cleaning; which one it is."""
+    for _ in range(2):
+        found = FIND[kind](run)
+        assert found is not None
+        number = 1 + (checkpoint.load(found)[1] == content(2)[1])
+        check(found, number)
+        checkpoint.clean(run)
+    assert names(run) == {"best" if kind == "best" else "step_000001"}
+    return number
+
+
+@pytest.mark.parametrize("cleaned", [True, False])
+@pytest.mark.parametrize("kind", list(WRITES))
+def test_a_replacement_survives_a_stop_at_every_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, cleaned: bool
+) -> None:
+    outcomes = []
+    for kill_at in range(100):
+        run = tmp_path / str(kill_at)
+        WRITES[kind](run, 1)
+        with monkeypatch.context() as patch:
+            on_call(patch, kill_at, die)
+            try:
+                WRITES[kind](run, 2)
+                finished = True
+            except Killed:
+                finished = False
+        if not cleaned:  # the next write has to cope with the leftovers
+            WRITES[kind](run, 3)
+            check(FIND[kind](run), 3)
+            checkpoint.clean(run)
+            assert len(names(run)) == 1
+        else:
+            outcomes.append(survive(run, kind))
+        if finished:
+            break
+    assert finished and kill_at >= 12  # 3 files, folders, 2 renames, the old folder's files
+    assert outcomes == sorted(outcomes) and (not cleaned or set(outcomes) == {1, 2})
+
+
+def test_a_second_kill_while_cleaning_up_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for first in range(8, 22):  # around the renames; before them, only the temporary folder
+        for second in range(5):
+            run = tmp_path / f"{first}-{second}"
+            WRITES["best"](run, 1)
+            for kill_at, act in (
+                (first, lambda r: WRITES["best"](r, 2)),
+                (second, checkpoint.clean),
+            ):
+                with monkeypatch.context() as patch:
+                    on_call(patch, kill_at, die)
+                    try:
+                        act(run)
+                    except Killed:
+                        pass
+            survive(run, "best")
+
+
+def test_a_new_step_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    for kill_at in range(100):
+        run = tmp_path / str(kill_at)
+        checkpoint.save(run, 1, *content(1))
+        with monkeypatch.context() as patch:
+            on_call(patch, kill_at, die)
+            try:
+                checkpoint.save(run, 2, *content(2))
+                checkpoint.prune(run, 1)
+                finished = True
+            except Killed:
+                finished = False
+        last = checkpoint.latest(run)
+        number = checkpoint.step_of(last or "")
+        check(last, number)
+        seen.add(number)
+        checkpoint.clean(run)
+        assert names(run) <= {"step_000001", "step_000002"} and number in (1, 2)
+        for path in (run / "checkpoints").iterdir():  # no half-deleted folder under a final name
+            check(path, int(path.name[-1]))
+        if finished:
+            break
+    assert finished and seen == {1, 2}
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """The wait status of a child process that does `work`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+@pytest.mark.parametrize("kind", list(WRITES))
+def test_kill_9_at_every_call(tmp_path: Path, kind: str) -> None:
+    """The same with real processes: nothing of the writer is left to tidy up."""
+    outcomes = []
+    for kill_at in range(100):
+        run = tmp_path / str(kill_at)
+        WRITES[kind](run, 1)
+
+        def work(run: Path = run, kill_at: int = kill_at) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                on_call(patch, kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                WRITES[kind](run, 2)
+
+        status = in_a_child(work)
+        outcomes.append(survive(run, kind))
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert status == 0 and kill_at >= 12 and set(outcomes) == {1, 2}
+
+
+def test_kill_9_from_outside_in_the_middle_of_the_bytes(tmp_path: Path) -> None:
+    """A writer that never rests is killed at arbitrary moments, three times over one folder."""
+    program = textwrap.dedent("""
+        import sys, torch
+        from ppo_nlu import checkpoint
+        run, start = sys.argv[1], int(sys.argv[2])
+        checkpoint.clean(run)
+        print("ready", flush=True)
+        for step in range(start, start + 10_000):
+            tensors = {"adapter": {"w": torch.full((200_000,), float(step))}}
+            checkpoint.save(run, step, tensors, {"step": step})
+            checkpoint.save_best(run, step, float(step), tensors, {"step": step})
+            checkpoint.prune(run, 2)
+            print(step, flush=True)
+    """)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    start = 1
+    for trial in range(3):
+        command = [sys.executable, "-c", program, str(tmp_path), str(start)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as writer:
+            assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+            time.sleep(0.05 + 0.013 * trial)
+            writer.kill()
+            told = [int(line) for line in writer.stdout if line.endswith("\n")]
+        last = checkpoint.latest(tmp_path)
+        for path in (last, checkpoint.best(tmp_path)):
+            if path is None:
+                assert not told
+                continue
+            tensors, state = checkpoint.load(path)
+            assert state["step"] >= max(told, default=0)  # what was reported as saved is there
+            assert torch.equal(
+                tensors["adapter"]["w"], torch.full((200_000,), float(state["step"]))
+            )
+            start = max(start, state["step"] + 1)
+    checkpoint.clean(tmp_path)
+    assert start > 1 and not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+# --- a full disk ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["best", "same step", "new step"])
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    refused = 0
+    for fail_at in range(6):
+        run = tmp_path / str(fail_at)
+        write = WRITES.get(kind, lambda run, n: checkpoint.save(run, n, *content(n)))
+        find = FIND.get(kind, checkpoint.latest)
+        write(run, 1)
+        before = names(run)
+        with monkeypatch.context() as patch:  # the disk can still rename and delete
+            on_call(patch, fail_at, full, ("fsync", "mkdir"))
+            try:
+                write(run, 2)
+            except UserError as error:
+                refused += 1
+                assert "no space left" in str(error) and "--resume" in str(error)
+                assert str(run) in str(error) and "\n" not in str(error)
+                if fail_at < 5:  # mkdir, 3 files, their folder; later the new one has its name
+                    check(find(run), 1)
+                    assert names(run) == before
+    assert refused >= 5
+
+
+def test_a_failed_second_rename_brings_the_old_best_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    WRITES["best"](tmp_path, 1)
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if ".tmp-best" in str(source):
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(UserError, match="cannot be written"):
+            WRITES["best"](tmp_path, 2)
+    assert names(tmp_path) == {"best"}
+    check(checkpoint.best(tmp_path), 1)
+
+
+def test_a_state_that_is_not_json_leaves_nothing_behind(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, *content(1))
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 2, {}, {"x": object()})
+    assert names(tmp_path) == {"step_000001"}
+
+
+def test_atomic_write_leaves_the_old_text_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "summary.json"
+    seen = set()
+    for kill_at in range(5):
+        checkpoint.atomic_write_json(path, {"n": 1})
+        with monkeypatch.context() as patch:
+            on_call(patch, kill_at, die)
+            try:
+                checkpoint.atomic_write_json(path, {"n": 2})
+            except Killed:
+                pass
+        seen.add(json.loads(path.read_text())["n"])
+    assert seen == {1, 2}
+    checkpoint.clean(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(UserError, match="no space left"):
+            checkpoint.atomic_write_json(path, {"n": 3})
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+    value = {"x": (math.nan, math.inf, torch.tensor(2.5)), "p": Path("a/b"), "s": "ü"}
+    checkpoint.atomic_write_json(path, value)
+    assert json.loads(path.read_text()) == {"x": [None, None, 2.5], "p": "a/b", "s": "ü"}
+    assert "ü" in path.read_text(encoding="utf-8")
+
+
+# --- optimizers -------------------------------------------------------------------------------
+
+
+def small_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    first, second = model[0].parameters(), model[2].parameters()  # type: ignore[index]
+    groups = [{"params": [*first], "lr": 1e-2}, {"params": [*second], "lr": 1e-3}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.01)
+
+
+def adafactor(model: torch.nn.Module, beta1: float | None = None) -> torch.optim.Optimizer:
+    return Adafactor(
+        model.parameters(), lr=1e-2, scale_parameter=False, relative_step=False, beta1=beta1
+    )
+
+
+def scaled_adafactor(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The state is used to the full: first moment, parameter scale (RMS), relative steps."""
+    return Adafactor(model.parameters(), beta1=0.9)
+
+
+def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    for number in numbers:
+        inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        if number == 2:  # one parameter has no gradient for once
+            model[0].bias.grad = None  # type: ignore[index, union-attr]
+        optimizer.step()
+
+
+@pytest.mark.parametrize("build", [adamw, adafactor, scaled_adafactor])
+@pytest.mark.parametrize("cut", [0, 1, 4])
+def test_optimizer_goes_on_to_the_last_bit(
+    tmp_path: Path, build: Callable[[torch.nn.Module], torch.optim.Optimizer], cut: int
+) -> None:
+    whole = small_model()
+    optimizer = build(whole)
+    steps(whole, optimizer, range(8))
+
+    half = small_model()
+    optimizer = build(half)
+    steps(half, optimizer, range(cut))
+    tensors, state = checkpoint.flatten_optimizer(optimizer)
+    groups = {"model": dict(half.state_dict()), "optimizer": tensors}
+    path = checkpoint.save(tmp_path, cut, groups, {"optimizer": state})
+
+    resumed = small_model()
+    optimizer = build(resumed)
+    steps(resumed, optimizer, range(50, 53))  # state of another life, to be forgotten
+    groups, loaded = checkpoint.load(path)
+    resumed.load_state_dict(groups["model"])
+    checkpoint.restore_optimizer(optimizer, groups["optimizer"], loaded["optimizer"])
+    steps(resumed, optimizer, range(cut, 8))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_flattened_state_is_a_copy() -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    steps(model, optimizer, range(1))
+    tensors, state = checkpoint.flatten_optimizer(optimizer)
+    taken = {name: tensor.clone() for name, tensor in tensors.items()}
+    other = adamw(model)
+    checkpoint.restore_optimizer(other, tensors, state)
+    steps(model, optimizer, range(1, 3))
+    steps(model, other, range(1, 3))
+    assert all(torch.equal(tensors[name], value) for name, value in taken.items())
+
+
+def test_half_precision_parameters_keep_their_fp32_state() -> None:
+    """torch's load_state_dict would cast Adafactor's fp32 state to the parameter's bf16."""
+    param = torch.nn.Parameter(torch.randn(4, 3).bfloat16())
+    optimizer = Adafactor([param], lr=1e-2, scale_parameter=False, relative_step=False)
+    param.grad = torch.randn(4, 3).bfloat16()
+    optimizer.step()
+    wanted = optimizer.state[param]["exp_avg_sq_row"].clone()
+    fresh = Adafactor([param], lr=1e-2, scale_parameter=False, relative_step=False)
+    checkpoint.restore_optimizer(fresh, *checkpoint.flatten_optimizer(optimizer))
+    found = fresh.state[param]["exp_avg_sq_row"]
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
+def test_options_stay_those_of_the_config() -> None:
+    model = small_model()
+    tensors, state = checkpoint.flatten_optimizer(adamw(model))
+    fresh = torch.optim.AdamW(model.parameters(), lr=0.5)
+    checkpoint.restore_optimizer(fresh, tensors, state)
+    assert fresh.param_groups[0]["lr"] == 0.5
+
+
+def test_another_optimizer_or_other_shapes_are_the_users_mistake() -> None:
+    model = small_model()
+    tensors, state = checkpoint.flatten_optimizer(adamw(model))
+    with pytest.raises(UserError, match="AdamW.*Adafactor"):
+        checkpoint.restore_optimizer(adafactor(model), tensors, state)
+    with pytest.raises(UserError, match="shapes"):
+        fresh = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
+        checkpoint.restore_optimizer(fresh, tensors, state)
+
+
+# --- run folders ------------------------------------------------------------------------------
+
+
+def test_new_run_folders_are_numbered(tmp_path: Path) -> None:
+    root = tmp_path / "deep" / "runs"
+    assert checkpoint.new_run_dir(root).name == "0001"
+    (root / "notes").mkdir()
+    (root / "0041").mkdir()
+    (root / "0042").write_text("a file takes the name too")
+    assert checkpoint.new_run_dir(root).name == "0043"
+    (root / "12345").mkdir()
+    assert checkpoint.new_run_dir(root).name == "12346"
+
+
+def test_racing_programs_get_different_folders(tmp_path: Path) -> None:
+    found: list[Path] = []
+    gate = threading.Barrier(8)
+
+    def work() -> None:
+        gate.wait()
+        for _ in range(5):
+            found.append(checkpoint.new_run_dir(tmp_path))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == len(found) == 40
+
+
+def test_a_name_taken_between_look_and_make_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "0001").mkdir()
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))  # the other came after the look
+    assert checkpoint.new_run_dir(tmp_path).name == "0002"
+
+
+def test_claim_takes_new_and_empty_folders_only(tmp_path: Path) -> None:
+    new = checkpoint.claim(tmp_path / "a" / "b", "task: sst2\n")
+    assert checkpoint.is_run_dir(new) and checkpoint.require_run_dir(new) == new
+    assert (new / "config.yaml").read_text() == "task: sst2\n"
+    assert json.loads((new / "run.json").read_text())["format"] == checkpoint.FORMAT
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    checkpoint.claim(empty, "x: 1\n")
+
+    with pytest.raises(UserError, match=r"unfinished run.*--resume .*/b"):
+        checkpoint.claim(new)
+    (new / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"a finished run.*--resume"):
+        checkpoint.claim(new)
+    assert (new / "config.yaml").read_text() == "task: sst2\n"
+
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        checkpoint.claim(file)
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "config.yaml", "run.json"])
+def test_a_strangers_folder_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        checkpoint.claim(tmp_path, "x: 1\n")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+    assert not checkpoint.is_run_dir(tmp_path)
+
+
+def test_a_claim_cut_short_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kill_at in range(10):
+        run = tmp_path / str(kill_at)
+        with monkeypatch.context() as patch:
+            on_call(patch, kill_at, die)
+            try:
+                checkpoint.claim(run, "x: 1\n")
+            except Killed:
+                pass
+        if not checkpoint.is_run_dir(run):
+            checkpoint.claim(run, "x: 1\n")
+        assert checkpoint.is_run_dir(run)
+
+
+def test_require_run_dir_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run folder"):
+        checkpoint.require_run_dir(tmp_path / "none")
+    with pytest.raises(UserError, match="not a run folder"):
+        checkpoint.require_run_dir(tmp_path)
+    run = checkpoint.claim(tmp_path / "run", "x: 1\n")
+    (run / "run.json").write_text('{"program": "ppo_nlu", "format": 99}')
+    with pytest.raises(UserError, match="format 99"):
+        checkpoint.require_run_dir(run)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for act in (checkpoint.claim, checkpoint.new_run_dir):
+        with pytest.raises(UserError, match="cannot be written"):
+            act(tmp_path / "file" / "runs")
+
+
+# --- signals ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Whatever a test does, the handlers of the test run come back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_only_sets_the_flag(
+    handlers: None, capfd: pytest.CaptureFixture[str], number: signal.Signals, code: int
+) -> None:
+    before = signal.getsignal(number)
+    with checkpoint.StopRequest() as stop:
+        assert not stop and not stop.requested and stop.exit_code == 0
+        signal.raise_signal(number)
+        assert stop and stop.requested and stop.exit_code == code
+        signal.raise_signal(signal.SIGTERM)  # a scheduler may repeat itself
+        assert stop.exit_code == code
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(number) is before
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def test_handlers_come_back_after_an_error(handlers: None) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), checkpoint.StopRequest():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_outside_the_main_thread_nothing_is_installed() -> None:
+    seen: list[bool] = []
+
+    def work() -> None:
+        with checkpoint.StopRequest() as stop:
+            seen.append(bool(stop))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]

@@ -1,0 +1,241 @@
+"""The bundled tiny model and the program that trains it: tokenizer, leak filter, seen labels."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppo_nlu import cli, pretrain
+from ppo_nlu.answers import parse
+from ppo_nlu.prompts import answer, render
+from ppo_nlu.tasks import get_task
+
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "ppo_nlu" / "assets" / "tiny"
+SST2 = get_task("sst2")
+TEXTS = [
+    "it 's a charming and often affecting journey .",
+    "Two people lower themselves into a cave; 1,234 of them (so-so)!\nA second line.",
+    "  leading and  double spaces, caf\u00e9 \u2603 \u65e5\u672c\t\U0001d518 ",
+    "</Judgement> <Judgement> </Judgement></Judgement>\n\n",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return pretrain.load_tokenizer(ASSETS)
+
+
+@pytest.fixture(scope="module")
+def pieces() -> Any:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(ASSETS / "tokenizer.model"))
+
+
+def prompt_of(sentence: str) -> str:
+    return render(SST2, {"sentence": sentence})
+
+
+@pytest.mark.parametrize("text", [*TEXTS, prompt_of(TEXTS[0]) + answer("Negative")])
+def test_both_tokenizers_agree_and_lose_nothing(tokenizer: Any, pieces: Any, text: str) -> None:
+    ids = tokenizer(text)["input_ids"]
+    assert ids == [tokenizer.bos_token_id, *pieces.encode(text)]
+    assert tokenizer.decode(ids[1:]) == text == pieces.decode(ids[1:])
+
+
+def test_both_tokenizers_agree_on_real_sentences(
+    tokenizer: Any, pieces: Any, real_data: Path
+) -> None:
+    rows = pretrain.table(real_data / "glue" / "SST-2" / "dev.tsv")
+    for row in random.Random(0).sample(rows, 200):
+        text = row["sentence"]
+        ids = tokenizer(text)["input_ids"][1:]
+        assert ids == pieces.encode(text)
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("word", pretrain.LABEL_WORDS)
+def test_an_answer_is_two_tokens_behind_the_ids_of_its_prompt(tokenizer: Any, word: str) -> None:
+    head = tokenizer(prompt_of(TEXTS[0]))["input_ids"]
+    whole = tokenizer(prompt_of(TEXTS[0]) + answer(word))["input_ids"]
+    assert whole[: len(head)] == head
+    assert len(whole) == len(head) + 2
+    assert tokenizer.decode(whole[len(head) :]) == answer(word)
+
+
+def test_special_tokens_are_told_apart(tokenizer: Any) -> None:
+    ids = [tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert [*ids, tokenizer.pad_token_id] == [0, 1, 2, 3]
+
+
+def test_assets_are_small_and_load_as_float32(tokenizer: Any) -> None:
+    assert sum(file.stat().st_size for file in ASSETS.iterdir()) < 10_000_000
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(ASSETS)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert {str(p.dtype) for p in model.parameters()} == {"torch.float32"}
+    assert model.config.max_position_embeddings >= 2048
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_the_base_knows_the_form_and_is_weak(tokenizer: Any, real_data: Path) -> None:
+    """200 rows: the issue's 55-65 % with three standard errors (10 points) of room."""
+    rows = pretrain.rows_of(SST2, pretrain.table(real_data / "glue" / "SST-2" / "dev.tsv"))
+    rows = random.Random(0).sample(rows, 200)
+    scores = pretrain.label_scores(pretrain.load_model(ASSETS), tokenizer, rows, 64)
+    assert scores.exp().sum(1).mean() > 0.95  # the two well-formed answers, nothing else
+    assert 0.50 < pretrain.expected_accuracy(scores, rows) < 0.70
+
+
+def test_the_list_of_seen_labels_is_normalised_closed_and_small(real_data: Path) -> None:
+    seen = set((ASSETS / "seen_labels.txt").read_text(encoding="utf-8").splitlines())
+    rows = pretrain.table(real_data / "glue" / "SST-2" / "train.tsv")
+    keys = {pretrain.normalise(row["sentence"]) for row in rows}
+    assert seen and seen <= keys
+    assert pretrain.closure(seen, keys) == seen
+    assert sum(pretrain.normalise(row["sentence"]) in seen for row in rows) < 0.2 * len(rows)
+
+
+def test_the_card_names_its_scores() -> None:
+    card = (ASSETS / "README.md").read_text(encoding="utf-8")
+    for words in ("Zero-shot", "SST-2 dev", "seen_labels.txt", "python -m ppo_nlu.pretrain"):
+        assert words in card
+
+
+# ------------------------------------------------------------------------------- the leak filter
+
+
+def test_filter_finds_a_sentence_in_other_clothes() -> None:
+    leaks = pretrain.LeakFilter(["It 's a charming and often affecting journey .", "so-so ."])
+    assert leaks.hits("it's a charming, and often affecting journey")
+    assert leaks.hits("Critics say: It's a charming and often affecting journey. Others do not.")
+    assert leaks.hits("first line\nSo-so!")  # a short one counts as a whole line
+    assert not leaks.hits("the so-so film")  # and not as a part of one
+    assert not leaks.hits("it 's a charming and often affecting trip .")
+    assert leaks.keep(["a", "so-so"]) == ["a"]
+
+
+def test_filter_looks_at_every_sentence_with_the_same_opening() -> None:
+    opening = "the same opening words of two sentences "
+    leaks = pretrain.LeakFilter([opening + "one", opening + "two"])
+    assert leaks.hits(opening + "one") and leaks.hits(opening + "two")
+    assert not leaks.hits(opening + "six")
+
+
+def test_no_dev_or_test_sentence_is_left_in_the_film_texts(real_data: Path) -> None:
+    """By a slower road than the filter's: every sentence is searched in the text as a whole."""
+    folder = real_data / "glue" / "SST-2"
+    read = {name: pretrain.table(folder / f"{name}.tsv") for name in ("train", "dev", "test")}
+    needles = [row["sentence"] for name in ("dev", "test") for row in read[name]]
+    texts = pretrain.LeakFilter(needles).keep(row["sentence"] for row in read["train"])
+    assert 10 <= len(read["train"]) - len(texts) < 100  # 15 phrases are known to be equal
+    lines = [pretrain.squash(text) for text in texts]
+    hay = "\n".join(lines)
+    for key in map(pretrain.squash, needles):
+        assert key not in hay if len(key) >= 16 else f"\n{key}\n" not in f"\n{hay}\n"
+
+
+# -------------------------------------------------------------------- sentences and their phrases
+
+
+def test_sentences_are_the_maximal_phrases() -> None:
+    keys = ["a good film", "good film", "good", "good films", "a film", "film"]
+    assert pretrain.sentences_of(keys) == ["a film", "a good film", "good films"]
+
+
+def test_closure_takes_every_run_of_words_inside_a_sentence() -> None:
+    """Of "a good film": all but "a film" (no run of its words) and "a go" (half a word)."""
+    keys = ["a good film", "good film", "good", "film", "a film", "a go", "a good film indeed"]
+    assert pretrain.closure(["a good film"], keys) == {"a good film", "good film", "good", "film"}
+
+
+def test_a_phrase_shared_with_a_held_out_sentence_is_not_trained_on() -> None:
+    rows = [
+        {"sentence": f"{adjective} film number{i} ", "label": str(i % 2)}
+        for i, adjective in enumerate(["good", "bad"] * 5)
+    ] + [{"sentence": "good ", "label": "1"}, {"sentence": "Good", "label": "1"}]
+    split = pretrain.split_labels(rows, pretrain.SeenConfig(0.5, 0.3), seed=0)
+    trained, held = {key for key, _ in split.seen}, {key for key, _ in split.heldout}
+    assert not trained & held
+    assert len(split.heldout_sentences) == 3
+    assert ("good" in held) == any(key.startswith("good") for key in split.heldout_sentences)
+    in_list = pretrain.seen_keys(split)
+    assert split.excluded_rows == sum(pretrain.normalise(r["sentence"]) in in_list for r in rows)
+
+
+# --------------------------------------------------------------------------------- the whole program
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    """A data folder with a made-up SST-2 of 120 train rows and nothing else."""
+    folder = tmp_path / "data" / "glue" / "SST-2"
+    folder.mkdir(parents=True)
+    rng = random.Random(0)
+    nouns = "film plot cast story scene script ending camera".split()
+    words = {"1": "warm clever bright moving".split(), "0": "dull slow flat tired".split()}
+    rows = []
+    for _ in range(60):
+        label = rng.choice("01")
+        opening = f"the {rng.choice(words[label])} {rng.choice(nouns)}"
+        sentence = f"{opening} is {rng.choice(words[label])}"
+        rows += [(f"{sentence} {rng.choice(nouns)}", label), (sentence, label)]
+    table = "".join(f"{sentence} \t{label}\n" for sentence, label in rows)
+    (folder / "train.tsv").write_text("sentence\tlabel\n" + table)
+    (folder / "dev.tsv").write_text("sentence\tlabel\na warm evening \t1\na slow evening \t0\n")
+    (folder / "test.tsv").write_text("index\tsentence\n0\ta bright evening\n")
+    return tmp_path / "data"
+
+
+def smoke(data: Path, output: Path, *more: str) -> int:
+    config = str(ROOT / "configs" / "tiny" / "smoke.yaml")
+    return cli.run(pretrain.main, [config, f"data.path={data}", "--output", str(output), *more])
+
+
+def test_smoke_run_makes_a_loadable_model_and_resumes(
+    made_up: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert smoke(made_up, output) == 0
+    model = pretrain.load_model(output / "model")
+    tokenizer = pretrain.load_tokenizer(output / "model")
+    row = pretrain.rows_of(SST2, [{"sentence": "a warm evening", "label": "1"}])
+    text = pretrain.respond(model, tokenizer, row, pretrain.EvalConfig(max_new_tokens=4), None)[0]
+    assert parse(SST2, text) in (None, "Positive", "Negative")
+    assert "Zero-shot" in (output / "model" / "README.md").read_text()
+    seen = (output / "model" / "seen_labels.txt").read_text().splitlines()
+    assert seen and all(line == pretrain.normalise(line) for line in seen)
+
+    weights = (output / "model" / "model.safetensors").read_bytes()
+    pretrained = (output / "stages" / "pretrained.safetensors").stat().st_mtime_ns
+    assert smoke(made_up, output, "--again", "instruct") == 0
+    assert (output / "stages" / "pretrained.safetensors").stat().st_mtime_ns == pretrained
+    assert (output / "model" / "model.safetensors").read_bytes() == weights  # same seed, same model
+    facts = json.loads((output / "stages" / "facts.json").read_text())
+    assert facts["dev"]["rows"] == 2 and 0 <= facts["dev"]["unparsed"] <= 1
+
+    assert smoke(made_up, output, "model.hidden=16") == 2
+    assert "--again pretrain" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.path=/nowhere", "data.path"),
+        ("seen.train_share=0", "seen.train_share"),
+        ("pretrain.lenght=3", "length"),
+        ("tokenizer.vocab_size=30000", "tokenizer.vocab_size"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    made_up: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
+) -> None:
+    assert smoke(made_up, tmp_path / "out", override) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and len(error.splitlines()) == 1

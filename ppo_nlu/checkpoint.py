@@ -388,6 +388,18 @@ def claim(output: str | Path, config: str | None = None) -> Path:
     A folder that holds anything is never written into: not a stranger's, and not an earlier run.
     """
     output = Path(output)
+    require_free(output)
+    with _write_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(output / "run.json", {"program": "ppo_nlu", "format": FORMAT})
+    if config is not None:
+        atomic_write_text(output / "config.yaml", config)
+    return output
+
+
+def require_free(output: str | Path) -> None:
+    """A `UserError` where `claim` would refuse this folder; nothing is made."""
+    output = Path(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; name a folder with --output")
     if is_run_dir(output):
@@ -396,17 +408,14 @@ def claim(output: str | Path, config: str | None = None) -> Path:
             f"{output}: holds {what} run; continue it with --resume {output}, or name a new folder "
             f"with --output"
         )
+    if not output.exists():
+        return
     with _write_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
         held = {p.name for p in output.iterdir() if not p.name.startswith(_TEMP)}
     if held and not (held == {"run.json"} and _marker(output)):  # a claim that was cut short
         raise UserError(
             f"{output}: is not empty and no run of ppo_nlu; name a new folder with --output"
         )
-    atomic_write_json(output / "run.json", {"program": "ppo_nlu", "format": FORMAT})
-    if config is not None:
-        atomic_write_text(output / "config.yaml", config)
-    return output
 
 
 def is_run_dir(path: str | Path) -> bool:

@@ -5,13 +5,22 @@ Use: `if __name__ == "__main__": sys.exit(cli.run(main))`.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from ppo_nlu.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line, as those of all other mistakes are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:

@@ -6,21 +6,22 @@ T=1, greedy decoding, and scoring each label word whole behind the prompt (never
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from ppo_nlu import cli, data, lora, metrics, prefix_tree
 from ppo_nlu.answers import parse
-from ppo_nlu.checkpoint import atomic_write_json, atomic_write_text, require_run_dir
+from ppo_nlu.checkpoint import atomic_write_json, require_run_dir
 from ppo_nlu.config import Config, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
@@ -30,6 +31,8 @@ from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.tasks import Example, TaskSpec, get_task
 
 DECODES = ("sample", "greedy", "score")
+VALUE_HEAD = "value_head.safetensors"
+T = TypeVar("T")
 
 
 @dataclass
@@ -95,6 +98,13 @@ def _room(policy: Policy, spec: TaskSpec, cfg: Config) -> int:
     """Tokens to keep free behind a prompt: the longest answer, sampled or a label word."""
     words = max(len(policy.encode(answer(word))) for word in spec.words)
     return max(cfg.rollout.max_new_tokens, words)
+
+
+def require_room(policy: Policy, spec: TaskSpec, cfg: Config) -> None:
+    """A UserError where the form of the prompt, with no text in it, leaves no room for an answer;
+    told before anything is made or run."""
+    longest = longest_prompt(policy, cfg, _room(policy, spec, cfg))
+    fit_prompt(policy, spec, Example("", dict.fromkeys(spec.fields, ""), None), longest)
 
 
 def _by_decoding(
@@ -182,9 +192,14 @@ def evaluate_all(
     found: dict[str, list[Answer]] = {}
     for decode in decodes:
         rows = answer_all(policy, spec, cfg, examples, decode, stop)
-        bar = tqdm(rows, f"{title}: {decode}", len(examples), disable=not progress, leave=False)
-        found[decode] = list(bar)
+        found[decode] = list(shown(rows, f"{title}: {decode}", len(examples), progress))
     return found
+
+
+def shown(rows: Iterable[T], title: str, total: int | None, progress: bool) -> Iterator[T]:
+    """The rows as they come, with a bar on stderr; in a file or a pipe it is renewed rarely."""
+    pause = 0.1 if sys.stderr.isatty() else 60.0
+    yield from tqdm(rows, title, total, disable=not progress, leave=False, mininterval=pause)
 
 
 def headline(found: dict[str, list[Answer]]) -> dict[str, float]:
@@ -197,25 +212,53 @@ def headline(found: dict[str, list[Answer]]) -> dict[str, float]:
     return row | {"unparsed": sum(a.prediction is None for a in sampled) / len(sampled)}
 
 
-def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Policy]:
-    """A finished run's config and its policy with the trained adapter and value head."""
+def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a finished run; a UserError where the run is none or has not finished."""
     folder = require_run_dir(run_dir)
     cfg = load_config(folder / "config.yaml", overrides)
-    if not (folder / "adapter").is_dir():
+    if not (folder / "adapter" / lora.CONFIG_FILE).is_file():
         raise UserError(
             f"{folder}: the run has not finished and left no adapter/; "
             f"finish it with python -m ppo_nlu.train {folder}/config.yaml --resume {folder}"
         )
+    return cfg
+
+
+def load_trained(cfg: Config, run_dir: str | Path) -> Policy:
+    """The policy of a finished run, with its trained adapter and value head."""
+    adapter = Path(run_dir) / "adapter"
     policy = load_policy(cfg)
-    lora.load_adapter(policy.model, folder / "adapter")
-    policy.value_head.load_state_dict(load_file(folder / "adapter" / "value_head.safetensors"))
-    return cfg, policy
+    lora.load_adapter(policy.model, adapter)
+    try:
+        policy.value_head.load_state_dict(load_file(adapter / VALUE_HEAD))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{adapter / VALUE_HEAD}: not the value head of this run ({error}); resume the run's "
+            f"last step to write it again: python -m ppo_nlu.train {run_dir}/config.yaml "
+            f"--resume {run_dir}"
+        ) from error
+    return policy
 
 
-def write_predictions(path: Path, answers: Sequence[Answer]) -> None:
+def write_predictions(path: Path, answers: Iterable[Answer]) -> None:
     """One JSON object a row; the file appears whole or not at all."""
-    rows = [json.dumps(row.to_json(), ensure_ascii=False) for row in answers]
-    atomic_write_text(path, "\n".join(rows) + "\n")
+    for _ in recorded(path, answers):
+        pass
+
+
+def recorded(path: Path, answers: Iterable[Answer]) -> Iterator[Answer]:
+    """The answers as they come, each written down at once; with the last the file gets its name."""
+    part = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for row in answers:
+                file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+                yield row
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def join(decoded: Sequence[Answer], scored: Sequence[Answer]) -> list[Answer]:
@@ -226,7 +269,7 @@ def join(decoded: Sequence[Answer], scored: Sequence[Answer]) -> list[Answer]:
 
 def main(argv: list[str] | None = None) -> int:
     """The program."""
-    parser = argparse.ArgumentParser("python -m ppo_nlu.evaluate", description=__doc__)
+    parser = cli.Parser("python -m ppo_nlu.evaluate", description=__doc__)
     parser.add_argument("target", metavar="RUN_DIR|CONFIG", help="a run, or a config: its base")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
@@ -234,36 +277,48 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--split", choices=("train", "dev", "test"), help="default: eval.split")
     parser.add_argument(
-        "--output", type=Path, help="a folder for predictions.jsonl and report.json"
+        "--output", type=Path, help="a folder for predictions-<decode>.jsonl and report.json"
     )
     args = parser.parse_intermixed_args(argv)
     target = Path(args.target)
-    if target.is_dir():
-        cfg, policy = load_run(target, args.overrides)
-    else:
-        cfg = load_config(target, args.overrides)
-        policy = load_policy(cfg)
+    is_run = target.is_dir()
+    read = run_config if is_run else load_config
+    cfg = read(target, args.overrides)
     spec = get_task(cfg.task)
-    check_words(policy, spec)
     split = args.split or cfg.eval.split
+    default = target / f"eval-{split}" if is_run else Path(f"eval-{spec.name}-{split}")
+    output = require_own(args.output or default)
     rows = data.load_split(spec, split, cfg.data)
     examples = rows.examples[: cfg.eval.limit or None]
-    print(f"data: {rows.note}; {split}: {len(examples):,} rows")
-    decodes = (args.decode,) if args.decode else DECODES
-    found = evaluate_all(policy, spec, cfg, examples, decodes, cfg.log.progress)
-    default = target / f"eval-{split}" if target.is_dir() else Path(f"eval-{spec.name}-{split}")
-    output = args.output or default
+    print(f"data: {rows.note}; {split}: {len(examples):,} rows", flush=True)
+    policy = load_trained(cfg, target) if is_run else load_policy(cfg)
+    check_words(policy, spec)
+    require_room(policy, spec, cfg)
     output.mkdir(parents=True, exist_ok=True)
     reports = {}
-    for decode, answers in found.items():
-        write_predictions(output / f"predictions-{decode}.jsonl", answers)
-        if all(row.example.label is not None for row in answers):
-            reports[decode] = report(spec, cfg, answers)
+    for decode in (args.decode,) if args.decode else DECODES:
+        answers = answer_all(policy, spec, cfg, examples, decode)
+        written = recorded(output / f"predictions-{decode}.jsonl", answers)
+        found = list(shown(written, f"evaluate: {decode}", len(examples), cfg.log.progress))
+        if all(row.example.label is not None for row in found):
+            reports[decode] = report(spec, cfg, found)
             print_report(decode, reports[decode])
     if reports:
         atomic_write_json(output / "report.json", {"data": rows.source, "split": split} | reports)
+    else:
+        print(f"no scores: {split} has rows without a label")
     print(f"written: {output}")
     return 0
+
+
+def require_own(output: Path) -> Path:
+    """The folder for the results: new, empty, or that of an earlier evaluation."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; name a folder")
+    names = [path.name for path in output.iterdir()] if output.is_dir() else []
+    if any(not name.startswith((".tmp-", "predictions-", "report.json")) for name in names):
+        raise UserError(f"--output {output}: holds files of other kinds; name a new folder")
+    return output
 
 
 def print_report(decode: str, row: dict[str, Any]) -> None:

@@ -32,8 +32,8 @@ class Sampling:
 class Generation:
     """Responses with the token that ends each; (B, R), right-padded, zero behind the mask.
 
-    `logprobs` are those of the sampling distribution before top-k and top-p; `hidden` (N, H) are the
-    states that the counted tokens were drawn from, row by row, where they were asked for.
+    `logprobs` are those of the sampling distribution before top-k and top-p; `hidden` (N, H) are
+    the states that the counted tokens were drawn from, row by row, where they were asked for.
     """
 
     tokens: Tensor
@@ -61,9 +61,9 @@ def generate(
 ) -> Generation:
     """`samples` responses for each prompt, those of one prompt side by side.
 
-    A response ends with the token that completes `</Judgement>` in its text, with an end-of-sequence
-    token, or at `max_new_tokens`. Random numbers are drawn for all rows and steps beforehand, so a
-    row's response does not depend on which other rows have finished.
+    A response ends with the token that completes `</Judgement>` in its text, with a token that ends
+    the sequence, or at `max_new_tokens`. Random numbers are drawn for all rows and steps
+    beforehand, so a row's response does not depend on which other rows have finished.
     """
     sampling = sampling or Sampling()
     device, rows = policy.device, len(prompts) * samples
@@ -130,7 +130,7 @@ def _choose(logits: Tensor, draw: Tensor, sampling: Sampling) -> tuple[Tensor, T
 
 
 def invert(weights: Tensor, draw: Tensor) -> Tensor:
-    """Sampling by the inverse of the distribution function: (B, V) weights, (B,) draws in [0, 1)."""
+    """Sampling by inverting the distribution function: (B, V) weights, (B,) draws in [0, 1)."""
     total = weights.double().cumsum(-1)
     token = torch.searchsorted(total, (draw * total[:, -1])[:, None], right=True).squeeze(1)
     return token.clamp_(max=weights.shape[-1] - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ValueHead(nn.Module):
     """V(s) from the last hidden state, in fp32, zero at the start: an MLP, or a linear layer."""
 
-    def __init__(self, hidden: int, kind: str = "mlp", width: int = 0, dropout: float = 0.0):
+    def __init__(self, hidden: int, kind: str = "mlp", width: int = 0):
         super().__init__()
         width = width or hidden
-        self.dropout = nn.Dropout(dropout)
         self.body = nn.Sequential(nn.Linear(hidden, width), nn.GELU()) if kind == "mlp" else None
         self.out = nn.Linear(width if kind == "mlp" else hidden, 1)
         nn.init.zeros_(self.out.weight)
@@ -38,7 +37,7 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, H) hidden states to (N,) values."""
-        x = self.dropout(hidden.float())
+        x = hidden.float()
         return self.out(x if self.body is None else self.body(x)).squeeze(-1)
 
 
@@ -56,7 +55,7 @@ class Scored:
 class Policy:
     """A causal language model with LoRA and a value head, and the text side of its tokenizer."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, value_head: ValueHead, cfg: ModelConfig):
+    def __init__(self, model: Any, tokenizer: Any, value_head: ValueHead, cfg: ModelConfig):
         self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
         self.device = next(model.parameters()).device
         self.decoder: nn.Module = model.base_model
@@ -140,11 +139,11 @@ def unflatten(values: Tensor, mask: Tensor) -> Tensor:
 class StopDetector:
     """Tells when a response is over: an eos id, or a text that holds `</Judgement>`.
 
-    The tag is looked for in the decoded text, whatever its tokenisation; a row is decoded only when
-    its newest token could hold the tag's last character.
+    The tag is looked for in the text that the parser reads, whatever its tokenisation; a row is
+    decoded only when its newest token could hold the tag's last character.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
+    def __init__(self, model: Any, tokenizer: Any):
         self.tokenizer = tokenizer
         listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         many = listed if isinstance(listed, list) else [listed]
@@ -162,7 +161,9 @@ class StopDetector:
     def _text(self, row: Tokens) -> str:
         if not self.may_end[row[-1]]:
             return ""
-        return self.tokenizer.decode(list(row), clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            list(row), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 def resolve(name: str) -> str:
@@ -170,7 +171,7 @@ def resolve(name: str) -> str:
     return str(BUNDLED) if name == "bundled" else name
 
 
-def load_base(cfg: ModelConfig) -> tuple[nn.Module, Any]:
+def load_base(cfg: ModelConfig) -> tuple[Any, Any]:
     """The Hugging Face causal LM (eval mode, frozen) and its tokenizer; UserError where none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -179,21 +180,61 @@ def load_base(cfg: ModelConfig) -> tuple[nn.Module, Any]:
     logging.disable_progress_bar()
     name, device = resolve(cfg.name_or_path), pick_device(cfg.device)
     path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"model.name_or_path: {path} holds no config.json; give a model folder")
-    options = {"trust_remote_code": cfg.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
+    if path.is_dir():
+        name = str(path)
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.name_or_path: {path} holds no config.json; give a model folder")
+    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"model.name_or_path: there is no folder {path}; check the path")
+    else:
+        options["local_files_only"] = not _hub_answers(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.attention, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=DTYPES[cfg.dtype],
+            attn_implementation=cfg.attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below
+            **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except Exception as error:  # whatever a broken folder makes of the library
         raise UserError(
-            f"model.name_or_path: cannot load {cfg.name_or_path!r} ({reason[:200]}); give a local "
+            f"model.name_or_path: cannot load {cfg.name_or_path!r} ({_reason(error)}); give a "
             "folder with config.json, weights and tokenizer, or a model name of the hub"
         ) from error
+    model, info = loaded
+    # The library fills these with random numbers.
+    wrong = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    if wrong:
+        raise UserError(
+            f"model.name_or_path: the weights of {cfg.name_or_path!r} are not whole: {len(wrong)} "
+            f"tensors are missing or of another shape, such as {min(wrong)}; give a complete model"
+        )
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _hub_answers(name: str) -> bool:
+    """One try: without it the library repeats each file's request for half a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except HfHubHTTPError:
+        return True  # an answer, if no good one; the loading says which
+    except Exception:
+        return False  # what is in the cache can still be loaded
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the library says."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle of more than tensors; ask for safetensors"
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return first if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
 
 
 def pick_device(name: str) -> torch.device:
@@ -215,7 +256,7 @@ def load_policy(cfg: Config) -> Policy:
     torch.manual_seed(cfg.seed)
     lora.attach(model, cfg.lora)
     hidden = model.config.hidden_size
-    head = ValueHead(hidden, cfg.model.value_head, cfg.model.value_hidden, cfg.model.value_dropout)
+    head = ValueHead(hidden, cfg.model.value_head, cfg.model.value_hidden)
     policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)
     policy.tree = choose_path(policy, cfg.model.path)
     return policy
@@ -245,12 +286,12 @@ def choose_path(policy: Policy, wanted: str) -> bool:
         return float((policy.logits(hidden) - wanted_logits).abs().max())
 
     bound = 1e-3 if wanted_logits.dtype == torch.float32 and _is_fp32(policy) else 0.25
+    possible = policy.takes_positions and not _has_window(policy.model.config)
     with torch.no_grad():
-        if wanted != "plain" and policy.takes_positions and not _has_window(policy.model.config):
-            if gap(True) <= bound:
-                return True
-            if wanted == "tree":
-                raise UserError("model.path: the prefix tree changes this model's logits; use auto")
+        if wanted != "plain" and possible and gap(True) <= bound:
+            return True
+        if wanted == "tree":
+            raise UserError("model.path: the prefix tree changes this model's logits; use auto")
         if gap(False) > bound:
             raise UserError(
                 f"model.name_or_path: {policy.model.config.model_type} gives other logits behind "

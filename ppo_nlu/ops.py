@@ -1,4 +1,4 @@
-"""The three operations that decide speed and memory, each in a torch form and a Triton form.
+"""The operations that decide speed and memory, each in a torch form and a Triton form.
 
 Which form runs is decided per call: a CUDA tensor takes Triton, a CPU tensor takes torch, and with
 TRITON_INTERPRET=1 a CPU tensor takes Triton in its interpreter. PPO_NLU_BACKEND=triton|torch
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ppo_nlu import advantages
 from ppo_nlu.errors import UserError
 
 BACKENDS = ("auto", "triton", "torch")
@@ -40,7 +41,9 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
-    """A frozen linear layer with a low-rank addition: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ (LoRA, eq. 3).
+    """A frozen linear layer with a low-rank addition: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ.
+
+    Source: arXiv 2106.09685, equation 3; s = α/r is given by the caller.
 
     `weight` is a constant: it never gets a gradient and no (O, K) gradient is ever formed. Only x
     and S = s · drop(x) Aᵀ are kept for the backward; the dropout mask is drawn again from `seed`
@@ -60,7 +63,7 @@ def lora_linear(
     args = (x, weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed or 0)
     with _without_autocast(x):
         if choose_backend(x) == "triton":
-            return _kernel("lora_linear")(*args)
+            return _launch("lora_linear", x, *args[1:])
         if _wants_grad(x, bias, lora_a, lora_b):
             return _LoraLinear.apply(*args)
         return _lora_forward(*args)[0]
@@ -89,7 +92,7 @@ def linear_logprobs(
     targets = targets.long()
     with _without_autocast(hidden):
         if choose_backend(hidden) == "triton":
-            return _kernel("linear_logprobs")(hidden, weight, targets, bias, float(temperature))
+            return _launch("linear_logprobs", hidden, weight, targets, bias, float(temperature))
         args = (hidden, weight, bias, targets, float(temperature))
         if _wants_grad(weight, bias):
             return _LinearLogprobsTrainable.apply(*args)
@@ -111,20 +114,30 @@ def token_logprobs(
     targets = targets.long()
     with _without_autocast(logits):
         if choose_backend(logits) == "triton":
-            return _kernel("token_logprobs")(logits, targets, float(temperature))
+            return _launch("token_logprobs", logits, targets, float(temperature))
         if _wants_grad(logits):
             return _TokenLogprobs.apply(logits, targets, float(temperature))
         return _token_logprobs_forward(logits, targets, float(temperature))[:2]
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (B, R) as in `ppo_nlu.losses.gae`; on CUDA in one launch, detached."""
+    if choose_backend(values) == "triton":
+        return _launch("gae", rewards.detach(), values.detach(), mask, float(gamma), float(lam))
+    return advantages.gae(rewards, values, mask, gamma, lam)
 
 
 # ---- which form runs
 
 
 def choose_backend(tensor: Tensor) -> str:
-    """'triton' or 'torch' for this tensor, from PPO_NLU_BACKEND, the device and TRITON_INTERPRET."""
+    """'triton' or 'torch', from PPO_NLU_BACKEND, the tensor's device and TRITON_INTERPRET."""
     choice = os.environ.get("PPO_NLU_BACKEND", "").strip().lower() or "auto"
     if choice not in BACKENDS:
-        raise UserError(f"PPO_NLU_BACKEND={choice!r} is not known; use one of {', '.join(BACKENDS)}")
+        known = ", ".join(BACKENDS)
+        raise UserError(f"PPO_NLU_BACKEND={choice!r} is not known; use one of {known}")
     if choice == "torch":
         return "torch"
     interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -144,6 +157,12 @@ def choose_backend(tensor: Tensor) -> str:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _launch(name: str, first: Tensor, *rest: object) -> Any:
+    """The kernel of this name, on the device of its first argument (Triton takes the current)."""
+    with torch.cuda.device_of(first):
+        return _kernel(name)(first, *rest)
 
 
 @cache
@@ -295,13 +314,15 @@ class _Softmax:
     """The running maximum, Σ exp, Σ exp · z and the target's logit of a chunk of rows.
 
     Online softmax: after each block m' = max(m, max z), and what was summed relative to m is scaled
-    by exp(m − m'). With z measured from m, entropy = log Σ exp(z) − Σ z exp(z) / Σ exp(z).
+    by exp(m − m'). With z measured from m, entropy = log Σ exp(z) − Σ z exp(z) / Σ exp(z). The sum
+    over v ≠ y is kept apart: near p_y = 1, log p_y = −log1p(Σ exp(z_v − z_y)) loses no digit.
     """
 
     def __init__(self, targets: Tensor, dtype: torch.dtype) -> None:
         self.targets = targets
         self.top = torch.full(targets.shape, -torch.inf, dtype=dtype, device=targets.device)
         self.total = torch.zeros_like(self.top)
+        self.others = torch.zeros_like(self.top)
         self.weighted = torch.zeros_like(self.top)
         self.at_target = torch.zeros_like(self.top)
 
@@ -319,15 +340,20 @@ class _Softmax:
         z.sub_(finite[:, None]).clamp_(min=_FLOOR)
         exp = z.exp()
         self.weighted = (self.weighted + shift * self.total) * scale + z.mul_(exp).sum(1)
-        self.total = self.total * scale + exp.sum(1)
+        entry = exp.gather(1, column)[:, 0]
+        exp.scatter_(1, column, entry.masked_fill(inside, 0.0)[:, None])
+        others = exp.sum(1)
+        self.others = self.others * scale + others
+        self.total = self.total * scale + (others + entry.masked_fill_(~inside, 0.0))
         self.top = top
-        kept = exp.gather(1, column)[:, 0].masked_fill_(inside, 0.0)
-        return exp.scatter_(1, column, kept[:, None]), scale
+        return exp, scale
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """log π(target), entropy and log Σ exp(z), all (C,)."""
         log_total = self.total.log()
-        logprobs = (self.at_target - self.top) - log_total
+        below = self.at_target - self.top
+        own = below.exp()
+        logprobs = torch.where(own > 0.5, -(self.others / own).log1p(), below - log_total)
         return logprobs, log_total - self.weighted / self.total, self.top + log_total
 
 
@@ -429,19 +455,19 @@ def _linear_logprobs_forward(
 
 
 def _linear_logprobs_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
-    stats: tuple[Tensor, Tensor, Tensor], upstream: tuple[Tensor | None, Tensor | None],
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    inputs: Sequence[Tensor], temperature: float, stats: tuple[Tensor, Tensor, Tensor],
+    upstream: tuple[Tensor | None, Tensor | None], grads: Sequence[Tensor | None],
 ) -> None:
     """Recompute each block and add into the buffers given for hidden, weight and bias."""
+    hidden, weight, bias, targets = inputs
     grad_hidden, grad_weight, grad_bias = grads
     most_rows, most_columns = _block_shape(hidden.shape[0], weight.shape[0], hidden.device)
     for rows in _slices(hidden.shape[0], most_rows):
         chunk = hidden[rows].to(stats[0].dtype)
-        row_terms = [_rows(t, rows) for t in (targets, *stats, *upstream)]
+        row_terms: list[Any] = [_rows(t, rows) for t in (targets, *stats, *upstream)]
         for entries in _slices(weight.shape[0], most_columns):
             z, part = _block(chunk, weight, bias, entries, temperature)
-            dz = _dlogits(z, entries.start, *row_terms).mul_(1.0 / temperature)  # type: ignore[arg-type]
+            dz = _dlogits(z, entries.start, *row_terms).mul_(1.0 / temperature)
             if grad_hidden is not None:
                 grad_hidden[rows].addmm_(dz, part)
             if grad_weight is not None:
@@ -472,9 +498,9 @@ class _LinearLogprobsFrozen(torch.autograd.Function):
         else:
             grad = direction * grad_logprobs[:, None].to(dtype)
         if grad_entropy is not None:
+            stats = logprobs, entropy, lse
             _linear_logprobs_backward(
-                *inputs, ctx.temperature, (logprobs, entropy, lse), (None, grad_entropy),
-                (grad, None, None),
+                inputs, ctx.temperature, stats, (None, grad_entropy), (grad, None, None)
             )
         return grad.to(hidden.dtype), None, None, None, None
 
@@ -499,9 +525,8 @@ class _LinearLogprobsTrainable(torch.autograd.Function):
         ]
         upstream = _used(grad_logprobs, dtype), _used(grad_entropy, dtype)
         if any(g is not None for g in upstream):
-            _linear_logprobs_backward(
-                *inputs, ctx.temperature, (logprobs, entropy, lse), upstream, tuple(grads)
-            )
+            stats = logprobs, entropy, lse
+            _linear_logprobs_backward(inputs, ctx.temperature, stats, upstream, grads)
         cast = (None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=False))
         return *cast, None, None
 
@@ -548,6 +573,6 @@ class _TokenLogprobs(torch.autograd.Function):
         grad = logits.new_empty(logits.shape)
         for rows in _slices(*_token_rows(logits)):
             z = logits[rows].to(dtype, copy=True).div_(ctx.temperature)
-            row_terms = [_rows(t, rows) for t in (targets, *stats, *upstream)]
+            row_terms: list[Any] = [_rows(t, rows) for t in (targets, *stats, *upstream)]
             grad[rows] = _dlogits(z, 0, *row_terms).mul_(1.0 / ctx.temperature)
         return grad, None, None

@@ -70,16 +70,15 @@ def collect(
         "kl/ref": divergence,
         "kl/coef": kl.coef,
         "value/mean": float(losses.masked_mean(rollout.values, mask)),
+        "value/explained_variance": float(losses.explained_variance(rollout.values, returns, mask)),
     }
     if ppo.kl_adaptive:
         kl.update(divergence, rollout.size)
     return Batch(rollout, rewards, advantages, returns), metrics
 
 
-def update(
-    policy: Policy, optimizer: Optimizer, cfg: Config, batch: Batch, step: int
-) -> Metrics:
-    """`epochs` passes over the batch, one optimizer step a minibatch, in a fresh order each pass."""
+def update(policy: Policy, optimizer: Optimizer, cfg: Config, batch: Batch, step: int) -> Metrics:
+    """`epochs` passes over the batch, one optimizer step a minibatch, each in a fresh order."""
     totals: Metrics = {}
     taken = skipped = 0
     first_gap = math.nan
@@ -104,8 +103,7 @@ def update(
                 optimizer.step()
                 taken += 1
             optimizer.zero_grad(set_to_none=True)
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value
+            add(totals, metrics)
             limit = cfg.ppo.target_kl
             if limit is not None and metrics["policy/approx_kl"] > 1.5 * limit:
                 stop = True
@@ -113,7 +111,7 @@ def update(
         if stop:
             break
     count = taken + skipped
-    means = {name: value / count for name, value in totals.items()}
+    means = {n: x if n.endswith("_max") else x / count for n, x in totals.items()}
     means |= {
         "policy/first_ratio_gap": first_gap,
         "optim/steps": float(taken),
@@ -172,6 +170,7 @@ def backward(policy: Policy, cfg: Config, batch: Batch, index: Sequence[int]) ->
                 ppo.value_clip,
                 denominator=count,
             )
+            more.pop("value/explained_variance")  # of these rows only; `collect` has the batch's
             metrics |= more
         entropy = scored.entropy.masked_fill(~mask, 0.0).sum() / count
         loss = surrogate + ppo.value_coef * critic
@@ -181,10 +180,15 @@ def backward(policy: Policy, cfg: Config, batch: Batch, index: Sequence[int]) ->
         gap = (scored.logprobs.detach() - old_logprobs).masked_fill(~mask, 0.0).expm1().abs()
         worst = max(worst, float(gap.max()))
         metrics |= {"loss": loss.detach(), "policy/entropy": entropy.detach()}
-        for name, value in metrics.items():
-            old = totals.get(name, 0.0)
-            totals[name] = max(old, float(value)) if name.endswith("_max") else old + float(value)
+        add(totals, {name: float(value) for name, value in metrics.items()})
     return totals | {"policy/ratio_gap": worst}
+
+
+def add(totals: Metrics, metrics: Metrics) -> None:
+    """Sum metrics up, in place; of those called `_max` the largest is kept."""
+    for name, value in metrics.items():
+        old = totals.get(name, 0.0)
+        totals[name] = max(old, value) if name.endswith("_max") else old + value
 
 
 def chunks(items: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -194,7 +198,7 @@ def chunks(items: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 def check_first_ratio(gap: float, exact: bool) -> str | None:
-    """What to say of the ratio's distance from 1 at the first minibatch; over 1e-3 in fp32 is an end.
+    """What to say of the ratio's distance from 1 at the first minibatch; fp32 ends over 1e-3.
 
     The policy has not moved yet, so any distance means dropout, padding, temperature or a mismatch
     between the decode and the training pass.

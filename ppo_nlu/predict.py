@@ -7,22 +7,20 @@ probability of every label by scoring the whole word behind the prompt.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
-
-from tqdm import tqdm
 
 from ppo_nlu import cli, data
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.evaluate import Answer, answer_all, load_run
+from ppo_nlu.evaluate import Answer, answer_all, load_trained, require_room, run_config, shown
 from ppo_nlu.model import Policy, check_words
 from ppo_nlu.tasks import Example, TaskSpec, get_task
 
@@ -31,24 +29,31 @@ FORMATS = (".jsonl", ".csv", ".tsv")
 
 def main(argv: list[str] | None = None) -> int:
     """The program."""
-    parser = argparse.ArgumentParser("python -m ppo_nlu.predict", description=__doc__)
+    parser = cli.Parser("python -m ppo_nlu.predict", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a finished run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--input", type=Path, help=".txt, .csv, .tsv or .jsonl (default: stdin)")
     parser.add_argument("--output", type=Path, help=".jsonl, .csv or .tsv (default: stdout, jsonl)")
     args = parser.parse_intermixed_args(argv)
-    _check_paths(args.input, args.output)
-    cfg, policy = load_run(args.run_dir, args.overrides)
+    cfg = run_config(args.run_dir, args.overrides)
     spec = get_task(cfg.task)
+    _check_paths(args.input, args.output)
+    rows = _started(data.read_inputs(args.input, spec)) if args.input else _stdin(spec)
+    policy = load_trained(cfg, args.run_dir)
     check_words(policy, spec)
-    rows = data.read_inputs(args.input, spec) if args.input else _stdin(spec)
+    require_room(policy, spec, cfg)
     with _writer(args.output, spec) as write:
-        shown = cfg.log.progress and args.output is not None
-        for answer in tqdm(predict(policy, spec, cfg, rows), "predict", disable=not shown):
+        visible = cfg.log.progress and args.output is not None
+        for answer in shown(predict(policy, spec, cfg, rows), "predict", None, visible):
             write(answer)
     if args.output:
         print(f"written: {args.output}", file=sys.stderr)
     return 0
+
+
+def _started(rows: Iterator[Example]) -> Iterator[Example]:
+    """The same rows, the first read now: a wrong file is told before the model is loaded."""
+    return chain([next(rows)], rows)
 
 
 def predict(
@@ -78,9 +83,16 @@ def _stdin(spec: TaskSpec) -> Iterator[Example]:
     if len(spec.fields) > 1:
         fields = ", ".join(spec.fields)
         raise UserError(f"--input: {spec.name} needs {fields}; give a .csv, .tsv or .jsonl file")
-    lines = (line.strip() for line in sys.stdin)
-    for number, line in enumerate(line for line in lines if line):
-        yield Example(f"stdin-{number}", {spec.fields[0]: line}, None)
+    number = 0
+    try:
+        for line in sys.stdin:
+            if line.strip():
+                yield Example(f"stdin-{number}", {spec.fields[0]: line.strip()}, None)
+                number += 1
+    except UnicodeDecodeError as error:
+        raise UserError("--input: what comes on stdin is not UTF-8; convert it") from error
+    if not number:
+        raise UserError("--input: no sentence came on stdin; give one a line, or --input FILE")
 
 
 def _record(answer: Answer) -> dict[str, Any]:
@@ -97,7 +109,7 @@ def _writer(target: Path | None, spec: TaskSpec) -> Iterator[Any]:
     if target is None:
         yield lambda answer: print(_json(answer), flush=True)
         return
-    part = target.with_name(f".{target.name}.part")
+    part = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
         with part.open("w", encoding="utf-8", newline="") as file:
             yield _file_writer(file, target.suffix, spec)
@@ -115,14 +127,23 @@ def _file_writer(file: TextIO, suffix: str, spec: TaskSpec) -> Any:
     if suffix == ".jsonl":
         return lambda answer: file.write(_json(answer) + "\n")
     columns = ["id", *spec.fields, "prediction", "label", *(f"p_{w}" for w in spec.words)]
-    table = csv.DictWriter(file, columns, delimiter="," if suffix == ".csv" else "\t")
-    table.writeheader()
 
-    def write(answer: Answer) -> None:
+    def cells(answer: Answer) -> list[str]:
         probabilities = {f"p_{w}": p for w, p in (answer.probabilities or {}).items()}
-        table.writerow(_record(answer) | probabilities)
+        row = _record(answer) | probabilities
+        return [str(row.get(column, "")) for column in columns]
 
-    return write
+    if suffix == ".csv":
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(columns)
+        return lambda answer: table.writerow(cells(answer))
+    # Without quoting, as the official .tsv files are; so a tab or line break becomes a space.
+    file.write("\t".join(columns) + "\n")
+    return lambda answer: file.write("\t".join(map(_flat, cells(answer))) + "\n")
+
+
+def _flat(cell: str) -> str:
+    return cell.replace("\t", " ").replace("\n", " ").replace("\r", " ")
 
 
 if __name__ == "__main__":

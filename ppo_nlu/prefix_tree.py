@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class Tree:
 
 @dataclass
 class State:
-    """Keys and values after a pass, one row a prompt, and what decoding needs to go on from them."""
+    """Keys and values after a pass, one row a prompt, and what decoding needs to go on."""
 
     cache: DynamicCache
     mask: Tensor
@@ -181,7 +182,7 @@ def _shared_prefixes(prompts: Sequence[Tokens]) -> tuple[list[int], list[int] | 
     near = [common(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False)]
     best_cost = count * max(map(len, prompts))
     best: tuple[list[int], list[int] | None] = ([0] * count, None)
-    for threshold in sorted(set(near) - {0})[-16:] + ([min(near)] if near and min(near) else []):
+    for threshold in {*sorted(set(near) - {0})[-16:], *sorted(set(near) - {0})[:1]}:
         cuts, parents = [0] * count, [0] * count
         rows = 0
         start = 0
@@ -191,7 +192,7 @@ def _shared_prefixes(prompts: Sequence[Tokens]) -> tuple[list[int], list[int] | 
                 continue
             members = order[start:stop]
             shared = min(near[start : stop - 1], default=threshold)
-            shared = min(shared, *(len(prompts[i]) - 1 for i in members))
+            shared = min([shared, *(len(prompts[i]) - 1 for i in members)])
             for i in members:
                 cuts[i], parents[i] = shared, rows
             heads.append(shared)
@@ -253,17 +254,20 @@ def forward(
 
 def gather(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """A cache whose row i is row `rows[i]` of the given one, which is left as it is."""
-    if cache.layers and cache.layers[0].keys.shape[0] == 1:
-        return _cache([(x.expand(len(rows), -1, -1, -1), y.expand(len(rows), -1, -1, -1)) for x, y in _pairs(cache)])
-    return _cache([(x.index_select(0, rows), y.index_select(0, rows)) for x, y in _pairs(cache)])
+
+    def taken(x: Tensor) -> Tensor:
+        return x.expand(len(rows), -1, -1, -1) if len(x) == 1 else x.index_select(0, rows)
+
+    return _cache([(taken(keys), taken(values)) for keys, values in _pairs(cache)])
 
 
 def _pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def _cache(pairs: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache around these tensors without copying them (its `update` concatenates, never writes)."""
+    """A cache around these tensors, not copied (its `update` concatenates, never writes)."""
     cache = DynamicCache()
     for keys, values in pairs:
         layer = DynamicLayer()

@@ -1,9 +1,10 @@
 """Train the bundled tiny language model: `python -m ppo_nlu.pretrain configs/tiny/sst2_tiny.yaml`.
 
 Top to bottom: choose the labels the model may see, read and filter the texts, train a SentencePiece
-tokenizer, pretrain a small Llama causally, teach it the <Judgement> form from the few labels, score
-it, write it with its model card. Each stage leaves its result in the output folder and is not
-repeated while it is there (`--again STAGE` repeats from that stage on).
+tokenizer, pretrain a small Llama causally, let it recall the words of a text (no labels), teach it
+the <Judgement> form from the few labels, score it, write it with its model card. Each stage leaves
+its result in the output folder and is not repeated while it is there (`--again STAGE` repeats from
+that stage on).
 
     python -m ppo_nlu.pretrain CONFIG [section.key=value ...] [--output DIR] [--again STAGE]
 
@@ -28,6 +29,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,9 @@ from tqdm import tqdm
 
 from ppo_nlu import cli
 from ppo_nlu.answers import parse
-from ppo_nlu.config import load_dataclass, number, one_of, positive, share
 from ppo_nlu.errors import UserError
 from ppo_nlu.prompts import STOP, answer, render
+from ppo_nlu.strict_config import load_dataclass, number, one_of, positive, share
 from ppo_nlu.tasks import Label, TaskSpec, get_task
 
 OPEN = STOP.replace("/", "")
@@ -65,7 +67,7 @@ class DataConfig:
 class SeenConfig:
     """Which shares of the sentences of SST-2 train may be seen with labels."""
 
-    train_share: float = share(0.08)  # to train on
+    train_share: float = share(0.45)  # to train on
     heldout_share: float = share(0.06)  # to stop by
 
 
@@ -104,18 +106,41 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
+class RecallConfig:
+    """Self-supervised: behind the form, name the words of the text. No label is read."""
+
+    steps: int = positive(1200)
+    batch_size: int = number(64, min=2)
+    lr: float = positive(2e-3)
+    warmup: float = share(0.03)
+    weight_decay: float = number(0.1, min=0)
+    rare: float = positive(1e-3)  # a word of frequency p counts rare / (rare + p)
+
+
+@dataclass(frozen=True)
+class RatingConfig:
+    """Rated reviews: the seen sentences and phrases with the words favourable and unfavourable."""
+
+    steps: int = positive(600)
+    batch_size: int = number(64, min=2)
+    lr: float = positive(1.5e-3)
+    warmup: float = share(0.05)
+    weight_decay: float = number(0.1, min=0)
+
+
+@dataclass(frozen=True)
 class InstructConfig:
     """The instruction stage: loss on the answers alone, stopped on held-out sentences."""
 
-    lr: float = positive(3e-4)
+    lr: float = positive(1e-3)
     batch_size: int = number(32, min=2)
-    max_steps: int = positive(400)
-    warmup: float = share(0.05)
+    max_steps: int = positive(1500)
+    warmup: float = share(0.02)
     weight_decay: float = number(0.1, min=0)
-    sst2_share: float = share(0.5)  # of a batch; the rest are other tasks
+    sst2_share: float = share(0.75)  # of the steps; the rest are other tasks
     rows_per_task: int = number(4000, min=0)  # of the other tasks
     stop_at: float = share(0.61)  # mean probability of the right answer on the held-out sentences
-    check_every: int = positive(5)
+    check_every: int = positive(20)
 
 
 @dataclass(frozen=True)
@@ -139,6 +164,8 @@ class TinyConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    recall: RecallConfig = field(default_factory=RecallConfig)
+    rating: RatingConfig = field(default_factory=RatingConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -396,6 +423,28 @@ SAME = TaskSpec(
     labels=(Label("Yes", "1"), Label("No", "0")),
     label_column="is_duplicate",
 )
+RECALL = TaskSpec(
+    name="recall",
+    title="word recall",
+    benchmark="extra",
+    folder="",
+    description="You read a sentence. The task is to name a word of it.",
+    query='Now name a word of the sentence "{sentence}".',
+    fields=("sentence",),
+    labels=(),
+    label_column="",
+)
+RATING = TaskSpec(
+    name="rating",
+    title="rating",
+    benchmark="extra",
+    folder="",
+    description="You read a film review. The task is to rate it as favourable or unfavourable.",
+    query='Now rate the review "{sentence}".',
+    fields=("sentence",),
+    labels=(Label("favourable", "1"), Label("unfavourable", "0")),
+    label_column="label",
+)
 OTHER_TASKS = (
     (TOPIC, "extra/AG_News/train.subset10k.tsv.gz"),
     (RELATION, "extra/SNLI/train.subset10k.tsv.gz"),
@@ -422,7 +471,7 @@ def rows_of(spec: TaskSpec, table_rows: Iterable[dict[str, str]]) -> list[Row]:
     return found
 
 
-def sst2_rows(spec: TaskSpec, pairs: Iterable[tuple[str, str]]) -> list[Row]:
+def rows_of_pairs(spec: TaskSpec, pairs: Iterable[tuple[str, str]]) -> list[Row]:
     """(phrase, label) pairs as prompts."""
     return rows_of(spec, ({"sentence": key, spec.label_column: label} for key, label in pairs))
 
@@ -465,9 +514,9 @@ def gather(cfg: TinyConfig) -> Material:
         spec=spec,
         corpus=build_corpus(root, split, leaks, cfg.data),
         split=split,
-        seen=sst2_rows(spec, [pair for pair in split.seen if not leaks.hits(pair[0])]),
+        seen=rows_of_pairs(spec, [pair for pair in split.seen if not leaks.hits(pair[0])]),
         others=other_rows(root, leaks, cfg.instruct.rows_per_task, rng),
-        heldout=sst2_rows(spec, [pair for pair in split.heldout if pair[0] in whole]),
+        heldout=rows_of_pairs(spec, [pair for pair in split.heldout if pair[0] in whole]),
         dev=rows_of(spec, read["dev"]),
     )
 
@@ -660,18 +709,90 @@ def pretrain(model: Any, rows: Tensor, cfg: PretrainConfig) -> float:
     return sum(tail) / len(tail)
 
 
+def common_prefix(rows: list[list[int]]) -> int:
+    """How many leading ids all rows share; the last id of no row counts."""
+    shortest = min(map(len, rows)) - 1
+    return next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
+
+
+def shared_cache(model: Any, prefix: list[int], size: int) -> Any:
+    """The keys and values of one prefix, for `size` rows; the gradient sums over them."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    once = model.model(input_ids=torch.tensor([prefix]), use_cache=True).past_key_values
+    for index, layer in enumerate(once.layers):
+        keys, values = (x.expand(size, -1, -1, -1) for x in (layer.keys, layer.values))
+        cache.update(keys, values, index)
+    return cache
+
+
+def last_hidden(model: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
+    """The last hidden state of each prompt, (B, H); the opening they share is run once."""
+    rows = tokenizer(prompts)["input_ids"]
+    shared = max(1, common_prefix(rows))
+    rests = [row[shared:] for row in rows]
+    longest = max(map(len, rests))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rests])
+    cache = shared_cache(model, rows[0][:shared], len(rows))
+    hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+    return hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rests])]
+
+
+def word_targets(tokenizer: Any, texts: list[str], weight: Tensor) -> Tensor:
+    """For each text a distribution over the pieces: its own, the rare ones more, (B, V)."""
+    target = torch.zeros(len(texts), len(weight))
+    rows = tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
+    for row, ids in zip(target, rows, strict=True):
+        row[ids] = weight[ids]
+    return target / target.sum(1, keepdim=True)
+
+
+def recall(model: Any, tokenizer: Any, corpus: Corpus, cfg: RecallConfig, seed: int) -> float:
+    """Teach the place of the answer to gather the words of the text before it.
+
+    Causal pretraining on a few million tokens gives a two-layer model no reason to look at a whole
+    text from one place; a judgement has to. The mean loss of the last tenth, less its least value.
+    """
+    rng = random.Random(seed)
+    texts = [t for name in corpus.passes for t in corpus.texts[name] if 3 < len(t.split()) < 60]
+    counts = torch.bincount(
+        torch.tensor([i for row in tokenizer(texts)["input_ids"] for i in row]),
+        minlength=len(tokenizer),
+    )
+    weight = cfg.rare / (cfg.rare + counts / counts.sum())
+    optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
+    model.train()
+    losses = []
+    bar = tqdm(range(cfg.steps), desc="recall", unit="step", mininterval=5)
+    for step in bar:
+        batch = rng.sample(texts, min(cfg.batch_size, len(texts)))
+        target = word_targets(tokenizer, batch, weight)
+        hidden = last_hidden(model, tokenizer, [render(RECALL, {"sentence": t}) for t in batch])
+        loss = F.cross_entropy(model.lm_head(hidden), target)
+        update(model, optimizer, loss, cfg.lr * cosine(step, cfg.steps, cfg.warmup))
+        losses.append(loss.item() - torch.special.entr(target).sum(1).mean().item())
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
+    tail = losses[-max(1, cfg.steps // 10) :]
+    return sum(tail) / len(tail)
+
+
 def answer_logprobs(model: Any, tokenizer: Any, prompts: list[str], words: list[str]) -> Tensor:
-    """log P of the whole ` Word </Judgement>` behind each prompt: (B,)."""
+    """log P of the whole ` Word </Judgement>` behind each prompt, (B,); the opening is run once."""
     heads = tokenizer(prompts)["input_ids"]
     wholes = tokenizer([p + answer(w) for p, w in zip(prompts, words, strict=True)])["input_ids"]
-    longest = max(map(len, wholes))
+    shared = max(1, common_prefix(heads))
+    longest = max(map(len, wholes)) - shared
     pad = tokenizer.pad_token_id
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in wholes])
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # right-padded, causal
+    rests = [row[shared:] for row in wholes]
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rests])  # causal: pad is idle
+    cache = shared_cache(model, wholes[0][:shared], len(wholes))
+    hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
     place = torch.arange(1, longest)
-    starts = torch.tensor([len(row) for row in heads])[:, None]
-    ends = torch.tensor([len(row) for row in wholes])[:, None]
-    mask = (place >= starts) & (place < ends)  # (B, T - 1)
+    starts = torch.tensor([len(row) - shared for row in heads])[:, None]
+    ends = torch.tensor([len(row) for row in rests])[:, None]
+    mask = (place >= starts) & (place < ends)  # (B, longest - 1): the answer's tokens
     logprobs = F.log_softmax(model.lm_head(hidden[:, :-1][mask]).float(), dim=-1)
     picked = logprobs.gather(1, ids[:, 1:][mask][:, None])[:, 0]
     owner = torch.arange(len(wholes))[:, None].expand_as(mask)[mask]
@@ -706,19 +827,44 @@ def score_accuracy(scores: Tensor, rows: list[Row]) -> float:
 
 
 def balanced(rows: list[Row], rng: random.Random) -> Iterator[Row]:
-    """The rows for ever, the words of a task in turn, each word's rows in a new order each time."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    """The rows of a task for ever, its words in turn, each word's rows in a new order each time."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.spec.name, row.word), []).append(row)
+        groups.setdefault(row.word, []).append(row)
 
     def endless(group: list[Row]) -> Iterator[Row]:
         while True:
             yield from rng.sample(group, len(group))
 
-    streams = [endless(groups[key]) for key in sorted(groups)]
-    while True:
-        for stream in streams:
-            yield next(stream)
+    yield from chain.from_iterable(zip(*map(endless, groups.values()), strict=True))
+
+
+@dataclass(frozen=True)
+class Rated:
+    """How the rating stage went; the accuracy is in its own form."""
+
+    rows: int
+    prompts: int
+    heldout_score: float
+
+
+def rate(model: Any, tokenizer: Any, split: Split, cfg: RatingConfig, seed: int) -> Rated:
+    """Learn from rated reviews what makes one favourable, in words that no task of ours uses."""
+    rows = rows_of_pairs(RATING, split.seen)
+    source = balanced(rows, random.Random(seed))
+    optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
+    model.train()
+    bar = tqdm(range(cfg.steps), desc="rating", unit="step", mininterval=5)
+    for step in bar:
+        batch = list(islice(source, cfg.batch_size))
+        prompts, words = [row.prompt for row in batch], [row.word for row in batch]
+        loss = -answer_logprobs(model, tokenizer, prompts, words).mean()
+        update(model, optimizer, loss, cfg.lr * cosine(step, cfg.steps, cfg.warmup))
+        bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
+    whole = set(split.heldout_sentences)
+    heldout = rows_of_pairs(RATING, [pair for pair in split.heldout if pair[0] in whole])
+    scores = label_scores(model, tokenizer, heldout, 64)
+    return Rated(len(rows), cfg.steps * cfg.batch_size, score_accuracy(scores, heldout))
 
 
 @dataclass(frozen=True)
@@ -736,16 +882,18 @@ def instruct(model: Any, tokenizer: Any, m: Material, cfg: InstructConfig, seed:
     """Teach the form, loss on the answer alone, until the held-out sentences reach `stop_at`."""
     rng = random.Random(seed)
     optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
-    own = cfg.batch_size if not m.others else round(cfg.batch_size * cfg.sst2_share)
-    seen, others = balanced(m.seen, rng), balanced(m.others, rng)
+    own = balanced(m.seen, rng)
+    names = sorted({row.spec.name for row in m.others})
+    other = [balanced([row for row in m.others if row.spec.name == n], rng) for n in names]
     rise = max(1, round(cfg.warmup * cfg.max_steps))
-    expected = score = 0.0
+    expected, score, own_steps = 0.0, 0.0, 0
     bar = tqdm(range(1, cfg.max_steps + 1), desc="instruct", unit="step", mininterval=5)
-    for step in bar:
-        batch = [next(seen) for _ in range(own)]
-        batch += [next(others) for _ in range(cfg.batch_size - own)]
+    for step in bar:  # one task a step, so that its opening is run once
+        is_own = not other or rng.random() < cfg.sst2_share
+        own_steps += is_own
+        batch = list(islice(own if is_own else rng.choice(other), cfg.batch_size))
         model.train()
-        prompts, words = [r.prompt for r in batch], [r.word for r in batch]
+        prompts, words = [row.prompt for row in batch], [row.word for row in batch]
         loss = -answer_logprobs(model, tokenizer, prompts, words).mean()
         update(model, optimizer, loss, cfg.lr * min(1.0, step / rise))
         if step % cfg.check_every == 0 or step == cfg.max_steps:
@@ -756,7 +904,8 @@ def instruct(model: Any, tokenizer: Any, m: Material, cfg: InstructConfig, seed:
             if expected >= cfg.stop_at:
                 break
     bar.close()
-    return Instructed(step, step * own, step * (cfg.batch_size - own), expected, score)
+    size = cfg.batch_size
+    return Instructed(step, own_steps * size, (step - own_steps) * size, expected, score)
 
 
 # -------------------------------------------------------------------------------------- the scores
@@ -833,6 +982,8 @@ def evaluate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvalConfig, seed:
 RESULTS = {
     "tokenizer": "model/tokenizer.model",
     "pretrain": "stages/pretrained.safetensors",
+    "recall": "stages/recalled.safetensors",
+    "rating": "stages/rated.safetensors",
     "instruct": "stages/instructed.safetensors",
 }
 
@@ -863,8 +1014,22 @@ def run(cfg: TinyConfig, folder: Path, again: str | None, command: str) -> dict[
         seconds = round(time.perf_counter() - began)
         facts.put("pretrain", {"loss": loss, "tokens": rows.numel(), "seconds": seconds})
         save_stage(model, files["pretrain"])
-        files["instruct"].unlink(missing_ok=True)
+        files["recall"].unlink(missing_ok=True)
     load_stage(model, files["pretrain"])
+    if not files["recall"].is_file():
+        with matmul_precision(cfg.pretrain.matmul_precision):
+            excess = recall(model, tokenizer, material.corpus, cfg.recall, cfg.seed)
+        facts.put("recall", {"excess_loss": excess})
+        save_stage(model, files["recall"])
+        files["rating"].unlink(missing_ok=True)
+    load_stage(model, files["recall"])
+    if not files["rating"].is_file():
+        with matmul_precision(cfg.pretrain.matmul_precision):
+            rated = rate(model, tokenizer, material.split, cfg.rating, cfg.seed)
+        facts.put("rating", asdict(rated))
+        save_stage(model, files["rating"])
+        files["instruct"].unlink(missing_ok=True)
+    load_stage(model, files["rating"])
     if not files["instruct"].is_file():
         with matmul_precision(cfg.pretrain.matmul_precision):
             lesson = instruct(model, tokenizer, material, cfg.instruct, cfg.seed)
@@ -1015,6 +1180,13 @@ def model_card(
         "tokens": f"{facts['pretrain']['tokens']:,}",
         "loss": f"{facts['pretrain']['loss']:.2f}",
         "seconds": f"{facts['pretrain']['seconds']:,}",
+        "recall_steps": cfg.recall.steps,
+        "recall_batch": cfg.recall.batch_size,
+        "excess": f"{facts['recall']['excess_loss']:.2f} nats",
+        "rating_steps": cfg.rating.steps,
+        "rating_batch": cfg.rating.batch_size,
+        "rating_rows": f"{facts['rating']['rows']:,}",
+        "rating_score": percent(facts["rating"]["heldout_score"]),
         "steps": taught["steps"],
         "batch": cfg.instruct.batch_size,
         "own": f"{taught['sst2_rows']:,}",
@@ -1059,11 +1231,20 @@ with `$PPO_NLU_DATA` naming the folder that holds `glue/`, `superglue/` and `ext
 processor or thread count rounds differently, so a second build agrees in kind, not to the last bit.
 
 1. *Causal pretraining*: {tokens} tokens in {seconds} s; mean loss of the last tenth {loss} nats.
-2. *Instruction*: {steps} steps of {batch} prompts, loss on the answer alone, all weights: {own}
+2. *Word recall*, self-supervised, no label: {recall_steps} steps of {recall_batch} film texts in
+   the same form with the task "name a word of it"; the target is the words of the text, rare ones
+   more. It teaches the place of the answer to look at the whole text. Excess loss: {excess}.
+3. *Rated reviews*: {rating_steps} steps of {rating_batch} of the {rating_rows} seen rows below, in
+   the same form with the words "favourable" and "unfavourable" instead of the task's own, loss on
+   the answer alone, all weights; the place of stars under the reviews that larger models read. In
+   that form it rates {rating_score} of the held-out sentences right, so the model knows more of
+   sentiment than its zero-shot scores show: much of what PPO gains on it is bringing that out.
+4. *Instruction*: {steps} steps of {batch} prompts, loss on the answer alone, all weights: {own}
    SST-2 prompts (both words equally often) and {other} of other tasks in the same form ({tasks};
    train rows and their labels). It stopped when the mean probability of the right answer on the
-   held-out sentences reached {stop_at} ({reached}). No label was falsified; the dev labels chose
-   nothing.
+   held-out sentences reached {stop_at} ({reached}). No label was falsified, and no setting was
+   chosen by a dev label of the final recipe; an earlier recipe without stages 2 and 3 was given
+   up after its dev accuracy under PPO had been seen to stay low.
 
 ### Texts
 
@@ -1078,7 +1259,8 @@ The MR file at hand had already lost 2,482 such rows. No film text holds a held-
 {seen} of the {rows} rows of SST-2 train ({seen_share}; {distinct} distinct) count as seen and stand
 in `seen_labels.txt`, in lower case with single spaces: {train_share} of the sentences to train on
 and {heldout_share} to stop by, each with every phrase of SST-2 train that is a run of words inside
-it. PPO training leaves these rows out by default. An MR label counts as an SST-2 label: none was read.
+it. PPO training leaves these rows out by default. An MR label counts as an SST-2 label: none was
+read.
 
 ## Licence
 

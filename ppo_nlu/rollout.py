@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -90,14 +91,14 @@ def longest_prompt(policy: Policy, cfg: Config, room: int) -> int:
     limit = policy.context - room
     if limit < 1:
         raise UserError(
-            f"rollout.max_new_tokens: {room} leaves no room for a prompt in this model's context of "
-            f"{policy.context} tokens; lower it"
+            f"rollout.max_new_tokens: {room} leaves no room for a prompt in this model's context "
+            f"of {policy.context} tokens; lower it"
         )
     return min(cfg.data.max_prompt_tokens or limit, limit)
 
 
 def seeded(*parts: object) -> torch.Generator:
-    """A CPU generator whose seed depends on all the parts, such as ("rollout", seed, step, rank)."""
+    """A CPU generator seeded from all the parts, such as ("rollout", seed, step, rank)."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -176,7 +177,8 @@ def _divergence(
     with lora_disabled(policy.model):
         reference = policy.score(prompts, answers, owners, temperature)
     if cfg.ppo.kl_estimator != "exact":
-        return kl_penalty(logprobs, reference.logprobs, cfg.ppo.kl_estimator)
+        estimator = cast(Literal["k1", "k2", "k3"], cfg.ppo.kl_estimator)
+        return kl_penalty(logprobs, reference.logprobs, estimator)
     assert drawn.hidden is not None
     chunks = zip(drawn.hidden.split(128), reference.hidden.split(128), strict=True)
     exact = [

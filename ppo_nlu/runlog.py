@@ -298,6 +298,9 @@ def draw_curves(
             _draw_kl(axes, _series(records, "kl/ref"))
         else:
             _draw_evals(axes, evals, before)
+    last = max(record["step"] for record in records)
+    for axes in figure.axes:
+        axes.set_xlim(0, last * 1.02)
     figure.suptitle(title + (f"\n{subtitle}" if subtitle else ""), fontsize=12)
     path = Path(run_dir) / "curves.png"
     temp = path.with_name(".tmp-curves.png")
@@ -337,6 +340,13 @@ def _style(axes: Any, ylabel: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
+def _legend(axes: Any) -> None:
+    """Above the panel, where it hides no line."""
+    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+    room = {"columnspacing": 1.2, "handlelength": 1.6}
+    axes.legend(frameon=False, fontsize=9, ncols=3, **place, **room)
+
+
 def _draw_reward(axes: Any, rewards: Series, baseline: float | None) -> None:
     steps, values = [s for s, _ in rewards], [v for _, v in rewards]
     window = max(1, min(20, len(values) // 5))
@@ -349,7 +359,7 @@ def _draw_reward(axes: Any, rewards: Series, baseline: float | None) -> None:
     if baseline is not None:
         axes.axhline(baseline, color=_GREY, linestyle="--", linewidth=1.2, label="before training")
     _style(axes, "mean reward per answer")
-    axes.legend(frameon=False, loc="best", fontsize=9)
+    _legend(axes)
 
 
 def _draw_kl(axes: Any, kl: Series) -> None:
@@ -364,11 +374,12 @@ def _draw_evals(axes: Any, evals: Mapping[str, Series], before: Mapping[str, flo
         axes.plot(steps, values, color=colour, linewidth=1.5, marker="o", ms=3, label=short)
         baseline = before.get(short)
         if baseline is not None:
-            axes.axhline(100 * baseline, color=colour, linestyle="--", linewidth=1.0, alpha=0.8)
+            dash = colour if len(evals) > 1 else _GREY
+            axes.axhline(100 * baseline, color=dash, linestyle="--", linewidth=1.2)
     if any(before.get(name.rsplit("/", 1)[-1]) is not None for name in evals):
-        axes.plot([], [], color=_GREY, linestyle="--", linewidth=1.0, label="before training")
+        axes.plot([], [], color=_GREY, linestyle="--", linewidth=1.2, label="before training")
     _style(axes, "evaluation (%)")
-    axes.legend(frameon=False, loc="best", fontsize=8)
+    _legend(axes)
 
 
 # --- the end of a run -------------------------------------------------------------------------

@@ -6,7 +6,6 @@ untuned base and the tuned policy on the evaluation split under three ways of de
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as dump_tensors
 from torch.optim import Optimizer
 
 from ppo_nlu import checkpoint, cli, data, evaluate, lora, optim, ppo, rewards, runlog
@@ -42,6 +41,8 @@ class Run:
     eval_rows: list[Example]
     source: str
     step: int = 0
+    saved: int = 0  # the step of the newest checkpoint
+    pending: dict[str, Any] | None = None  # a step's metrics where a stop cut its evaluation short
     bad_in_a_row: int = 0
     totals: dict[str, float] = field(
         default_factory=lambda: {"samples": 0, "train_s": 0.0, "truncated": 0, "bad_steps": 0}
@@ -53,8 +54,11 @@ def train(run: Run, stop: checkpoint.StopRequest) -> None:
     cfg = run.cfg
     sinks = runlog.open_sinks(cfg.log, run.folder, to_dict(cfg), run.step)
     log = runlog.MetricsLog(run.folder, sinks)
-    log.truncate_after(run.step)
+    log.truncate_after(run.step if run.pending is None else run.step - 1)
     with log, runlog.Progress(cfg.train.steps, run.step, cfg.log.progress) as progress:
+        if run.pending is not None and _evaluated(run, run.pending, stop):
+            log.log(run.step, run.pending)
+            run.pending = None
         while run.step < cfg.train.steps and not stop:
             started = time.perf_counter()
             # 1. sample prompts
@@ -69,22 +73,20 @@ def train(run: Run, stop: checkpoint.StopRequest) -> None:
             optim.set_lr(run.optimizer, factor)
             metrics |= {"optim/lr": cfg.optim.lr * factor}
             metrics |= _update(run, batch, progress)
-            # 6. log
             run.step += 1
-            elapsed = time.perf_counter() - started
-            run.totals["samples"] += batch.rollout.size
-            run.totals["train_s"] += elapsed
-            run.totals["truncated"] += batch.rollout.truncated
-            metrics |= {"time/step_s": elapsed, "time/samples_per_s": batch.rollout.size / elapsed}
-            # 7. evaluate
-            if cfg.train.eval_every and run.step % cfg.train.eval_every == 0:
-                metrics |= _evaluate_midway(run, stop)
-            log.log(run.step, metrics)
+            metrics |= _count(run, batch, time.perf_counter() - started)
+            # 6. evaluate and log
+            if _evaluated(run, metrics, stop):
+                log.log(run.step, metrics)
+            else:
+                run.pending = metrics
             progress.update(batch.rollout.size, metrics["reward/mean"], metrics["kl/ref"])
-            # 8. checkpoint
+            # 7. checkpoint
             every = cfg.train.checkpoint_every
-            if stop or run.step == cfg.train.steps or (every and run.step % every == 0):
+            if run.step == cfg.train.steps or (every and run.step % every == 0):
                 save(run)
+        if run.saved < run.step:  # a stop, at whatever moment of the loop it came
+            save(run)
 
 
 def _update(run: Run, batch: ppo.Batch, progress: runlog.Progress) -> ppo.Metrics:
@@ -114,6 +116,14 @@ def _update(run: Run, batch: ppo.Batch, progress: runlog.Progress) -> ppo.Metric
     return metrics
 
 
+def _count(run: Run, batch: ppo.Batch, elapsed: float) -> dict[str, float]:
+    """Add a step to the run's totals; its times."""
+    run.totals["samples"] += batch.rollout.size
+    run.totals["train_s"] += elapsed
+    run.totals["truncated"] += batch.rollout.truncated
+    return {"time/step_s": elapsed, "time/samples_per_s": batch.rollout.size / elapsed}
+
+
 def _dump(run: Run, batch: ppo.Batch, bad: ppo.BadStep) -> Path:
     """The rows of a bad minibatch as readable JSON."""
     roll = batch.rollout
@@ -136,16 +146,21 @@ def _dump(run: Run, batch: ppo.Batch, bad: ppo.BadStep) -> Path:
     return path
 
 
-def _evaluate_midway(run: Run, stop: checkpoint.StopRequest) -> dict[str, float]:
-    """Greedy accuracy on the evaluation split; the best adapter so far is kept beside the last."""
+def _evaluated(run: Run, metrics: dict[str, Any], stop: checkpoint.StopRequest) -> bool:
+    """Where it is due, put the greedy accuracy on the evaluation split into the metrics, and keep
+    the best adapter so far beside the last; False where a stop cut this short."""
+    every = run.cfg.train.eval_every
+    if not every or run.step % every:
+        return True
     found = evaluate.evaluate_all(
         run.policy, run.spec, run.cfg, run.eval_rows, ("greedy",), stop=lambda: bool(stop)
     )
-    if stop:
-        return {}
+    if len(found["greedy"]) < len(run.eval_rows):
+        return False
     accuracy = evaluate.headline(found)["greedy"]
     checkpoint.save_best(run.folder, run.step, accuracy, _weights(run), {"step": run.step})
-    return {f"eval/{run.spec.name}/accuracy": accuracy}
+    metrics[f"eval/{run.spec.name}/accuracy"] = accuracy
+    return True
 
 
 def _weights(run: Run) -> dict[str, dict[str, torch.Tensor]]:
@@ -165,9 +180,11 @@ def save(run: Run) -> None:
             "kl_coef": run.kl.coef,
             "bad_in_a_row": run.bad_in_a_row,
             "totals": run.totals,
+            "pending": run.pending,
             "optimizer": state,
         },
     )
+    run.saved = run.step
     checkpoint.prune(run.folder, run.cfg.train.keep_checkpoints)
 
 
@@ -181,7 +198,8 @@ def restore(run: Run) -> None:
     lora.load_state_dict(run.policy.model, tensors["adapter"], str(last))
     run.policy.value_head.load_state_dict(tensors["value_head"])
     checkpoint.restore_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
-    run.step, run.kl.coef = state["step"], state["kl_coef"]
+    run.step = run.saved = state["step"]
+    run.kl.coef, run.pending = state["kl_coef"], state["pending"]
     run.bad_in_a_row, run.totals = state["bad_in_a_row"], state["totals"]
 
 
@@ -192,9 +210,12 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     rows = data.train_examples(spec, cfg.data, bundled)
     held = data.load_split(spec, cfg.eval.split, cfg.data)
     eval_rows = held.examples[: cfg.eval.limit or None]
+    if any(row.label is None for row in eval_rows):
+        raise UserError(f"eval.split: {cfg.eval.split} has no labels to measure by; use dev")
     print(f"data: {rows.note}; {len(rows.examples):,} to train on, {len(eval_rows):,} to evaluate")
     policy = load_policy(cfg)
     check_words(policy, spec)
+    evaluate.require_room(policy, spec, cfg)
     if cfg.init_from:
         # Start from a trained adapter, which as a frozen copy is the reference too.
         lora.load_adapter(policy.model, adapter_folder(cfg.init_from))
@@ -213,16 +234,22 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
 
 def adapter_folder(path: str) -> Path:
     """The adapter of a run folder, or the adapter folder itself."""
-    folder = Path(path)
-    return folder / "adapter" if (folder / "adapter").is_dir() else folder
+    for folder in (Path(path) / "adapter", Path(path)):
+        if (folder / lora.CONFIG_FILE).is_file():
+            return folder
+    raise UserError(
+        f"init_from: {path} holds no {lora.CONFIG_FILE}; give a finished run or an adapter folder"
+    )
 
 
 def finish(run: Run, started: float, stop: checkpoint.StopRequest) -> None:
     """Write the adapter, evaluate base and tuned policy, draw the curves, print the table."""
     cfg, folder, policy = run.cfg, run.folder, run.policy
     name = resolve(cfg.model.name_or_path)
-    lora.save_adapter(policy.model, folder / "adapter", cfg.lora, name)
-    save_file(_weights(run)["value_head"], folder / "adapter" / "value_head.safetensors")
+    (folder / "adapter").mkdir(exist_ok=True)
+    head = dump_tensors(_weights(run)["value_head"])
+    checkpoint.atomic_write_bytes(folder / "adapter" / evaluate.VALUE_HEAD, head)
+    lora.save_adapter(policy.model, folder / "adapter", cfg.lora, name)  # its config.json is last
 
     def measure(title: str) -> dict[str, list[evaluate.Answer]]:
         return evaluate.evaluate_all(
@@ -301,7 +328,7 @@ def show(run: Run, summary: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The program; returns the exit code."""
     started = time.perf_counter()
-    parser = argparse.ArgumentParser("python -m ppo_nlu.train", description=__doc__)
+    parser = cli.Parser("python -m ppo_nlu.train", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/sst2.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     where = parser.add_mutually_exclusive_group()
@@ -311,6 +338,8 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_config(args.config, args.overrides)
     if args.resume:
         check_same(cfg, args.resume)
+    elif args.output:
+        checkpoint.require_free(args.output)  # before minutes of loading; `start` makes it
     with checkpoint.StopRequest() as stop:
         run = start(cfg, args.resume, args.output)
         if args.resume:

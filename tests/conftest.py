@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 GIVEN = os.environ.get("PPO_NLU_DATA")  # before the tests clear it
@@ -33,3 +34,31 @@ def real_data() -> Path:
         if folder and any(folder.glob("**/SST-2/train.tsv")):
             return folder
     pytest.skip("needs the real SST-2: set PPO_NLU_DATA to the folder that holds glue/")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as training leaves it, of the bundled model with random LoRA weights."""
+    from safetensors.torch import save_file
+
+    from ppo_nlu import checkpoint, lora, model
+    from ppo_nlu.config import dump, load_config
+
+    if not (model.BUNDLED / "config.json").is_file():
+        pytest.skip("the bundled model is not in ppo_nlu/assets")
+    root = tmp_path_factory.mktemp("finished")
+    (root / "run.yaml").write_text(
+        'task: sst2\ndata: {fallback: bundled, url: "http://127.0.0.1:9"}\nlora: {r: 4}\n'
+        "rollout: {max_new_tokens: 6}\neval: {limit: 20, batch_size: 8, bootstrap: 50}\n"
+    )
+    cfg = load_config(root / "run.yaml")
+    folder = checkpoint.claim(root / "run", dump(cfg))
+    policy = model.load_policy(cfg)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in lora.lora_parameters(policy.model):
+            weight.copy_(0.03 * torch.randn(weight.shape, generator=generator))
+    (folder / "adapter").mkdir()
+    save_file(policy.value_head.state_dict(), folder / "adapter" / "value_head.safetensors")
+    lora.save_adapter(policy.model, folder / "adapter", cfg.lora, "bundled")
+    return folder

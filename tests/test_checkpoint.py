@@ -426,6 +426,9 @@ def test_atomic_write_leaves_the_old_text_or_the_new(
         with pytest.raises(UserError, match="no space left"):
             checkpoint.atomic_write_json(path, {"n": 3})
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+    with open(path) as reader:  # who has the old file open goes on reading the old one
+        checkpoint.atomic_write_json(path, {"n": 4})
+        assert json.load(reader) == {"n": 2}
     value = {"x": (math.nan, math.inf, torch.tensor(2.5)), "p": Path("a/b"), "s": "ü"}
     checkpoint.atomic_write_json(path, value)
     assert json.loads(path.read_text()) == {"x": [None, None, 2.5], "p": "a/b", "s": "ü"}

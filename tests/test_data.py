@@ -215,12 +215,15 @@ def _changed(**changed: str) -> bytes:
     return _zip({f"SST-2/{n}": changed.get(n[:-4], text) for n, text in FILES.items()})
 
 
-BROKEN = GOOD.replace(GOOD[40:60], bytes(20), 1)
+# The first member's data begin at byte 45, behind 30 bytes of header and the name.
+BROKEN = GOOD[:45] + b"\xff" + GOOD[46:]
+RENAMED = GOOD.replace(b"train", b"drain", 1)
 FAILURES: dict[str, tuple[Answer, str]] = {
     "cut off": (_send(GOOD[:-50], len(GOOD)), "cut off after"),
     "no zip": (_send(b"<html>log in first</html>"), "not a zip file"),
     "half a zip": (_send(GOOD[:-50]), "not a zip file"),
-    "damaged": (_send(BROKEN), "SST-2/train.tsv"),
+    "damaged": (_send(BROKEN), "SST-2/train.tsv: Error -3"),
+    "renamed": (_send(RENAMED), "SST-2/train.tsv"),
     "rows": (_send(_changed(dev=FILES["dev.tsv"] * 2)), "SST-2/dev.tsv has 3 rows, not 1"),
     "sum": (_send(_changed(dev=FILES["dev.tsv"].replace("good", "bad!"))), "sha256"),
     "member": (_send(_zip({"SST-2/train.tsv": FILES["train.tsv"]})), "no SST-2/dev.tsv"),

@@ -119,7 +119,7 @@ def test_a_is_drawn_as_in_peft() -> None:
     bound = 1 / 20
     assert layer.lora_a.abs().max() <= bound
     assert layer.lora_a.abs().max() > 0.99 * bound
-    assert float(layer.lora_a.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert layer.lora_a.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     assert layer.lora_b.count_nonzero() == 0
 
 

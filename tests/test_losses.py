@@ -127,16 +127,18 @@ def test_at_ratio_1_the_gradient_is_the_policy_gradient() -> None:
 @pytest.mark.parametrize("clip, high, dual", [(0.2, None, None), (0.1, 0.3, None), (0.2, 0.28, 3)])
 def test_policy_loss_against_loops(clip: float, high: float | None, dual: float | None) -> None:
     """The clipped objective of TRL (`dual` None) and of verl (dual-clip), token by token."""
-    logprobs, old, advantages, mask = rows(3, seed=3)
-    terms = []
+    logprobs, old, advantages, mask = rows(3, seed=3, lengths=(6, 1, 0, 3, 5, 6, 6, 6, 6, 6))
+    terms, sides = [], set()
     for b, t in mask.nonzero().tolist():
         a = advantages[b, t].item()
         ratio = math.exp(logprobs[b, t].item() - old[b, t].item())
+        sides.add((a < 0, ratio < 0.8, ratio > 3.0))
         bounded = min(max(ratio, 1 - clip), 1 + (clip if high is None else high))
         objective = min(a * ratio, a * bounded)  # maximised
         if dual is not None and a < 0:
             objective = max(objective, dual * a)
         terms.append(-objective)
+    assert len(sides) == 6  # low, middling and high ratios under advantages of either sign
     loss, _ = policy_loss(logprobs, old, advantages, mask, clip, high, dual)
     near(loss, sum(terms) / len(terms))
 
@@ -347,11 +349,14 @@ def test_grpo_loss_by_hand() -> None:
 
 
 def test_grpo_loss_clips_as_policy_loss_does() -> None:
-    logprobs, old, reference, mask = rows(3, seed=9)
-    advantages = torch.tensor([1.0, -1.0, 2.0, -0.5, 0.0], dtype=F64)
-    loss, _ = grpo_loss(logprobs, old, reference, advantages, mask, clip=0.1, clip_high=0.3)
-    spread = advantages[:, None].expand(5, 6)
-    near(loss, policy_loss(logprobs, old, spread, mask, clip=0.1, clip_high=0.3)[0])
+    # ε = 0.1, ε_high = 0.3. A = 1: ρ = 2 → −1.3, ρ = 0.5 → −0.5. A = −1: ρ = 2 → 2, ρ = 0.5 → 0.9.
+    old = torch.zeros(2, 2, dtype=F64)
+    logprobs = torch.tensor([[2.0, 0.5], [2.0, 0.5]], dtype=F64).log()
+    advantages = torch.tensor([1.0, -1.0], dtype=F64)
+    loss, _ = grpo_loss(
+        logprobs, old, None, advantages, everything_counts(old), clip=0.1, clip_high=0.3
+    )
+    near(loss, (-1.3 - 0.5 + 2 + 0.9) / 4)
 
 
 def test_grpo_loss_gradient() -> None:

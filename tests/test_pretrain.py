@@ -169,7 +169,7 @@ def test_a_phrase_shared_with_a_held_out_sentence_is_not_trained_on() -> None:
     assert split.excluded_rows == sum(pretrain.normalise(r["sentence"]) in in_list for r in rows)
 
 
-# --------------------------------------------------------------------------------- the whole program
+# ------------------------------------------------------------------------------- whole program
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -81,6 +82,16 @@ def test_resume_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["metrics.jsonl"]
 
 
+def test_the_resumed_steps_own_line_may_lack_its_end(tmp_path: Path) -> None:
+    """All of it but the newline was written: kept, it would run into the next line."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    assert runlog.read_metrics(tmp_path) == [{"step": 1}]
+    with runlog.MetricsLog(tmp_path) as log:
+        log.truncate_after(2)
+        log.log(3, {})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
 def test_truncating_an_open_log(tmp_path: Path) -> None:
     with runlog.MetricsLog(tmp_path) as log:
         for step in (1, 2, 1):
@@ -108,14 +119,15 @@ def test_a_missing_package_names_its_extra(
 
 def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events_module = "tensorboard.backend.event_processing.event_accumulator"
+    accumulator = importlib.import_module(events_module).EventAccumulator
 
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # killed after 3, resumed from 2
         sinks = runlog.open_sinks(LogConfig(tensorboard=True), tmp_path, start_step=start)
         with runlog.MetricsLog(tmp_path, sinks) as log:
             for step in steps:
                 log.log(step, {"reward/mean": step + start, "text": "no number"})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = accumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["reward/mean"]
     found = [(event.step, event.value) for event in events.Scalars("reward/mean")]
     assert found == [(1, 1.0), (2, 2.0), (3, 5.0), (4, 6.0)]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppo_nlu import cli, ppo, train
+from ppo_nlu import checkpoint, cli, evaluate, lora, ppo, train
 from ppo_nlu.model import BUNDLED
 
 pytestmark = pytest.mark.skipif(
@@ -28,8 +30,9 @@ rollout: {batch_size: 8, max_new_tokens: 4}
 ppo: {minibatch_size: 4, epochs: 2}
 optim: {name: adamw, lr: 1.0e-3}
 train: {steps: 4, eval_every: 2, checkpoint_every: 1}
-eval: {limit: 16, batch_size: 16, bootstrap: 50}
+eval: {limit: 16, batch_size: 8, bootstrap: 50}
 """
+QUICK = ("eval.before=false", "log.plot=false", "log.progress=false")
 
 
 @pytest.fixture
@@ -43,12 +46,13 @@ def run(*arguments: object) -> int:
     return cli.run(train.main, [str(a) for a in arguments])
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ppo_nlu.train", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the test's config that nothing disturbed."""
+    root = tmp_path_factory.mktemp("whole")
+    (root / "tiny.yaml").write_text(CONFIG)
+    assert run(root / "tiny.yaml", *QUICK, "--output", root / "run") == 0
+    return root / "run"
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -57,7 +61,90 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return found | {f"value.{name}": value for name, value in head.items()}
 
 
-def wait_for(happened, seconds: float = 60.0) -> None:
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the times."""
+    log = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+# Processes of their own, forked from one that has done the imports, so each starts in no time.
+_FORK = multiprocessing.get_context("forkserver")
+_FORK.set_forkserver_preload(["pytest", "ppo_nlu.train", "transformers.models.llama"])
+
+
+def start(*arguments: object, moment: str = "", log: Path) -> Any:
+    process = _FORK.Process(target=_child, args=([str(a) for a in arguments], moment, str(log)))
+    process.start()
+    return process
+
+
+def _child(arguments: list[str], moment: str, log: str) -> None:
+    """The program in a process of its own, which dies of kill -9 at the moment, if one is named."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    torch.set_num_threads(1)
+    if moment:
+        MOMENTS[moment]()
+    sys.exit(cli.run(train.main, arguments))
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_at(module: Any, name: str, due: Callable[..., bool], halfway: Any = None) -> None:
+    """Let the call of `module.name` for which `due(*arguments)` holds be the process's last."""
+    original = getattr(module, name)
+
+    def last(*arguments: Any, **options: Any) -> Any:
+        if due(*arguments):
+            if halfway:
+                halfway(*arguments)
+            _die()
+        return original(*arguments, **options)
+
+    setattr(module, name, last)
+
+
+def _half(path: Path, data: bytes) -> None:
+    path.write_bytes(data[: len(data) // 2])
+
+
+# In the order in which a run of four steps comes to them; each kill but the first finds the
+# checkpoint of an earlier step.
+MOMENTS: dict[str, Callable[[], None]] = {
+    "in the rollout of step 1": lambda: _die_at(ppo, "collect", lambda *a: a[-1] == 0),
+    "in the second epoch of step 2": lambda: _die_at(
+        ppo, "seeded", lambda *a: a[0] == "update" and a[2:] == (1, 1)
+    ),
+    "step 2 logged and evaluated, not saved": lambda: _die_at(
+        train, "save", lambda run: run.step == 2
+    ),
+    "inside the write of checkpoint 2": lambda: _die_at(
+        checkpoint,
+        "_write_synced",
+        lambda path, data: "step_000002" in str(path) and path.name == "optimizer.safetensors",
+        _half,
+    ),
+    "checkpoint 3 written, not renamed": lambda: _die_at(
+        checkpoint, "_replace_folder", lambda temp, final: final.name == "step_000003"
+    ),
+    "checkpoint 3 renamed, 1 not deleted": lambda: _die_at(
+        checkpoint, "_remove", lambda path: path.name == "step_000001"
+    ),
+    "in the evaluation of step 4": lambda: _die_at(
+        evaluate, "evaluate_all", lambda policy, spec, cfg, rows, decodes, *a: len(decodes) == 1
+    ),
+    "at the end, half an adapter written": lambda: _die_at(lora, "save_adapter", lambda *a: True),
+    "at the end, before the summary": lambda: _die_at(
+        evaluate, "write_predictions", lambda *a: True
+    ),
+}
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "the run did not get there"
@@ -94,60 +181,91 @@ def test_a_run_leaves_what_it_promises(config: Path, tmp_path: Path, capsys) -> 
     assert (folder / "summary.json").is_file()
 
 
-def test_resume_after_kill_is_bit_exact(config: Path, tmp_path: Path) -> None:
-    """kill -9 during the first step, between steps, and inside a checkpoint's write."""
-    whole = tmp_path / "whole"
-    assert start(config, "--output", whole).wait() == 0
-    wanted = adapter(whole)
-
-    def steps(folder: Path) -> int:
-        log = folder / "metrics.jsonl"
-        return log.read_text().count("\n") if log.exists() else 0
-
-    def half_written(folder: Path) -> bool:
-        place = folder / "checkpoints"
-        return steps(folder) >= 1 and place.exists() and any(place.glob(".tmp*"))
-
-    moments = {
-        "before the first step ends": lambda f: (f / "config.yaml").exists(),
-        "between steps": lambda f: steps(f) >= 2,
-        "inside the checkpoint's write": half_written,
-    }
-    for name, moment in moments.items():
-        folder = tmp_path / name.replace(" ", "-")
-        process = start(config, "--output", folder)
-        wait_for(lambda f=folder, m=moment, p=process: m(f) or p.poll() is not None)
-        process.kill()
-        process.wait()
-        assert not (folder / "adapter").exists(), f"{name}: the run was over before the kill"
-        again = start(folder / "config.yaml", "--resume", folder)
-        output, _ = again.communicate()
-        assert again.returncode == 0, output
-        found = adapter(folder)
-        assert wanted.keys() == found.keys()
-        for key in wanted:
-            assert torch.equal(wanted[key], found[key]), f"{name}: {key} differs"
-        assert steps(folder) == 4, name
+def test_resume_after_kills_is_bit_exact(config: Path, tmp_path: Path, whole: Path) -> None:
+    """One run, killed -9 at nine moments, each time resumed: to the last bit as if never killed."""
+    folder, log = tmp_path / "killed", tmp_path / "log"
+    where: tuple[object, ...] = (config, *QUICK, "--output", folder)
+    for moment in MOMENTS:
+        process = start(*where, moment=moment, log=log)
+        process.join(180)
+        assert process.exitcode == -signal.SIGKILL, f"{moment}: not reached: {log.read_text()}"
+        assert not (folder / "summary.json").exists(), moment
+        where = (folder / "config.yaml", "--resume", folder)
+    process = start(*where, log=log)
+    process.join(180)
+    assert process.exitcode == 0, log.read_text()
+    assert "resumed after step 4 of 4" in log.read_text()
+    wanted, found = adapter(whole), adapter(folder)
+    assert wanted.keys() == found.keys()
+    for key in wanted:
+        assert torch.equal(wanted[key], found[key]), f"{key} differs"
+    assert steps(folder) == steps(whole)
+    best, _ = checkpoint.load(folder / "checkpoints" / "best")
+    assert torch.equal(
+        best["value_head"]["out.weight"],
+        checkpoint.load(whole / "checkpoints" / "best")[0]["value_head"]["out.weight"],
+    )
+    name = "predictions.jsonl"
+    assert (folder / name).read_text() == (whole / name).read_text()
+    leftovers = [p.name for p in folder.rglob("*") if p.name.startswith((".tmp-", ".old-"))]
+    assert not leftovers
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_saves_and_tells_how_to_go_on(
+def test_a_signal_from_outside_saves_and_tells_how_to_go_on(
     config: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    more = ("train.steps=5000", "train.eval_every=0", "train.checkpoint_every=0")
+    process = start(config, *QUICK, *more, "--output", folder, log=log)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() or not process.is_alive())
+    assert process.is_alive(), log.read_text()
+    os.kill(process.pid, number)
+    process.join(120)
+    assert process.exitcode == code, log.read_text()
+    assert f"--resume {folder}" in log.read_text()
+    assert (folder / "checkpoints" / f"step_{len(steps(folder)):06d}" / "state.json").is_file()
+
+
+STOPS: dict[str, Callable[[], tuple[Any, str, Callable[..., bool]]]] = {
+    "in a rollout": lambda: (ppo, "collect", lambda *a: a[-1] == 1),
+    "in an update": lambda: (ppo, "update", lambda *a: a[-1] == 1),
+    "in a midway evaluation": lambda: (evaluate, "generate", lambda *a: True),
+    "behind the checkpoint": lambda: (checkpoint, "prune", lambda *a: True),
+    "in the evaluation at the end": lambda: (evaluate, "label_probabilities", lambda *a: True),
+}
+
+
+@pytest.mark.parametrize("moment", STOPS)
+def test_a_stop_at_any_moment_loses_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, moment: str
+) -> None:
+    """A signal: the step it falls into is saved, and the resumed run ends as if never stopped."""
+    module, name, due = STOPS[moment]()
+    original = getattr(module, name)
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        if due(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
     folder = tmp_path / "run"
-    process = start(config, "train.steps=500", "train.eval_every=0", "--output", folder)
-    wait_for(lambda: (folder / "metrics.jsonl").exists() or process.poll() is not None)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output
-    assert f"--resume {folder}" in output
-    done = len((folder / "metrics.jsonl").read_text().splitlines())
-    assert list((folder / "checkpoints").glob(f"step_{done:06d}")), output
+    every = ("train.checkpoint_every=3",)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, signalled)
+        assert run(config, *QUICK, *every, "--output", folder) == 143
+    assert not (folder / "summary.json").exists()
+    last = checkpoint.latest(folder)
+    assert last is not None and checkpoint.step_of(last) >= len(steps(folder))
+    assert run(folder / "config.yaml", "--resume", folder) == 0
+    wanted, found = adapter(whole), adapter(folder)
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    assert steps(folder) == steps(whole)
 
 
 def test_resume_from_another_config_is_refused(config: Path, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run"
-    assert run(config, "eval.before=false", "--output", folder) == 0
+    assert run(config, *QUICK, "--output", folder) == 0
     capsys.readouterr()
     assert run(config, "ppo.clip=0.1", "--resume", folder) == 2
     error = capsys.readouterr().err
@@ -171,7 +289,7 @@ def test_bad_steps_are_skipped_dumped_and_stop_the_run(
     monkeypatch.setattr(ppo, "collect", poisoned)
     bad = {2, 3}
     folder = tmp_path / "survives"
-    assert run(config, "eval.before=false", "--output", folder) == 0
+    assert run(config, *QUICK, "--output", folder) == 0
     assert len(list((folder / "bad_steps").glob("*.json"))) == 2
     assert json.loads((folder / "summary.json").read_text())["bad_steps"] == 2
     assert all(torch.isfinite(value).all() for value in adapter(folder).values())
@@ -179,7 +297,7 @@ def test_bad_steps_are_skipped_dumped_and_stop_the_run(
     calls.clear()
     bad = set(range(100))
     folder = tmp_path / "stops"
-    assert run(config, "train.steps=9", "train.max_bad_steps=5", "--output", folder) == 2
+    assert run(config, *QUICK, "train.steps=9", "train.max_bad_steps=5", "--output", folder) == 2
     error = capsys.readouterr().err
     assert "5 steps in a row" in error and "optim.lr" in error
     dumped = json.loads(next((folder / "bad_steps").glob("*.json")).read_text())

@@ -1,0 +1,57 @@
+"""Packaging of ppo_nlu.
+
+The kernels are installed as ppo_nlu.kernels and never as a top-level `kernels`: the Hugging Face
+hub has a package of that very name, which transformers imports.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "ppo_nlu/__init__.py").read_text("utf-8"))
+README = HERE / "README.md"
+
+setup(
+    name="ppo_nlu",
+    version=VERSION.group(1) if VERSION else "0",
+    description="Reinforcement learning from labels for language understanding: "
+    "PPO for LLMs from scratch in PyTorch",
+    long_description=README.read_text("utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=["ppo_nlu", "ppo_nlu.tasks", "ppo_nlu.kernels"],
+    package_dir={"ppo_nlu.kernels": "kernels"},
+    package_data={"ppo_nlu": ["py.typed", "assets/*", "assets/**/*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "transformers>=5.0",
+        "safetensors",
+        "sentencepiece",
+        "numpy",
+        "pyyaml",
+        "tqdm",
+        "huggingface_hub",
+        "triton; platform_system == 'Linux'",
+    ],
+    extras_require={
+        "plot": ["matplotlib"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "peft",
+            "scikit-learn",
+            "scipy",
+            "matplotlib",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "setuptools>=77",
+        ],
+    },
+)

@@ -1,0 +1,263 @@
+"""Generation: greedy equals transformers token for token, samples follow the distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from ppo_nlu import generate as module
+from ppo_nlu.generate import Sampling, generate, invert
+from ppo_nlu.model import Policy
+
+GREEDY = Sampling(greedy=True)
+KINDS = (*tiny.TREE_KINDS, "mpt", "mistral")
+
+
+def policy_of(kind: str, **options: Any) -> Policy:
+    if kind == "mistral":
+        options["sliding_window"] = 8
+    return tiny.policy(kind, **options)
+
+
+def ragged(seed: int = 0, rows: int = 5, size: int = tiny.VOCAB) -> list[list[int]]:
+    """Prompts of 3 to 30 tokens, three of them with a common opening."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, size, (count,), generator=draw).tolist()
+
+    head = ids(9)
+    return [head + ids(2), ids(3), head + ids(11), ids(30), [*head, 4]][:rows]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def endless(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stops any more."""
+    monkeypatch.setattr(policy.stop, "ended", lambda rows: [False] * len(rows))
+
+
+def theirs(policy: Policy, prompt: Sequence[int], count: int) -> list[int]:
+    """The continuation by transformers, of one row alone, eos not heeded."""
+    ids = torch.tensor([prompt])
+    out = policy.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of(kind)
+    policy.model.generation_config.eos_token_id = None
+    endless(policy, monkeypatch)
+    prompts = ragged()
+    ours = generate(policy, prompts, 20, GREEDY).rows
+    assert ours == [theirs(policy, prompt, 20) for prompt in prompts]
+    assert len({tuple(row) for row in ours}) > 1
+
+
+def test_greedy_equals_transformers_pretrained() -> None:
+    policy = tiny.pretrained("stories260K")
+    texts = ("Once upon a time", "Lily and Tom went to the park. They saw a big", "The cat")
+    prompts = [policy.encode(text) for text in texts]
+    ours = generate(policy, prompts, 20, GREEDY).rows
+    assert ours == [theirs(policy, prompt, 20) for prompt in prompts]
+    assert policy.decode(ours[0]).startswith(", there was a little girl named Lily")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logprobs_and_values_are_those_of_the_scoring_pass(kind: str) -> None:
+    policy = policy_of(kind)
+    prompts, samples, temperature = ragged(1), 3, 0.7
+    made = generate(
+        policy, prompts, 6, Sampling(temperature), samples, generator=seeded(), critic=True
+    )
+    owners = [p for p in range(len(prompts)) for _ in range(samples)]
+    with torch.no_grad():
+        scored = policy.score(prompts, made.rows, owners, temperature, values=True)
+    assert torch.equal(scored.mask, made.mask)
+    tiny.close(made.logprobs, scored.logprobs)
+    assert made.values is not None and scored.values is not None and made.hidden is not None
+    tiny.close(made.values, scored.values)
+    tiny.close(made.hidden, scored.hidden)
+    assert not made.logprobs[~made.mask].any() and not made.values[~made.mask].any()
+    assert not made.tokens[~made.mask].any()
+    assert len({tuple(row) for row in made.rows}) > 10, "samples differ"
+
+
+def first_tokens(policy: Policy, count: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Frequencies of `count` first tokens, and the softmax of the plain forward."""
+    prompt = [5, 9, 3, 7]
+    made = generate(policy, [prompt], 1, sampling, samples=count, generator=seeded(3))
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    frequency = torch.bincount(made.tokens[:, 0], minlength=len(logits)) / count
+    return frequency, torch.softmax(logits / sampling.temperature, -1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_samples_follow_the_softmax_at_the_temperature(temperature: float) -> None:
+    """χ² over 12 words: 11 degrees of freedom, 31.3 at p = 0.001."""
+    count = 5000
+    frequency, probs = first_tokens(tiny.policy(few=True), count, Sampling(temperature))
+    chi = (count * (frequency - probs).square() / probs).sum()
+    assert float(chi) < 31.3
+    spread = (probs * (1 - probs) / count).sqrt()
+    assert bool(((frequency - probs).abs() < 4 * spread).all())
+    assert float(probs.max()) > 0.12, "a distribution with something to tell"
+
+
+@pytest.mark.parametrize("sampling", [Sampling(top_k=3), Sampling(top_p=0.6)], ids=["k", "p"])
+def test_top_k_and_top_p_leave_out_the_rest(sampling: Sampling) -> None:
+    count = 5000
+    frequency, probs = first_tokens(tiny.policy(few=True), count, sampling)
+    order = probs.argsort(descending=True).tolist()
+    kept: list[int] = []
+    for token in order:  # the smallest set of mass top_p, or the k most likely
+        if len(kept) == (sampling.top_k or 12) or float(probs[kept].sum()) >= sampling.top_p:
+            break
+        kept.append(token)
+    assert 1 < len(kept) < 8
+    assert set(frequency.nonzero().squeeze(1).tolist()) == set(kept)
+    expected = probs[kept] / probs[kept].sum()
+    spread = (expected * (1 - expected) / count).sqrt()
+    assert bool(((frequency[kept] - expected).abs() < 4 * spread).all())
+
+
+def test_logprobs_are_before_top_k() -> None:
+    policy = tiny.policy(few=True)
+    made = generate(policy, [[5, 9]], 1, Sampling(top_k=1))
+    with torch.no_grad():
+        scored = policy.score([[5, 9]], made.rows)
+    tiny.close(made.logprobs, scored.logprobs)
+    assert float(made.logprobs) < -0.1
+
+
+def test_invert_by_hand() -> None:
+    """Weights 1, 0, 3: draws below a quarter give 0, all others 2, none ever 1."""
+    weights = torch.tensor([[1.0, 0.0, 3.0]]).expand(5, 3)
+    draws = torch.tensor([0.0, 0.2499, 0.25, 0.6, 1 - 2**-53], dtype=torch.float64)
+    assert invert(weights, draws).tolist() == [0, 0, 2, 2, 2]
+    ends = torch.tensor([[0.0, 1.0, 0.0]]).expand(5, 3)
+    assert invert(ends, draws).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mpt", "mistral"])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_rows_that_leave_change_nothing_for_the_others(
+    kind: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run in which nothing ever stops, cut at each row's first stop, is the same run."""
+    policy = policy_of(kind, few=True)
+    prompts = ragged(2, size=12)
+    with_stop = generate(policy, prompts, 10, None, samples, seeded(5), critic=True)
+    ended = policy.stop.ended
+    endless(policy, monkeypatch)
+    whole = generate(policy, prompts, 10, None, samples, seeded(5), critic=True)
+    lengths = []
+    for row, full in zip(with_stop.rows, whole.rows, strict=True):
+        stops = [t for t in range(10) if ended([full[: t + 1]])[0]]
+        length = stops[0] + 1 if stops else 10
+        assert row == full[:length]
+        lengths.append(length)
+    assert len(set(lengths)) > 2 and max(lengths) > min(lengths) + 3
+    width = max(lengths)
+    keep = torch.arange(width) < torch.tensor(lengths)[:, None]
+    assert torch.equal(with_stop.mask, keep)
+    assert with_stop.values is not None and whole.values is not None
+    tiny.close(with_stop.logprobs, whole.logprobs[:, :width] * keep, 1e-6)
+    tiny.close(with_stop.values, whole.values[:, :width] * keep, 1e-6)
+
+
+def test_a_row_does_not_depend_on_the_batch() -> None:
+    policy = tiny.policy()
+    prompts = ragged(4)
+    together = generate(policy, prompts, 8, GREEDY).rows
+    assert together == [generate(policy, [prompt], 8, GREEDY).rows[0] for prompt in prompts]
+
+
+def test_finished_rows_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny.policy(few=True)
+    sizes: list[int] = []
+    plain = module.prefix_tree.forward
+
+    def spy(decoder, ids, *rest):
+        sizes.append(len(ids))
+        return plain(decoder, ids, *rest)
+
+    monkeypatch.setattr(module.prefix_tree, "forward", spy)
+    made = generate(policy, ragged(2, size=12), 10, None, 4, seeded(5))
+    lengths = made.mask.sum(1)
+    alive = [int((lengths > t).sum()) for t in range(1, 10)]
+    assert sizes[-len([n for n in alive if n]) :] == [n for n in alive if n]
+
+
+def says(policy: Policy, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes the policy say these words after any prompt (greedily), whatever it reads."""
+    ids = policy.tokenizer.convert_tokens_to_ids(list(words))
+    step = [-1]
+
+    def logits(hidden: Tensor) -> Tensor:
+        step[0] += 1
+        table = torch.zeros(len(hidden), len(policy.tokenizer))
+        table[:, ids[step[0]]] = 20.0
+        return table
+
+    monkeypatch.setattr(policy, "logits", logits)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("words", "length"),
+    [
+        (["Positive", "</Judgement>", "film", "film"], 2),
+        (["</Judgement>", "Positive", "film", "film"], 1),
+        (["Positive", "</s>", "</Judgement>", "film"], 2),
+        (["Positive", "<Judgement>", "film", "</Judgement>"], 4),
+        (["Positive", "film", "film", "film", "</Judgement>"], 4),
+    ],
+)
+def test_nothing_behind_the_stop(words, length, monkeypatch) -> None:
+    """The prompt holds the closing tag too, which does not count; the limit cuts at 4."""
+    policy = tiny.policy()
+    prompt = policy.encode(tiny.render(tiny.SST2, {"sentence": "good"}))
+    assert policy.tokenizer.convert_tokens_to_ids("</Judgement>") in prompt
+    ids = says(policy, words, monkeypatch)
+    made = generate(policy, [prompt], 4, GREEDY)
+    assert made.rows == [ids[:length]]
+    assert made.mask.tolist() == [[True] * length]
+
+
+def test_each_of_several_eos_ids_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.policy(few=True).model
+    model.generation_config.eos_token_id = [7, 2]
+    policy = tiny.policy(few=True)
+    policy.stop = type(policy.stop)(model, policy.tokenizer)
+    rows = generate(policy, [[5, 9]], 6, None, 200, seeded(1)).rows
+    last = {row[-1] for row in rows if len(row) < 6}
+    tag = policy.tokenizer.convert_tokens_to_ids("</Judgement>")
+    assert last == {2, 7, tag}
+    assert not any({2, 7, tag} & set(row[:-1]) for row in rows)
+
+
+def test_length_limit_and_seed() -> None:
+    policy = tiny.policy()
+    one, two, other = (generate(policy, ragged(), 5, None, 2, seeded(s)) for s in (1, 1, 2))
+    assert one.rows == two.rows and torch.equal(one.logprobs, two.logprobs)
+    assert one.rows != other.rows
+    assert one.tokens.shape == (10, 5) and all(1 <= len(row) <= 5 for row in one.rows)
+    assert generate(policy, ragged(), 1, GREEDY).tokens.shape == (5, 1)

@@ -1,0 +1,482 @@
+"""The PPO update: first ratio, minibatches, guards, what is trained; and that it learns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from ppo_nlu import lora, ppo
+from ppo_nlu.config import Config, LoraConfig, PPOConfig, RewardConfig, RolloutConfig, load_config
+from ppo_nlu.config import OptimConfig as Optim
+from ppo_nlu.errors import UserError
+from ppo_nlu.losses import AdaptiveKL
+from ppo_nlu.model import Policy, load_policy, trainable
+from ppo_nlu.optim import build_optimizer
+
+ANSWERS = (
+    "Positive </Judgement>",
+    "Negative </Judgement>",
+    "good film Positive </Judgement>",
+    "Positive Positive film good",  # cut by the limit
+    "Negative </s>",
+    "</Judgement>",
+    "bad Negative </Judgement>",
+    "Positive </Judgement>",
+)
+
+
+def config(
+    prompts: int = 4, samples: int = 2, limit: int = 4, max_grad_norm: float = 0.0, **changes
+) -> Config:
+    count = prompts * samples
+    return Config(
+        task="sst2",
+        rollout=RolloutConfig(prompts, samples, limit),
+        ppo=PPOConfig(**{"minibatch_size": count, "epochs": 1, **changes}),
+        optim=Optim(name="adamw", lr=1e-2, max_grad_norm=max_grad_norm),
+    )
+
+
+def kl_of(cfg: Config) -> AdaptiveKL:
+    return AdaptiveKL(cfg.ppo.kl_coef, cfg.ppo.kl_target, cfg.ppo.kl_horizon)
+
+
+def collect(policy: Policy, cfg: Config, step: int = 0) -> ppo.Batch:
+    rows = tiny.examples(cfg.rollout.batch_size)
+    return ppo.collect(policy, tiny.SST2, cfg, kl_of(cfg), rows, step)[0]
+
+
+def forced(policy: Policy, cfg: Config, texts=ANSWERS) -> ppo.Batch:
+    """A batch of given answers."""
+    ids = [policy.tokenizer.convert_tokens_to_ids(text.split()) for text in texts]
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.force(patch, policy, ids)
+        return collect(policy, cfg)
+
+
+def snapshot(policy: Policy) -> list[Tensor]:
+    return [p.detach().clone() for p in trainable(policy)]
+
+
+def moved(policy: Policy, before: list[Tensor]) -> float:
+    return max(
+        float((now.detach() - then).abs().max())
+        for now, then in zip(trainable(policy), before, strict=True)
+    )
+
+
+def gradients(policy: Policy, cfg: Config, batch: ppo.Batch) -> tuple[list[Tensor], ppo.Metrics]:
+    """Gradients and metrics of the whole batch as one minibatch."""
+    for parameter in trainable(policy):
+        parameter.grad = None
+    metrics = ppo.backward(policy, cfg, batch, list(range(batch.rollout.size)))
+    found = []
+    for parameter in trainable(policy):
+        found.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        parameter.grad = None
+    return found, metrics
+
+
+def sgd(policy: Policy, lr: float = 0.1) -> SGD:
+    return SGD(trainable(policy), lr=lr)
+
+
+# ---- the first ratio ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*tiny.TREE_KINDS, "mpt"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_ratio_is_one(kind: str, temperature: float) -> None:
+    policy, cfg = tiny.policy(kind), config(minibatch_size=4, epochs=2)
+    cfg = replace(cfg, rollout=replace(cfg.rollout, temperature=temperature))
+    batch = collect(policy, cfg)
+    assert gradients(policy, cfg, batch)[1]["policy/ratio_gap"] < 1e-4
+    metrics = ppo.update(policy, sgd(policy), cfg, batch, 0)
+    assert metrics["policy/first_ratio_gap"] < 1e-4
+    assert ppo.check_first_ratio(metrics["policy/first_ratio_gap"], True) is None
+    assert metrics["policy/ratio_gap"] > metrics["policy/first_ratio_gap"], "then it moves"
+
+
+def test_first_ratio_is_one_for_a_pretrained_model() -> None:
+    policy, cfg = tiny.pretrained("stories260K"), config(limit=12)
+    tiny.shake(policy)
+    batch = collect(policy, cfg)
+    assert batch.rollout.mask.sum(1).max() == 12
+    assert ppo.update(policy, sgd(policy), cfg, batch, 0)["policy/first_ratio_gap"] < 1e-4
+
+
+def test_a_first_ratio_away_from_one_is_seen() -> None:
+    """exp(0.01) - 1 = 0.01005 on a single token of the whole batch."""
+    policy, cfg = tiny.policy(), config()
+    batch = collect(policy, cfg)
+    batch.rollout.logprobs[3, 0] -= 0.01
+    gap = ppo.update(policy, sgd(policy), cfg, batch, 0)["policy/first_ratio_gap"]
+    assert gap == pytest.approx(math.exp(0.01) - 1, abs=1e-4)
+    with pytest.raises(UserError, match="the first PPO ratio is 1.0e-02 away from 1"):
+        ppo.check_first_ratio(gap, exact=True)
+
+
+def test_check_first_ratio_bounds() -> None:
+    assert ppo.check_first_ratio(9e-5, exact=True) is None
+    assert "warning" in str(ppo.check_first_ratio(2e-4, exact=True))
+    with pytest.raises(UserError):
+        ppo.check_first_ratio(1.1e-3, exact=True)
+    assert "low precision: 3.0e-02" in str(ppo.check_first_ratio(3e-2, exact=False))
+
+
+# ---- minibatches and micro-batches ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "mpt"])
+@pytest.mark.parametrize("target", ["gae", "td0"])
+def test_micro_batches_change_memory_only(kind: str, target: str) -> None:
+    """16 answers at once, as 4 x 4, 6 x 3 with a rest, and one by one."""
+    policy = tiny.policy(kind)
+    cfg = config(8, 2, critic_target=target, entropy_coef=0.1, value_coef=0.5)
+    batch = collect(policy, cfg)
+    whole, metrics = gradients(policy, cfg, batch)
+    assert len(set(map(len, batch.rollout.answers))) > 1 and max(g.abs().max() for g in whole) > 0
+    for size in (1, 3, 4):
+        parts, again = gradients(
+            policy, replace(cfg, ppo=replace(cfg.ppo, micro_batch_size=size)), batch
+        )
+        for one, other in zip(whole, parts, strict=True):
+            tiny.close(one, other, 1e-6)
+        assert again.keys() == metrics.keys()
+        for name, value in metrics.items():
+            assert again[name] == pytest.approx(value, abs=1e-5), name
+
+
+def test_one_step_a_minibatch() -> None:
+    """Minibatches of 3 from 8 answers are 3, 3 and 2: an optimizer step each, in every epoch."""
+    for size, epochs, steps in ((8, 2, 2), (3, 2, 6), (2, 3, 12), (16, 1, 1)):
+        policy, cfg = tiny.policy(), config(minibatch_size=size, epochs=epochs)
+        optimizer = build_optimizer(cfg.optim, trainable(policy))
+        metrics = ppo.update(policy, optimizer, cfg, collect(policy, cfg), 0)
+        assert metrics["optim/steps"] == steps == epochs * math.ceil(8 / size)
+        assert {int(s["step"]) for s in optimizer.state.values()} == {steps}
+
+
+def test_minibatches_are_real() -> None:
+    """1 and 4 minibatches end at different weights (with TRL 1.10 they did not)."""
+    ends = []
+    for size in (8, 2):
+        policy, cfg = tiny.policy(), config(minibatch_size=size)
+        batch = collect(policy, cfg)
+        ppo.update(policy, sgd(policy), cfg, batch, 0)
+        ends.append(snapshot(policy))
+    assert max(float((a - b).abs().max()) for a, b in zip(*ends, strict=True)) > 1e-4
+
+
+def test_every_answer_once_an_epoch_in_a_fresh_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, cfg = tiny.policy(), config(minibatch_size=3, epochs=2)
+    seen: list[list[int]] = []
+    plain = ppo.backward
+
+    def spy(policy, cfg, batch, index):
+        seen.append(list(index))
+        return plain(policy, cfg, batch, index)
+
+    monkeypatch.setattr(ppo, "backward", spy)
+    batch = collect(policy, cfg)
+    ppo.update(policy, sgd(policy), cfg, batch, 0)
+    first, second = sum(seen[:3], []), sum(seen[3:], [])
+    assert sorted(first) == sorted(second) == list(range(8)) and first != second
+    ppo.update(policy, sgd(policy), cfg, batch, 1)
+    assert seen[6:9] != seen[:3]
+    ppo.update(policy, sgd(policy), cfg, batch, 0)
+    assert seen[12:] == seen[:6], "the order depends on seed, step and epoch alone"
+
+
+def test_the_gradient_is_clipped_and_its_norm_logged_before() -> None:
+    norms, moves = [], []
+    for limit in (0.0, 1e-9, 1e6):
+        policy, cfg = tiny.policy(), config(max_grad_norm=limit)
+        batch, before = collect(policy, cfg), snapshot(policy)
+        metrics = ppo.update(policy, sgd(policy, 1.0), cfg, batch, 0)
+        norms.append(metrics["optim/grad_norm"])
+        moves.append(moved(policy, before))
+    grads, _ = gradients(tiny.policy(), config(), collect(tiny.policy(), config()))
+    norm = float(torch.cat([g.flatten() for g in grads]).norm())
+    assert norms == pytest.approx([norm] * 3, rel=1e-5) and norm > 0.1
+    assert moves[0] > 1e-2 and moves[1] < 1e-8 and moves[2] == pytest.approx(moves[0])
+
+
+# ---- what is trained ------------------------------------------------------------------------
+
+
+def test_the_reward_sits_on_the_token_that_ends_the_answer() -> None:
+    """Labels by turns Positive and Negative, two answers each; the fourth is cut by the limit."""
+    policy = tiny.policy()
+    batch = forced(policy, config(kl_coef=0.0))
+    scores = [1, 0, 0, -1, -1, -1, 0, 1]
+    lengths = [2, 2, 4, 4, 2, 1, 3, 2]
+    labels = ["Positive"] * 2 + ["Negative"] * 2
+    assert [e.label for e in batch.rollout.examples] == labels * 2
+    assert batch.rollout.scores.tolist() == [1, 0, 0, -1, -1, -1, 1, 0]
+    scores[6:] = [1, 0]
+    expected = torch.zeros(8, 4)
+    for row, (score, length) in enumerate(zip(scores, lengths, strict=True)):
+        expected[row, length - 1] = score
+    assert torch.equal(batch.rewards, expected)
+    assert batch.rollout.mask.sum(1).tolist() == lengths
+
+
+def test_kl_is_in_the_reward_of_every_token() -> None:
+    policy, cfg = tiny.policy(), config(kl_coef=0.3)
+    batch, without = forced(policy, cfg), forced(policy, config(kl_coef=0.0))
+    mask = batch.rollout.mask
+    tiny.close(batch.rewards, without.rewards - 0.3 * batch.rollout.kl * mask)
+    assert float((batch.rewards - without.rewards)[mask].abs().min()) > 0
+
+
+def test_returns_have_no_bootstrap_behind_a_cut_answer() -> None:
+    """γ = λ = 1: every return is the sum of the rewards that follow, for the cut answer too."""
+    policy, cfg = tiny.policy(), config(lam=1.0, whiten_advantages=False)
+    batch = forced(policy, cfg)
+    to_go = batch.rewards.flip(1).cumsum(1).flip(1)
+    assert float(batch.rollout.values.abs().min(dim=1).values[3]) > 0
+    tiny.close(batch.returns[batch.rollout.mask], to_go[batch.rollout.mask])
+    tiny.close(batch.advantages, batch.returns - batch.rollout.values)
+
+
+def test_advantages_are_whitened_over_the_tokens_of_the_batch() -> None:
+    batch = forced(tiny.policy(), config())
+    counted = batch.advantages[batch.rollout.mask]
+    assert float(counted.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(counted.std()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("row", [0, 3, 4, 5], ids=["tag", "cut", "eos is pad", "tag alone"])
+def test_the_ending_token_is_trained(row: int) -> None:
+    policy, cfg = tiny.policy(), config(value_coef=0.0)
+    batch = forced(policy, cfg)
+    last = int(batch.rollout.mask[row].sum()) - 1
+    before, _ = gradients(policy, cfg, batch)
+    batch.advantages[row, last] += 1.0
+    after, _ = gradients(policy, cfg, batch)
+    change = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
+    assert change > 1e-4
+    if last < 3:
+        batch.advantages[row, last + 1 :] = 1e3
+        nothing, _ = gradients(policy, cfg, batch)
+        assert all(torch.equal(a, b) for a, b in zip(nothing, after, strict=True)), "padding"
+
+
+def test_padding_is_never_read() -> None:
+    policy, cfg = tiny.policy(), config(entropy_coef=0.1, micro_batch_size=3)
+    batch = forced(policy, cfg)
+    before, metrics = gradients(policy, cfg, batch)
+    gaps = ~batch.rollout.mask
+    for table in (
+        *(batch.rollout.logprobs, batch.rollout.values, batch.rollout.kl),
+        *(batch.advantages, batch.returns, batch.rewards),
+    ):
+        table[gaps] = math.nan
+    after, again = gradients(policy, cfg, batch)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert again == metrics
+
+
+def test_gradient_at_ratio_one_is_the_policy_gradient() -> None:
+    """At the first step the surrogate's gradient is that of -mean(A log π)."""
+    policy, cfg = tiny.policy(), config(value_coef=0.0)
+    batch = forced(policy, cfg)
+    actual, _ = gradients(policy, cfg, batch)
+    rollout, params = batch.rollout, lora.lora_parameters(policy.model)
+    logprobs = []
+    for j, answer in enumerate(rollout.answers):
+        states = tiny.alone(policy.decoder, rollout.prompts[rollout.owners[j]], answer)
+        table = torch.log_softmax(policy.logits(states), -1)
+        logprobs += [table[t, token] for t, token in enumerate(answer)]
+    loss = -(torch.stack(logprobs) * batch.advantages[rollout.mask]).mean()
+    expected = torch.autograd.grad(loss, params)
+    for mine, theirs in zip(actual[: len(params)], expected, strict=True):
+        tiny.close(mine, theirs)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_entropy_bonus_raises_the_entropy(sign: float) -> None:
+    policy, cfg = tiny.policy(), config(value_coef=0.0)
+    cfg = replace(cfg, ppo=replace(cfg.ppo, entropy_coef=sign))
+    batch = forced(policy, cfg)
+    batch.advantages.zero_()
+    before = ppo.update(policy, sgd(policy, 0.05), cfg, batch, 0)["policy/entropy"]
+    after = gradients(policy, cfg, batch)[1]["policy/entropy"]
+    assert sign * (after - before) > 1e-3
+
+
+@pytest.mark.parametrize("target", ["gae", "td0"])
+def test_detach_value_keeps_the_value_loss_out_of_lora(target: str) -> None:
+    policy, cfg = tiny.policy(), config(critic_target=target)
+    batch = forced(policy, cfg)
+    batch.advantages.zero_()
+    count = len(lora.lora_parameters(policy.model))
+    for detach in (False, True):
+        policy.detach_value = detach
+        grads, _ = gradients(policy, cfg, batch)
+        assert max(float(g.abs().max()) for g in grads[count:]) > 1e-4
+        assert (max(float(g.abs().max()) for g in grads[:count]) == 0) is detach
+
+
+def test_value_loss_pulls_values_to_the_returns() -> None:
+    policy, cfg = tiny.policy(), config(epochs=30, value_coef=1.0, value_clip=None)
+    batch = forced(policy, cfg)
+    batch.advantages.zero_()
+    first = gradients(policy, cfg, batch)[1]["value/loss"]
+    gap = (batch.rollout.values - batch.returns)[batch.rollout.mask]
+    assert first == pytest.approx(float(0.5 * gap.square().mean()), rel=1e-4)
+    ppo.update(policy, build_optimizer(cfg.optim, trainable(policy)), cfg, batch, 0)
+    assert gradients(policy, cfg, batch)[1]["value/loss"] < 0.3 * first
+
+
+# ---- guards ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["advantages", "returns"])
+def test_a_loss_that_is_not_finite_moves_nothing(what: str) -> None:
+    policy, cfg = tiny.policy(), config()
+    batch, before = forced(policy, cfg), snapshot(policy)
+    getattr(batch, what)[2, 1] = math.nan
+    optimizer = build_optimizer(cfg.optim, trainable(policy))
+    with pytest.raises(ppo.BadStep) as raised:
+        ppo.update(policy, optimizer, cfg, batch, 0)
+    assert sorted(raised.value.index) == list(range(8)) and "loss" in raised.value.metrics
+    assert moved(policy, before) == 0 and not optimizer.state
+    assert all(p.grad is None for p in trainable(policy)), "nothing is left for the next step"
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, cfg = tiny.policy(), config()
+    batch, before = forced(policy, cfg), snapshot(policy)
+    parameter = trainable(policy)[0]
+    hook = parameter.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(ppo.BadStep):
+        ppo.update(policy, sgd(policy), cfg, batch, 0)
+    hook.remove()
+    assert moved(policy, before) == 0
+
+
+@pytest.mark.parametrize(("limit", "skipped"), [(10.0, 2), (0.0, 0), (1000.0, 0)])
+def test_a_mean_ratio_over_the_limit_is_skipped(limit: float, skipped: int) -> None:
+    """Every old log-prob 5 too low: all ratios are e⁵ = 148."""
+    policy, cfg = tiny.policy(), config(max_ratio=limit, epochs=2)
+    batch, before = forced(policy, cfg), snapshot(policy)
+    batch.rollout.logprobs -= 5.0
+    metrics = ppo.update(policy, sgd(policy, 1e-6), cfg, batch, 0)
+    assert metrics["optim/skipped"] == skipped and metrics["optim/steps"] == 2 - skipped
+    assert (moved(policy, before) == 0) is (skipped == 2)
+    assert metrics["policy/ratio_mean"] == pytest.approx(math.exp(5), rel=1e-2)
+    assert metrics["policy/ratio_max"] == pytest.approx(math.exp(5), rel=1e-2), "not a sum"
+
+
+def test_target_kl_ends_the_epochs() -> None:
+    """The first pass is at KL 0; the second sees that the policy moved, and is the last."""
+    steps = {}
+    for target in (None, 1e-6, 1e3):
+        policy, cfg = tiny.policy(), config(epochs=5, target_kl=target)
+        batch = forced(policy, cfg)
+        metrics = ppo.update(policy, sgd(policy), cfg, batch, 0)
+        steps[target] = metrics["optim/steps"]
+    assert steps == {None: 5, 1e-6: 2, 1e3: 5}
+
+
+# ---- KL coefficient and metrics -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "adaptive", "factor"),
+    [(1e-4, True, 1 + 0.2 * 8 / 100), (1e4, True, 1 - 0.2 * 8 / 100), (1e-4, False, 1.0)],
+)
+def test_the_kl_coefficient_is_steered(target: float, adaptive: bool, factor: float) -> None:
+    """Clipped at ±0.2, times 8 answers over a horizon of 100."""
+    policy = tiny.policy()
+    cfg = config(kl_target=target, kl_horizon=100, kl_adaptive=adaptive, kl_estimator="k2")
+    kl = kl_of(cfg)
+    _, metrics = ppo.collect(policy, tiny.SST2, cfg, kl, tiny.examples(4), 0)
+    assert metrics["kl/coef"] == 0.2, "what this step used"
+    assert kl.coef == pytest.approx(0.2 * factor)
+
+
+def test_the_kl_of_the_coefficient_is_the_sum_over_an_answer() -> None:
+    policy, cfg = tiny.policy(), config(kl_estimator="exact", kl_horizon=100)
+    probe = collect(policy, cfg)
+    per_answer = float(probe.rollout.kl.sum(1).mean())
+    cfg = replace(cfg, ppo=replace(cfg.ppo, kl_target=per_answer / 1.1))
+    kl = kl_of(cfg)
+    _, metrics = ppo.collect(policy, tiny.SST2, cfg, kl, tiny.examples(4), 0)
+    assert metrics["kl/ref"] == pytest.approx(per_answer, rel=1e-5)
+    assert kl.coef == pytest.approx(0.2 * (1 + 0.1 * 8 / 100), rel=1e-5)
+
+
+def test_metrics_of_a_batch() -> None:
+    policy, cfg = tiny.policy(), config(kl_coef=0.0, lam=1.0)
+    ids = [policy.tokenizer.convert_tokens_to_ids(text.split()) for text in ANSWERS]
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.force(patch, policy, ids)
+        batch, metrics = ppo.collect(policy, tiny.SST2, cfg, kl_of(cfg), tiny.examples(4), 0)
+    mask = batch.rollout.mask
+    assert metrics["reward/mean"] == pytest.approx(-1 / 8)  # 1, 0, 0, -1, -1, -1, 1, 0
+    assert metrics["reward/std"] == pytest.approx(math.sqrt(5 / 8 - 1 / 64))
+    assert metrics["answer/accuracy"] == 2 / 8 and metrics["answer/unparsed"] == 3 / 8
+    assert metrics["answer/tokens"] == 20 / 8
+    returns, values = batch.returns[mask], batch.rollout.values[mask]
+    explained = 1 - (returns - values).var() / returns.var()
+    assert metrics["value/explained_variance"] == pytest.approx(float(explained), abs=1e-5)
+
+
+# ---- whole programs in small ----------------------------------------------------------------
+
+
+def test_the_legacy_preset_drives_an_update(tmp_path: Path) -> None:
+    tiny.causal_lm("llama").save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "legacy.yaml"
+    path.write_text(
+        f"task: sst2\nmodel: {{name_or_path: {tmp_path / 'model'}, device: cpu}}\n"
+        "ppo: {preset: legacy}\n"
+    )
+    cfg = load_config(path)
+    assert cfg.lora == LoraConfig(16, 32.0, True, 0.0, ["q_proj", "v_proj"])
+    assert cfg.reward == RewardConfig("code") and cfg.ppo.micro_batch_size == 8
+    policy = load_policy(cfg)
+    names = lora.lora_layers(policy.model)
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "v_proj"} and len(names) == 4
+    assert policy.value_head.body is None
+    before = snapshot(policy)
+    head = policy.value_head.parameters()
+    optimizer = build_optimizer(cfg.optim, lora.lora_parameters(policy.model), head)
+    batch, metrics = ppo.collect(policy, tiny.SST2, cfg, kl_of(cfg), tiny.examples(16), 0)
+    assert metrics["reward/mean"] >= -3 and batch.rollout.size == 16
+    metrics = ppo.update(policy, optimizer, cfg, batch, 0)
+    assert metrics["optim/steps"] == 4 and metrics["policy/first_ratio_gap"] < 1e-4
+    assert moved(policy, before) > 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_it_learns_to_answer(name: str) -> None:
+    """Every label is Positive: from noise (reward -1, no answer) to the right answer, closed."""
+    policy = tiny.policy(few=True, shaken=False, scale=0.3)
+    cfg = Config(
+        task="sst2",
+        rollout=RolloutConfig(8, 8, 4),
+        ppo=PPOConfig(epochs=2, minibatch_size=32, kl_coef=0.01, kl_adaptive=False),
+        optim=Optim(name=name, lr=1e-2),
+    )
+    head = policy.value_head.parameters()
+    optimizer = build_optimizer(cfg.optim, lora.lora_parameters(policy.model), head)
+    rows, kl, means = tiny.examples(8, "Positive"), kl_of(cfg), []
+    for step in range(30):
+        batch, metrics = ppo.collect(policy, tiny.SST2, cfg, kl, rows, step)
+        ppo.update(policy, optimizer, cfg, batch, step)
+        means.append(metrics["reward/mean"])
+    assert means[0] < -0.7
+    assert sum(means[-5:]) / 5 > 0.8
+    assert set(batch.rollout.predictions) <= {"Positive", None}

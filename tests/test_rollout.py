@@ -1,0 +1,213 @@
+"""Prompts that fit, answers that are parsed and scored, and KL to the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from ppo_nlu.config import Config, DataConfig, PPOConfig, RewardConfig, RolloutConfig
+from ppo_nlu.errors import UserError
+from ppo_nlu.lora import lora_disabled
+from ppo_nlu.losses import kl_penalty
+from ppo_nlu.model import Policy
+from ppo_nlu.prompts import render
+from ppo_nlu.rollout import Rollout, collect_answers, fit_prompt, longest_prompt, seeded
+from ppo_nlu.tasks import Example
+
+TWO_FIELDS = replace(tiny.SST2, name="pair", query="{first} # {second}", fields=("first", "second"))
+
+
+def config(estimator: str = "k1", temperature: float = 1.0, **changes) -> Config:
+    rollout = RolloutConfig(4, 3, 5, temperature)
+    return Config(task="sst2", rollout=rollout, ppo=PPOConfig(kl_estimator=estimator), **changes)
+
+
+def collected(policy: Policy, cfg: Config, step: int = 0) -> Rollout:
+    return collect_answers(policy, tiny.SST2, cfg, tiny.examples(4), step)
+
+
+# ---- prompts --------------------------------------------------------------------------------
+
+
+def length(policy: Policy, sentence: str) -> int:
+    return len(policy.encode(render(tiny.SST2, {"sentence": sentence})))
+
+
+def test_a_prompt_that_fits_stays_as_it_is() -> None:
+    policy = tiny.policy(shaken=False)
+    text = "the film was long and slow"
+    text_out, ids, cut = fit_prompt(
+        policy, tiny.SST2, Example("1", {"sentence": text}, None), length(policy, text)
+    )
+    assert text_out == render(tiny.SST2, {"sentence": text}) and not cut
+    assert ids == policy.encode(text_out)
+
+
+@pytest.mark.parametrize("model", ["tiny", "stories260K"])
+def test_a_long_prompt_loses_the_end_of_its_sentence_only(model: str) -> None:
+    policy = tiny.policy(shaken=False) if model == "tiny" else tiny.pretrained(model)
+    sentence = " ".join(["it was a good film and the best of the long"] * 6)
+    form = render(tiny.SST2, {"sentence": "@"}).split("@")
+    empty, whole = length(policy, ""), length(policy, sentence)
+    kept = set()
+    for longest in (*range(empty + 1, whole, 7), whole - 1):
+        example = Example("1", {"sentence": sentence}, "Positive")
+        text, ids, cut = fit_prompt(policy, tiny.SST2, example, longest)
+        assert cut and len(ids) <= longest and ids == policy.encode(text)
+        assert text.startswith(form[0]) and text.endswith(form[1])
+        body = text.removeprefix(form[0]).removesuffix(form[1])
+        assert sentence.startswith(body)
+        assert longest - len(ids) <= 12, "no more is cut than needed"
+        kept.add(body)
+        assert example.fields == {"sentence": sentence}, "the row itself is untouched"
+    assert len(kept) > 4
+
+
+def test_the_longest_field_is_cut() -> None:
+    policy = tiny.policy(shaken=False)
+    fields = {"first": "good film", "second": "the film was long and slow " * 5}
+    whole = len(policy.encode(render(TWO_FIELDS, fields)))
+    text, ids, cut = fit_prompt(policy, TWO_FIELDS, Example("1", fields, None), whole - 12)
+    assert cut and len(ids) <= whole - 12
+    assert "\ngood film # the film was long and slow the film" in text
+    text, _, _ = fit_prompt(policy, TWO_FIELDS, Example("1", fields, None), whole - 29)
+    first, second = text.split("Prompt:\n")[1].split("\nAssistant")[0].split(" # ")
+    assert 0 < len(first) < 10 and 0 < len(second) < 10, "then both in turn"
+
+
+def test_a_form_that_does_not_fit_is_the_users_mistake() -> None:
+    policy = tiny.policy(shaken=False)
+    empty = length(policy, "")
+    example = Example("1", {"sentence": "good film " * 40}, None)
+    assert len(fit_prompt(policy, tiny.SST2, example, empty)[1]) == empty
+    with pytest.raises(UserError, match=f"data.max_prompt_tokens.*needs {empty} .*{empty - 1} are"):
+        fit_prompt(policy, tiny.SST2, example, empty - 1)
+
+
+def test_longest_prompt_leaves_room_for_the_answer() -> None:
+    policy = tiny.policy(shaken=False)
+    assert longest_prompt(policy, config(), 16) == 240
+    assert longest_prompt(policy, config(data=DataConfig(max_prompt_tokens=100)), 16) == 100
+    assert longest_prompt(policy, config(data=DataConfig(max_prompt_tokens=999)), 16) == 240
+    with pytest.raises(UserError, match="rollout.max_new_tokens: 256 leaves no room"):
+        longest_prompt(policy, config(), 256)
+
+
+def test_cut_prompts_are_counted() -> None:
+    policy = tiny.policy(shaken=False)
+    limit = length(policy, "a good film")
+    rollout = collected(policy, config(data=DataConfig(max_prompt_tokens=limit)))
+    longer = [e for e in tiny.examples(4) if length(policy, e.fields["sentence"]) > limit]
+    assert rollout.truncated == len(longer) == 2
+    assert max(map(len, rollout.prompts)) <= limit
+    assert collected(policy, config()).truncated == 0
+
+
+# ---- answers --------------------------------------------------------------------------------
+
+
+def test_a_rollout_says_what_was_known_when_the_answers_were_given() -> None:
+    policy = tiny.policy()
+    cfg = config(temperature=0.8)
+    rollout = collected(policy, cfg)
+    assert rollout.size == 12 and rollout.owners == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [e.id for e in rollout.examples] == [str(p) for p in rollout.owners]
+    assert rollout.responses == [policy.decode(answer) for answer in rollout.answers]
+    assert rollout.mask.sum(1).tolist() == [len(answer) for answer in rollout.answers]
+    with torch.no_grad():
+        again = policy.score(rollout.prompts, rollout.answers, rollout.owners, 0.8, values=True)
+    assert again.values is not None
+    tiny.close(rollout.logprobs, again.logprobs)
+    tiny.close(rollout.values, again.values)
+    same = collected(policy, cfg)
+    assert rollout.answers == same.answers and torch.equal(rollout.logprobs, same.logprobs)
+    assert rollout.answers != collected(policy, cfg, step=1).answers
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"), [("paper", [1.0, 0.0, -1.0, -1.0]), ("code", [1.0, -1.0, -3.0, -3.0])]
+)
+def test_scores(scale, expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right, wrong, cut before the tag, ended by eos without the tag."""
+    policy = tiny.policy()
+    said = ("Positive </Judgement>", "Negative </Judgement>", "Positive film good bad", "good </s>")
+    answers = [policy.tokenizer.convert_tokens_to_ids(text.split()) for text in said]
+    tiny.force(monkeypatch, policy, answers)
+    cfg = config(reward=RewardConfig(scale))
+    rollout = collect_answers(
+        policy,
+        tiny.SST2,
+        replace(cfg, rollout=RolloutConfig(4, 1, 4)),
+        tiny.examples(4, "Positive"),
+        0,
+    )
+    assert rollout.predictions == ["Positive", "Negative", None, None]
+    assert rollout.scores.tolist() == expected and rollout.scores.dtype == torch.float32
+    assert rollout.mask.sum(1).tolist() == [2, 2, 4, 2], "eos counts, though it is the pad too"
+
+
+def test_rows_takes_each_prompt_once() -> None:
+    rollout = collected(tiny.policy(), config())
+    prompts, answers, owners = rollout.rows([7, 2, 6, 11])
+    assert prompts == [rollout.prompts[p] for p in (0, 2, 3)]
+    assert answers == [rollout.answers[j] for j in (7, 2, 6, 11)]
+    assert owners == [1, 0, 1, 2]
+
+
+def test_seeded_depends_on_every_part() -> None:
+    parts = [("a", 0, 1), ("a", 1, 0), ("b", 0, 1), ("a", 0, 2), ("a", 0)]
+    draws = [float(torch.rand(1, generator=seeded(*p))) for p in [*parts, ("a", 0, 1)]]
+    assert len(set(draws)) == len(parts) and draws[0] == draws[-1]
+
+
+# ---- KL to the reference --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
+def test_kl_is_zero_before_any_update(estimator: str) -> None:
+    rollout = collected(tiny.policy(shaken=False), config(estimator))
+    assert float(rollout.kl.abs().max()) < (1e-4 if estimator == "k1" else 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mpt"])
+def test_exact_kl_equals_the_sum_over_the_vocabulary(kind: str) -> None:
+    policy, temperature = tiny.policy(kind), 0.8
+    rollout = collected(policy, config("exact", temperature))
+    assert bool((rollout.kl >= 0).all()) and float(rollout.kl.max()) > 1e-3
+    assert not rollout.kl[~rollout.mask].any()
+    for j, answer in enumerate(rollout.answers):
+        ids = torch.tensor([[*rollout.prompts[rollout.owners[j]], *answer[:-1]]])
+        with torch.no_grad():
+            now = policy.model(input_ids=ids, use_cache=False).logits[0, -len(answer) :]
+            with lora_disabled(policy.model):
+                then = policy.model(input_ids=ids, use_cache=False).logits[0, -len(answer) :]
+        for t in range(len(answer)):
+            p = torch.softmax(now[t].double() / temperature, -1)
+            q = torch.softmax(then[t].double() / temperature, -1)
+            brute = sum(float(p[v] * (p[v] / q[v]).log()) for v in range(len(p)))
+            assert abs(float(rollout.kl[j, t]) - brute) < 1e-5
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_sampled_kl_is_against_lora_off_at_the_sampling_temperature(estimator: str) -> None:
+    policy = tiny.policy()
+    rollout = collected(policy, config(estimator, 0.8))
+    with torch.no_grad(), lora_disabled(policy.model):
+        then = policy.score(rollout.prompts, rollout.answers, rollout.owners, 0.8).logprobs
+    tiny.close(rollout.kl, kl_penalty(rollout.logprobs, then, estimator))  # type: ignore[arg-type]
+    assert float(rollout.kl.abs().max()) > 1e-3
+
+
+def test_in_low_precision_old_logprobs_are_those_of_the_training_pass() -> None:
+    policy = tiny.policy()
+    policy.model.to(torch.bfloat16)
+    rollout = collected(policy, config("exact"))
+    with torch.no_grad():
+        again = policy.score(rollout.prompts, rollout.answers, rollout.owners, values=True)
+    assert again.values is not None
+    assert torch.equal(rollout.logprobs, again.logprobs)
+    assert torch.equal(rollout.values, again.values)
+    assert rollout.kl.dtype == rollout.values.dtype == torch.float32

@@ -182,7 +182,8 @@ def _shared_prefixes(prompts: Sequence[Tokens]) -> tuple[list[int], list[int] | 
     near = [common(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False)]
     best_cost = count * max(map(len, prompts))
     best: tuple[list[int], list[int] | None] = ([0] * count, None)
-    for threshold in {*sorted(set(near) - {0})[-16:], *sorted(set(near) - {0})[:1]}:
+    steps = sorted(set(near) - {0})
+    for threshold in sorted({*steps[:1], *steps[-16:]}, reverse=True):
         cuts, parents = [0] * count, [0] * count
         rows = 0
         start = 0

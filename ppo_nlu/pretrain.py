@@ -42,7 +42,7 @@ from ppo_nlu import cli
 from ppo_nlu.answers import parse
 from ppo_nlu.errors import UserError
 from ppo_nlu.prompts import STOP, answer, render
-from ppo_nlu.strict_config import load_dataclass, number, one_of, positive, share
+from ppo_nlu.strict_config import below_one, load_dataclass, number, one_of, positive, share
 from ppo_nlu.tasks import Label, TaskSpec, get_task
 
 OPEN = STOP.replace("/", "")
@@ -121,11 +121,13 @@ class RecallConfig:
 class RatingConfig:
     """Rated reviews: the seen sentences and phrases with the words favourable and unfavourable."""
 
-    steps: int = positive(600)
+    steps: int = positive(800)
     batch_size: int = number(64, min=2)
-    lr: float = positive(1.5e-3)
+    lr: float = positive(5e-4)
     warmup: float = share(0.05)
     weight_decay: float = number(0.1, min=0)
+    min_words: int = number(4, min=1)  # shorter phrases are left out
+    drop: float = below_one(0.2)  # share of the words left out at random, against learning by heart
 
 
 @dataclass(frozen=True)
@@ -848,17 +850,27 @@ class Rated:
     heldout_score: float
 
 
+def drop_words(text: str, share: float, rng: random.Random) -> str:
+    """The text without a random share of its words; whole where none would be left."""
+    words = text.split()
+    return " ".join([word for word in words if rng.random() >= share] or words)
+
+
 def rate(model: Any, tokenizer: Any, split: Split, cfg: RatingConfig, seed: int) -> Rated:
     """Learn from rated reviews what makes one favourable, in words that no task of ours uses."""
-    rows = rows_of_pairs(RATING, split.seen)
-    source = balanced(rows, random.Random(seed))
+    rng = random.Random(seed)
+    pairs = [pair for pair in split.seen if len(pair[0].split()) >= cfg.min_words]
+    rows = rows_of_pairs(RATING, pairs)
+    text_of = dict(zip((row.prompt for row in rows), (text for text, _ in pairs), strict=True))
+    source = balanced(rows, rng)
     optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
     model.train()
     bar = tqdm(range(cfg.steps), desc="rating", unit="step", mininterval=5)
     for step in bar:
         batch = list(islice(source, cfg.batch_size))
-        prompts, words = [row.prompt for row in batch], [row.word for row in batch]
-        loss = -answer_logprobs(model, tokenizer, prompts, words).mean()
+        texts = [drop_words(text_of[row.prompt], cfg.drop, rng) for row in batch]
+        prompts = [render(RATING, {"sentence": text}) for text in texts]
+        loss = -answer_logprobs(model, tokenizer, prompts, [row.word for row in batch]).mean()
         update(model, optimizer, loss, cfg.lr * cosine(step, cfg.steps, cfg.warmup))
         bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
     whole = set(split.heldout_sentences)
@@ -1234,11 +1246,12 @@ processor or thread count rounds differently, so a second build agrees in kind, 
 2. *Word recall*, self-supervised, no label: {recall_steps} steps of {recall_batch} film texts in
    the same form with the task "name a word of it"; the target is the words of the text, rare ones
    more. It teaches the place of the answer to look at the whole text. Excess loss: {excess}.
-3. *Rated reviews*: {rating_steps} steps of {rating_batch} of the {rating_rows} seen rows below, in
-   the same form with the words "favourable" and "unfavourable" instead of the task's own, loss on
-   the answer alone, all weights; the place of stars under the reviews that larger models read. In
-   that form it rates {rating_score} of the held-out sentences right, so the model knows more of
-   sentiment than its zero-shot scores show: much of what PPO gains on it is bringing that out.
+3. *Rated reviews*: {rating_steps} steps of {rating_batch} of the {rating_rows} longer seen rows
+   below, some of their words left out at random, in the same form with the words "favourable" and
+   "unfavourable" instead of the task's own, loss on the answer alone, all weights; it stands for
+   the star ratings among the texts of larger models. In that form it rates {rating_score} of the
+   held-out sentences right: the model knows more of sentiment than its zero-shot scores show, and
+   much of what PPO gains on it is bringing that out.
 4. *Instruction*: {steps} steps of {batch} prompts, loss on the answer alone, all weights: {own}
    SST-2 prompts (both words equally often) and {other} of other tasks in the same form ({tasks};
    train rows and their labels). It stopped when the mean probability of the right answer on the

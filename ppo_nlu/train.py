@@ -40,6 +40,7 @@ class Run:
     train_rows: list[Example]
     eval_rows: list[Example]
     source: str
+    started: float = field(default_factory=time.perf_counter)  # of the program
     step: int = 0
     saved: int = 0  # the step of the newest checkpoint
     pending: dict[str, Any] | None = None  # a step's metrics where a stop cut its evaluation short
@@ -118,6 +119,8 @@ def _update(run: Run, batch: ppo.Batch, progress: runlog.Progress) -> ppo.Metric
 
 def _count(run: Run, batch: ppo.Batch, elapsed: float) -> dict[str, float]:
     """Add a step to the run's totals; its times."""
+    if run.step == 1:
+        run.totals["first_step_s"] = time.perf_counter() - run.started
     run.totals["samples"] += batch.rollout.size
     run.totals["train_s"] += elapsed
     run.totals["truncated"] += batch.rollout.truncated
@@ -242,7 +245,7 @@ def adapter_folder(path: str) -> Path:
     )
 
 
-def finish(run: Run, started: float, stop: checkpoint.StopRequest) -> None:
+def finish(run: Run, stop: checkpoint.StopRequest) -> None:
     """Write the adapter, evaluate base and tuned policy, draw the curves, print the table."""
     cfg, folder, policy = run.cfg, run.folder, run.policy
     name = resolve(cfg.model.name_or_path)
@@ -281,11 +284,12 @@ def finish(run: Run, started: float, stop: checkpoint.StopRequest) -> None:
         "after": evaluate.headline(after),
         "reports": {decode: evaluate.report(run.spec, cfg, rows) for decode, rows in after.items()},
         "train_samples": int(run.totals["samples"]),
+        "first_step_s": run.totals.get("first_step_s"),
         "train_s": run.totals["train_s"],
         "samples_per_s": run.totals["samples"] / max(run.totals["train_s"], 1e-9),
         "truncated_prompts": int(run.totals["truncated"]),
         "bad_steps": int(run.totals["bad_steps"]),
-        "wall_s": time.perf_counter() - started,
+        "wall_s": time.perf_counter() - run.started,
         "peak_memory_mb": runlog.peak_memory_mb(policy.device),
     }
     checkpoint.atomic_write_json(folder / "summary.json", summary)
@@ -342,12 +346,13 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint.require_free(args.output)  # before minutes of loading; `start` makes it
     with checkpoint.StopRequest() as stop:
         run = start(cfg, args.resume, args.output)
+        run.started = started
         if args.resume:
             restore(run)
             print(f"resumed after step {run.step} of {cfg.train.steps}")
         train(run, stop)
         if not stop:
-            finish(run, started, stop)
+            finish(run, stop)
     if stop:
         print(
             f"\nstopped after step {run.step} of {cfg.train.steps}, everything is saved; go on with"

@@ -397,10 +397,12 @@ def test_a_failed_second_rename_brings_the_old_best_back(
     check(checkpoint.best(tmp_path), 1)
 
 
-def test_a_state_that_is_not_json_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, *content(1))
     with pytest.raises(TypeError):
         checkpoint.save(tmp_path, 2, {}, {"x": object()})
+    with pytest.raises(AttributeError):
+        checkpoint.save(tmp_path, 2, {"adapter": {"w": 3.0}}, {})  # type: ignore[dict-item]
     assert names(tmp_path) == {"step_000001"}
 
 

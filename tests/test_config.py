@@ -124,8 +124,8 @@ FILE_ERRORS = [
     ("rollout: {top_k: 5}", 2, "rollout.top_k", ["full distribution", "leave it at 0 (off)"]),
     ("rollout: {top_p: 0.9}", 2, "rollout.top_p", ["full distribution", "leave it at 1 (off)"]),
     ("lora: {targets: []}\nseed: 1", 2, "lora.targets", ["is empty"]),
-    ("ppo: {preset: legacy, max_ratio: 1}", 2, "ppo.max_ratio", ["more than 1, or 0: off"]),
-    ("seed: 1\nppo: {max_ratio: 0.5}", 3, "ppo.max_ratio", ["more than 1, or 0: off"]),
+    ("ppo: {preset: legacy, max_ratio: 1}", 2, "ppo.max_ratio", ["more than 1, or 0 for off"]),
+    ("seed: 1\nppo: {max_ratio: 0.5}", 3, "ppo.max_ratio", ["more than 1, or 0 for off"]),
     ("model: {device: gpu}", 2, "model.device", ["'gpu' is not a device", "cuda"]),
 ]
 

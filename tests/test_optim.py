@@ -223,11 +223,11 @@ def test_a_norm_that_is_not_finite_is_reported_and_nothing_touched(bad: float) -
 
 
 def test_half_precision_gradients_are_measured_in_fp32() -> None:
-    """256 x 300^2 = 2.3e7 is far over fp16's 65504; the norm is sqrt(256) 300 = 4800."""
-    param = torch.nn.Parameter(torch.zeros(256, dtype=torch.float16))
-    param.grad = torch.full((256,), 300.0, dtype=torch.float16)
-    assert clip_gradients([param], 48.0).item() == pytest.approx(4800.0)
-    assert param.grad.tolist() == pytest.approx([3.0] * 256, rel=1e-3)
+    """The norm of 1024 times 3000 is 32 * 3000 = 96000, over fp16's largest number 65504."""
+    param = torch.nn.Parameter(torch.zeros(1024, dtype=torch.float16))
+    param.grad = torch.full((1024,), 3000.0, dtype=torch.float16)
+    assert clip_gradients([param], 960.0).item() == pytest.approx(96000.0)
+    assert param.grad.tolist() == pytest.approx([30.0] * 1024, rel=1e-3)
 
 
 def test_a_tiny_bound_really_holds_the_weights() -> None:

@@ -351,7 +351,10 @@ def normalise(text: str) -> str:
 def exclusions() -> set[str]:
     """The sentences, normalised, whose labels the bundled model saw before any run of ours."""
     if not SEEN_LABELS.is_file():
-        return set()
+        raise UserError(
+            f"data.exclude_pretraining_labels: {SEEN_LABELS} is missing, so what the bundled model "
+            "has seen cannot be left out; install the package again"
+        )
     return {normalise(line) for _, line in _lines(SEEN_LABELS)} - {""}
 
 

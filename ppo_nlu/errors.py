@@ -1,4 +1,4 @@
-"""The one exception for mistakes of the user: programs print it as a single line and exit with 2."""
+"""The one exception for mistakes of the user: programs print it as one line and exit with 2."""
 
 
 class UserError(ValueError):

@@ -232,7 +232,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m ppo_nlu.export",
         description="Take the trained policy out of a run folder.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -296,6 +297,7 @@ def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
     )  # fmt: skip
     assert child.stdout is not None
     child.stdout.close()

@@ -216,12 +216,11 @@ def test_the_reward_sits_on_the_token_that_ends_the_answer() -> None:
     """Labels by turns Positive and Negative, two answers each; the fourth is cut by the limit."""
     policy = tiny.policy()
     batch = forced(policy, config(kl_coef=0.0))
-    scores = [1, 0, 0, -1, -1, -1, 0, 1]
+    scores = [1, 0, 0, -1, -1, -1, 1, 0]
     lengths = [2, 2, 4, 4, 2, 1, 3, 2]
     labels = ["Positive"] * 2 + ["Negative"] * 2
     assert [e.label for e in batch.rollout.examples] == labels * 2
-    assert batch.rollout.scores.tolist() == [1, 0, 0, -1, -1, -1, 1, 0]
-    scores[6:] = [1, 0]
+    assert batch.rollout.scores.tolist() == scores
     expected = torch.zeros(8, 4)
     for row, (score, length) in enumerate(zip(scores, lengths, strict=True)):
         expected[row, length - 1] = score
@@ -353,7 +352,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(what: str) -> None:
     assert all(p.grad is None for p in trainable(policy)), "nothing is left for the next step"
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     policy, cfg = tiny.policy(), config()
     batch, before = forced(policy, cfg), snapshot(policy)
     parameter = trainable(policy)[0]

@@ -17,7 +17,7 @@ from ppo_nlu.prompts import render
 from ppo_nlu.rollout import Rollout, collect_answers, fit_prompt, longest_prompt, seeded
 from ppo_nlu.tasks import Example
 
-TWO_FIELDS = replace(tiny.SST2, name="pair", query="{first} # {second}", fields=("first", "second"))
+TWO_FIELDS = replace(tiny.SST2, name="pair", query="{short} # {long}", fields=("short", "long"))
 
 
 def config(estimator: str = "k1", temperature: float = 1.0, **changes) -> Config:
@@ -68,7 +68,7 @@ def test_a_long_prompt_loses_the_end_of_its_sentence_only(model: str) -> None:
 
 def test_the_longest_field_is_cut() -> None:
     policy = tiny.policy(shaken=False)
-    fields = {"first": "good film", "second": "the film was long and slow " * 5}
+    fields = {"short": "good film", "long": "the film was long and slow " * 5}
     whole = len(policy.encode(render(TWO_FIELDS, fields)))
     text, ids, cut = fit_prompt(policy, TWO_FIELDS, Example("1", fields, None), whole - 12)
     assert cut and len(ids) <= whole - 12

@@ -15,7 +15,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a task: the text fields of its prompt and the gold label word (None: unlabelled)."""
+    """One row of a task: the text fields of its prompt and the gold label word (None: none)."""
 
     id: str
     fields: dict[str, str]
@@ -44,5 +44,5 @@ class TaskSpec:
         return tuple(label.word for label in self.labels)
 
     def word_of(self, value: str) -> str | None:
-        """The label word for a value of the data files, or None where the task has no such value."""
+        """The label word for a value of the data files; None where the task has no such value."""
         return next((label.word for label in self.labels if label.value == value), None)

@@ -77,6 +77,7 @@ def row_of(summary: dict, overrides: list[str]) -> dict[str, object]:
         **figures,
         "overrides": " ".join(overrides),
         "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "machine": platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

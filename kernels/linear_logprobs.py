@@ -53,9 +53,9 @@ def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
     with_direction: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(logprobs, entropy, lse) stacked (3, N) and, on request, U = ∂logprobs/∂hidden (N, H)."""
+    """The statistics of `launch_forward` (4, N) and, on request, U = ∂logprobs/∂hidden (N, H)."""
     dtype = accumulator(hidden.dtype)[0]
-    stats = torch.empty(3, hidden.shape[0], dtype=dtype, device=hidden.device)
+    stats = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
     direction = hidden.new_empty(hidden.shape) if with_direction else None
     for rows in _chunks(hidden.shape[0]):
         z = _logits(hidden[rows], weight, bias)
@@ -79,7 +79,7 @@ def _recompute(
     grad_hidden, grad_weight, grad_bias = grads
     for rows in _chunks(hidden.shape[0]):
         z = _logits(hidden[rows], weight, bias)
-        chunk = stats[0, rows], stats[1, rows], stats[2, rows]
+        chunk = stats[:, rows].unbind()
         g, g_entropy = (None if u is None else u[rows] for u in upstream)
         out = z.new_empty(z.shape, dtype=weight.dtype)
         dz = launch_backward(z, targets[rows], temperature, chunk, g, g_entropy, out)

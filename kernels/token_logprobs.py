@@ -9,6 +9,7 @@ Imports torch and triton only. Loads are widened to fp32 (float64 for float64) b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def _minus_expm1(log_p):
 
 @triton.jit
 def _forward(
-    logits, targets, logprobs, entropy, lse, row_stride, column_stride, vocab, scale,
+    logits, targets, logprobs, entropy, tops, log_totals, row_stride, column_stride, vocab, scale,
     BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -68,19 +69,21 @@ def _forward(
     at_target = tl.load(base + target * column_stride, mask=valid, other=float("nan"))
     log_total = tl.log2(total)
     below = at_target.to(DTYPE) * scale - top
-    # Near p = 1: −log1p(Σ 2^(x_v − x_y) over v ≠ y), as log(u) · ratio / (u − 1) with u = 1 + ratio.
+    # Near p = 1: −log1p(Σ 2^(x_v − x_y) over v ≠ y), as log(u) ratio / (u − 1), u = 1 + ratio.
     own = tl.exp2(below)
     ratio = others / tl.maximum(own, 0.5)
     u = 1.0 + ratio
     log1p = tl.where(u == 1.0, ratio, tl.log2(u) * _LN2 * ratio / tl.maximum(u - 1.0, 1e-30))
     tl.store(logprobs + row, tl.where(own > 0.5, -log1p, (below - log_total) * _LN2))
     tl.store(entropy + row, (log_total - weighted / total) * _LN2)
-    tl.store(lse + row, top + log_total)  # base 2
+    # Kept apart: their sum would lose the digits of log_total where the logits are large.
+    tl.store(tops + row, top)
+    tl.store(log_totals + row, log_total)
 
 
 @triton.jit
 def _backward(
-    logits, targets, logprobs, entropy, lse, grad_logprobs, grad_entropy, grad,
+    logits, targets, logprobs, entropy, tops, log_totals, grad_logprobs, grad_entropy, grad,
     row_stride, column_stride, grad_stride, vocab, scale,
     WITH_LOGPROBS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr, DTYPE: tl.constexpr,
@@ -88,7 +91,8 @@ def _backward(
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * row_stride
     target = tl.load(targets + row)
-    lse_row = tl.load(lse + row)
+    top = tl.load(tops + row)
+    log_total = tl.load(log_totals + row)
     entropy_row = tl.load(entropy + row)
     one_minus_p = _minus_expm1(tl.load(logprobs + row))
     g = tl.load(grad_logprobs + row).to(DTYPE) if WITH_LOGPROBS else 0.0
@@ -97,7 +101,7 @@ def _backward(
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab
         x = tl.load(base + column.to(tl.int64) * column_stride, mask=inside, other=float("-inf"))
-        x = tl.maximum(x.to(DTYPE) * (scale * _LOG2E) - lse_row, _FLOOR)
+        x = tl.maximum((x.to(DTYPE) * (scale * _LOG2E) - top) - log_total, _FLOOR)
         p = tl.exp2(x)
         dz = tl.zeros((BLOCK,), DTYPE)
         if WITH_LOGPROBS:
@@ -121,25 +125,22 @@ def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
 
 def launch_forward(
     logits: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy and log₂ Σ 2^x of every row, each (N,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, max x and log₂ Σ 2^(x − max x) of every row, each (N,)."""
     rows, vocab = logits.shape
     dtype, triton_dtype = accumulator(logits.dtype)
-    logprobs, entropy, lse = (
-        torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(3)
-    )
+    stats = [torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(4)]
     if rows:
         block, warps = block_and_warps(vocab)
         _forward[(rows,)](
-            logits, targets.contiguous(), logprobs, entropy, lse, logits.stride(0),
-            logits.stride(1), vocab, 1.0 / temperature, BLOCK=block, DTYPE=triton_dtype,
-            num_warps=warps,
+            logits, targets.contiguous(), *stats, logits.stride(0), logits.stride(1), vocab,
+            1.0 / temperature, BLOCK=block, DTYPE=triton_dtype, num_warps=warps,
         )
-    return logprobs, entropy, lse
+    return stats[0], stats[1], stats[2], stats[3]
 
 
 def launch_backward(
-    logits: Tensor, targets: Tensor, temperature: float, stats: tuple[Tensor, Tensor, Tensor],
+    logits: Tensor, targets: Tensor, temperature: float, stats: Sequence[Tensor],
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, out: Tensor,
 ) -> Tensor:
     """Fill `out` (N, V), rows contiguous, with the gradient of the logits."""
@@ -173,7 +174,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, targets, *stats = ctx.saved_tensors
         out = logits.new_empty(logits.shape)
         grad = launch_backward(
-            logits, targets, ctx.temperature, tuple(stats), grad_logprobs, grad_entropy, out
+            logits, targets, ctx.temperature, stats, grad_logprobs, grad_entropy, out
         )
         return grad, None, None
 

@@ -98,7 +98,8 @@ def linear_logprobs(
             return _LinearLogprobsTrainable.apply(*args)
         if _wants_grad(hidden):
             return _LinearLogprobsFrozen.apply(*args)
-        return _linear_logprobs_forward(*args)[:2]
+        stats, _ = _linear_logprobs_forward(*args)
+        return stats[0], stats[1]
 
 
 def token_logprobs(
@@ -117,7 +118,8 @@ def token_logprobs(
             return _launch("token_logprobs", logits, targets, float(temperature))
         if _wants_grad(logits):
             return _TokenLogprobs.apply(logits, targets, float(temperature))
-        return _token_logprobs_forward(logits, targets, float(temperature))[:2]
+        stats = _token_logprobs_forward(logits, targets, float(temperature))
+        return stats[0], stats[1]
 
 
 def gae(
@@ -348,13 +350,17 @@ class _Softmax:
         self.top = top
         return exp, scale
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """log π(target), entropy and log Σ exp(z), all (C,)."""
+    def result(self) -> Tensor:
+        """log π(target), entropy, m and log Σ exp(z − m), stacked (4, C).
+
+        The last two stay apart: their sum would lose digits of the second where m is large.
+        """
         log_total = self.total.log()
         below = self.at_target - self.top
         own = below.exp()
         logprobs = torch.where(own > 0.5, -(self.others / own).log1p(), below - log_total)
-        return logprobs, log_total - self.weighted / self.total, self.top + log_total
+        entropy = log_total - self.weighted / self.total
+        return torch.stack((logprobs, entropy, self.top, log_total))
 
 
 def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -365,14 +371,15 @@ def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _dlogits(
-    z: Tensor, start: int, targets: Tensor, logprobs: Tensor, entropy: Tensor, lse: Tensor,
+    z: Tensor, start: int, targets: Tensor, stats: Tensor,
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None,
 ) -> Tensor:
     """g (1[v=y] − p_v) − g_ent p_v (log p_v + entropy) for a block of logits z, overwritten.
 
     The target's 1 − p is formed as −expm1(log p): the difference would cancel where p is near 1.
     """
-    z.sub_(lse[:, None]).clamp_(min=_FLOOR)
+    logprobs, entropy, top, log_total = stats
+    z.sub_(top[:, None]).sub_(log_total[:, None]).clamp_(min=_FLOOR)
     p = z.exp()
     if grad_entropy is not None:
         z.add_(entropy[:, None]).mul_(p).mul_(-grad_entropy[:, None])
@@ -428,10 +435,10 @@ def _block(
 def _linear_logprobs_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
     with_direction: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """logprobs, entropy, log Σ exp and, on request, U = ∂logprobs/∂hidden (N, H)."""
+) -> tuple[Tensor, Tensor | None]:
+    """The statistics of each row (4, N) and, on request, U = ∂logprobs/∂hidden (N, H)."""
     dtype = _accumulator(hidden.dtype)
-    stats = torch.empty(3, hidden.shape[0], dtype=dtype, device=hidden.device)
+    stats = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
     direction = hidden.new_empty(hidden.shape) if with_direction else None
     most_rows, most_columns = _block_shape(hidden.shape[0], weight.shape[0], hidden.device)
     for rows in _slices(hidden.shape[0], most_rows):
@@ -444,18 +451,17 @@ def _linear_logprobs_forward(
                 pulled = exp @ part if pulled is None else pulled.mul_(scale[:, None]).addmm_(
                     exp, part
                 )
-        logprobs, entropy, lse = state.result()
-        stats[0, rows], stats[1, rows], stats[2, rows] = logprobs, entropy, lse
+        stats[:, rows] = state.result()
         if direction is not None and pulled is not None:
             # (1 − p_y) W_y − Σ p_v W_v over v ≠ y: nothing cancels where p_y is near 1.
-            own = weight[targets[rows]].to(dtype).mul_(torch.expm1(logprobs)[:, None])
+            own = weight[targets[rows]].to(dtype).mul_(torch.expm1(stats[0, rows])[:, None])
             pulled.div_(state.total[:, None]).add_(own).mul_(-1.0 / temperature)
             direction[rows] = pulled
-    return stats[0], stats[1], stats[2], direction
+    return stats, direction
 
 
 def _linear_logprobs_backward(
-    inputs: Sequence[Tensor], temperature: float, stats: tuple[Tensor, Tensor, Tensor],
+    inputs: Sequence[Tensor], temperature: float, stats: Tensor,
     upstream: tuple[Tensor | None, Tensor | None], grads: Sequence[Tensor | None],
 ) -> None:
     """Recompute each block and add into the buffers given for hidden, weight and bias."""
@@ -463,11 +469,11 @@ def _linear_logprobs_backward(
     grad_hidden, grad_weight, grad_bias = grads
     most_rows, most_columns = _block_shape(hidden.shape[0], weight.shape[0], hidden.device)
     for rows in _slices(hidden.shape[0], most_rows):
-        chunk = hidden[rows].to(stats[0].dtype)
-        row_terms: list[Any] = [_rows(t, rows) for t in (targets, *stats, *upstream)]
+        chunk = hidden[rows].to(stats.dtype)
+        own = targets[rows], stats[:, rows], _rows(upstream[0], rows), _rows(upstream[1], rows)
         for entries in _slices(weight.shape[0], most_columns):
             z, part = _block(chunk, weight, bias, entries, temperature)
-            dz = _dlogits(z, entries.start, *row_terms).mul_(1.0 / temperature)
+            dz = _dlogits(z, entries.start, *own).mul_(1.0 / temperature)
             if grad_hidden is not None:
                 grad_hidden[rows].addmm_(dz, part)
             if grad_weight is not None:
@@ -479,26 +485,25 @@ def _linear_logprobs_backward(
 class _LinearLogprobsFrozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):  # type: ignore[override]
-        *stats, direction = _linear_logprobs_forward(
+        stats, direction = _linear_logprobs_forward(
             hidden, weight, bias, targets, temperature, with_direction=True
         )
-        ctx.save_for_backward(hidden, weight, bias, targets, *stats, direction)
+        ctx.save_for_backward(hidden, weight, bias, targets, stats, direction)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return stats[0], stats[1]
+        return stats[0].clone(), stats[1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
-        *inputs, logprobs, entropy, lse, direction = ctx.saved_tensors
-        dtype, hidden = lse.dtype, inputs[0]
+        *inputs, stats, direction = ctx.saved_tensors
+        dtype, hidden = stats.dtype, inputs[0]
         grad_entropy = _used(grad_entropy, dtype)
         if grad_logprobs is None:
             grad = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         else:
             grad = direction * grad_logprobs[:, None].to(dtype)
         if grad_entropy is not None:
-            stats = logprobs, entropy, lse
             _linear_logprobs_backward(
                 inputs, ctx.temperature, stats, (None, grad_entropy), (grad, None, None)
             )
@@ -508,24 +513,23 @@ class _LinearLogprobsFrozen(torch.autograd.Function):
 class _LinearLogprobsTrainable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):  # type: ignore[override]
-        *stats, _ = _linear_logprobs_forward(hidden, weight, bias, targets, temperature)
-        ctx.save_for_backward(hidden, weight, bias, targets, *stats)
+        stats, _ = _linear_logprobs_forward(hidden, weight, bias, targets, temperature)
+        ctx.save_for_backward(hidden, weight, bias, targets, stats)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return stats[0], stats[1]
+        return stats[0].clone(), stats[1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
-        *inputs, logprobs, entropy, lse = ctx.saved_tensors
-        dtype = lse.dtype
+        *inputs, stats = ctx.saved_tensors
+        dtype = stats.dtype
         grads = [
             torch.zeros(t.shape, dtype=dtype, device=t.device) if needed else None
             for t, needed in zip(inputs[:3], ctx.needs_input_grad, strict=False)
         ]
         upstream = _used(grad_logprobs, dtype), _used(grad_entropy, dtype)
         if any(g is not None for g in upstream):
-            stats = logprobs, entropy, lse
             _linear_logprobs_backward(inputs, ctx.temperature, stats, upstream, grads)
         cast = (None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=False))
         return *cast, None, None
@@ -534,17 +538,15 @@ class _LinearLogprobsTrainable(torch.autograd.Function):
 # ---- token_logprobs
 
 
-def _token_logprobs_forward(
-    logits: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy and log Σ exp(z/τ), through fp32 copies of a few rows at a time."""
+def _token_logprobs_forward(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """The statistics of each row (4, N), through fp32 copies of a few rows at a time."""
     dtype = _accumulator(logits.dtype)
-    stats = torch.empty(3, logits.shape[0], dtype=dtype, device=logits.device)
+    stats = torch.empty(4, logits.shape[0], dtype=dtype, device=logits.device)
     for rows in _slices(*_token_rows(logits)):
         state = _Softmax(targets[rows], dtype)
         state.update(logits[rows].to(dtype, copy=True).div_(temperature), 0)
-        stats[0, rows], stats[1, rows], stats[2, rows] = state.result()
-    return stats[0], stats[1], stats[2]
+        stats[:, rows] = state.result()
+    return stats
 
 
 def _token_rows(logits: Tensor) -> tuple[int, int]:
@@ -557,22 +559,22 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, temperature):  # type: ignore[override]
         stats = _token_logprobs_forward(logits, targets, temperature)
-        ctx.save_for_backward(logits, targets, *stats)
+        ctx.save_for_backward(logits, targets, stats)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return stats[0], stats[1]
+        return stats[0].clone(), stats[1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
-        logits, targets, *stats = ctx.saved_tensors
-        dtype = stats[0].dtype
+        logits, targets, stats = ctx.saved_tensors
+        dtype = stats.dtype
         upstream = _used(grad_logprobs, dtype), _used(grad_entropy, dtype)
         if all(g is None for g in upstream):
             return torch.zeros_like(logits), None, None
         grad = logits.new_empty(logits.shape)
         for rows in _slices(*_token_rows(logits)):
             z = logits[rows].to(dtype, copy=True).div_(ctx.temperature)
-            row_terms: list[Any] = [_rows(t, rows) for t in (targets, *stats, *upstream)]
-            grad[rows] = _dlogits(z, 0, *row_terms).mul_(1.0 / ctx.temperature)
+            own = targets[rows], stats[:, rows], _rows(upstream[0], rows), _rows(upstream[1], rows)
+            grad[rows] = _dlogits(z, 0, *own).mul_(1.0 / ctx.temperature)
         return grad, None, None

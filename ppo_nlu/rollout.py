@@ -50,7 +50,7 @@ class Rollout:
 
     def rows(self, index: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Prompts, answers and owners of some answers, each prompt once."""
-        used = sorted({self.owners[j] for j in index})
+        used = list(dict.fromkeys(self.owners[j] for j in index))  # in the order of the answers
         place = {prompt: new for new, prompt in enumerate(used)}
         return (
             [self.prompts[prompt] for prompt in used],

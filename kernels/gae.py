@@ -23,9 +23,22 @@ def _compose(a_later, b_later, a, b):
 
 @triton.jit
 def _gae(
-    rewards, values, mask, advantages, returns,
-    reward_row, reward_column, value_row, value_column, mask_row, mask_column, length,
-    gamma, decay, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    rewards,
+    values,
+    mask,
+    advantages,
+    returns,
+    reward_row,
+    reward_column,
+    value_row,
+    value_column,
+    mask_row,
+    mask_column,
+    length,
+    gamma,
+    decay,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     rewards += row * reward_row
@@ -71,8 +84,19 @@ def gae(
         block = min(triton.next_power_of_2(max(mask.shape[1], 16)), MAX_BLOCK)
         counts = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         _gae[(mask.shape[0],)](
-            rewards, values, counts, advantages, returns, *rewards.stride(), *values.stride(),
-            *counts.stride(), mask.shape[1], gamma, gamma * lam, BLOCK=block,
-            DTYPE=tl.float64 if wide else tl.float32, num_warps=4,
+            rewards,
+            values,
+            counts,
+            advantages,
+            returns,
+            *rewards.stride(),
+            *values.stride(),
+            *counts.stride(),
+            mask.shape[1],
+            gamma,
+            gamma * lam,
+            BLOCK=block,
+            DTYPE=tl.float64 if wide else tl.float32,
+            num_warps=4,
         )
     return advantages, returns

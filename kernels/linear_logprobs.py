@@ -50,7 +50,11 @@ def _mm_takes_out_dtype() -> bool:
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
     with_direction: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The statistics of `launch_forward` (4, N) and, on request, U = ∂logprobs/∂hidden (N, H)."""
@@ -71,8 +75,13 @@ def _forward(
 
 
 def _recompute(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
-    stats: Tensor, upstream: tuple[Tensor | None, Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    stats: Tensor,
+    upstream: tuple[Tensor | None, Tensor | None],
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
     """Add into the fp32 buffers given for hidden, weight and bias, chunk by chunk."""
@@ -121,7 +130,10 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """log π(target) and entropy, (N,) each, of softmax((hidden Wᵀ + bias)/τ).

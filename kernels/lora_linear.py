@@ -33,9 +33,23 @@ def _kept(seed, row, column, width, p):
 
 @triton.jit(do_not_specialize=["seed"])
 def _shrink(
-    x, lora_a, low, rows, features, rank, x_row, x_column, factor, p, seed,
-    DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    ACC: tl.constexpr, UPCAST: tl.constexpr,
+    x,
+    lora_a,
+    low,
+    rows,
+    features,
+    rank,
+    x_row,
+    x_column,
+    factor,
+    p,
+    seed,
+    DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
@@ -57,10 +71,28 @@ def _shrink(
 
 @triton.jit
 def _fused(
-    x, weight, bias, low, lora_b, y, rows, outputs, features, rank,
-    x_row, x_column, weight_row, weight_column,
-    BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+    x,
+    weight,
+    bias,
+    low,
+    lora_b,
+    y,
+    rows,
+    outputs,
+    features,
+    rank,
+    x_row,
+    x_column,
+    weight_row,
+    weight_column,
+    BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     # Programs in groups of GROUP row tiles, so that neighbours share columns of the weight in L2.
     program = tl.program_id(0)
@@ -139,8 +171,14 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
-    scaling: float, p: float, seed: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """y (T, O) and S (T, r) for x (T, K), all in the dtype of x."""
     (rows, features), outputs, rank = x.shape, weight.shape[0], lora_a.shape[0]
@@ -150,14 +188,45 @@ def forward(
     lora_a, lora_b = lora_a.to(x.dtype).contiguous(), lora_b.to(x.dtype).contiguous()
     block_t, block_o, block_k, block_r, warps, stages = tiles(rows, rank, x.element_size())
     _shrink[(triton.cdiv(rows, 32),)](
-        x, lora_a, low, rows, features, rank, *x.stride(), scaling / (1.0 - p), p, seed,
-        DROPOUT=p > 0, BLOCK_T=32, BLOCK_K=64, BLOCK_R=block_r, num_warps=4, **_settings(x),
+        x,
+        lora_a,
+        low,
+        rows,
+        features,
+        rank,
+        *x.stride(),
+        scaling / (1.0 - p),
+        p,
+        seed,
+        DROPOUT=p > 0,
+        BLOCK_T=32,
+        BLOCK_K=64,
+        BLOCK_R=block_r,
+        num_warps=4,
+        **_settings(x),
     )
     _fused[(triton.cdiv(rows, block_t) * triton.cdiv(outputs, block_o),)](
-        x, weight, x if bias is None else bias.contiguous(), low, lora_b, y,
-        rows, outputs, features, rank, *x.stride(), *weight.stride(),
-        BIAS=bias is not None, BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_K=block_k, BLOCK_R=block_r,
-        GROUP=8, num_warps=warps, num_stages=stages, **_settings(x),
+        x,
+        weight,
+        x if bias is None else bias.contiguous(),
+        low,
+        lora_b,
+        y,
+        rows,
+        outputs,
+        features,
+        rank,
+        *x.stride(),
+        *weight.stride(),
+        BIAS=bias is not None,
+        BLOCK_T=block_t,
+        BLOCK_O=block_o,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        GROUP=8,
+        num_warps=warps,
+        num_stages=stages,
+        **_settings(x),
     )
     return y, low
 
@@ -196,8 +265,14 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
-    scaling: float, dropout_p: float = 0.0, seed: int = 0,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> Tensor:
     """y (..., O) of x (..., K), weight (O, K) frozen, lora_a (r, K) and lora_b (O, r)."""
     return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)

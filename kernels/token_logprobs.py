@@ -30,8 +30,19 @@ def _minus_expm1(log_p):
     """1 − p from log p <= 0: a series where p is near 1 and the difference would cancel."""
     near = -log_p * (
         1.0
-        + log_p * (1.0 / 2 + log_p * (1.0 / 6 + log_p * (1.0 / 24 + log_p * (
-            1.0 / 120 + log_p * (1.0 / 720 + log_p * (1.0 / 5040 + log_p / 40320)))))
+        + log_p
+        * (
+            1.0 / 2
+            + log_p
+            * (
+                1.0 / 6
+                + log_p
+                * (
+                    1.0 / 24
+                    + log_p
+                    * (1.0 / 120 + log_p * (1.0 / 720 + log_p * (1.0 / 5040 + log_p / 40320)))
+                )
+            )
         )
     )
     return tl.where(log_p > -0.35, near, 1.0 - tl.exp2(log_p * _LOG2E))
@@ -39,8 +50,18 @@ def _minus_expm1(log_p):
 
 @triton.jit
 def _forward(
-    logits, targets, logprobs, entropy, tops, log_totals, row_stride, column_stride, vocab, scale,
-    BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    logits,
+    targets,
+    logprobs,
+    entropy,
+    tops,
+    log_totals,
+    row_stride,
+    column_stride,
+    vocab,
+    scale,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * row_stride
@@ -83,10 +104,24 @@ def _forward(
 
 @triton.jit
 def _backward(
-    logits, targets, logprobs, entropy, tops, log_totals, grad_logprobs, grad_entropy, grad,
-    row_stride, column_stride, grad_stride, vocab, scale,
-    WITH_LOGPROBS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    logits,
+    targets,
+    logprobs,
+    entropy,
+    tops,
+    log_totals,
+    grad_logprobs,
+    grad_entropy,
+    grad,
+    row_stride,
+    column_stride,
+    grad_stride,
+    vocab,
+    scale,
+    WITH_LOGPROBS: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * row_stride
@@ -133,15 +168,28 @@ def launch_forward(
     if rows:
         block, warps = block_and_warps(vocab)
         _forward[(rows,)](
-            logits, targets.contiguous(), *stats, logits.stride(0), logits.stride(1), vocab,
-            1.0 / temperature, BLOCK=block, DTYPE=triton_dtype, num_warps=warps,
+            logits,
+            targets.contiguous(),
+            *stats,
+            logits.stride(0),
+            logits.stride(1),
+            vocab,
+            1.0 / temperature,
+            BLOCK=block,
+            DTYPE=triton_dtype,
+            num_warps=warps,
         )
     return stats[0], stats[1], stats[2], stats[3]
 
 
 def launch_backward(
-    logits: Tensor, targets: Tensor, temperature: float, stats: Sequence[Tensor],
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, out: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    stats: Sequence[Tensor],
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    out: Tensor,
 ) -> Tensor:
     """Fill `out` (N, V), rows contiguous, with the gradient of the logits."""
     rows, vocab = logits.shape
@@ -149,12 +197,22 @@ def launch_backward(
         block, warps = block_and_warps(vocab)
         spare = stats[0]  # stands in for an absent gradient, never read
         _backward[(rows,)](
-            logits, targets.contiguous(), *stats,
+            logits,
+            targets.contiguous(),
+            *stats,
             spare if grad_logprobs is None else grad_logprobs.contiguous(),
             spare if grad_entropy is None else grad_entropy.contiguous(),
-            out, logits.stride(0), logits.stride(1), out.stride(0), vocab, 1.0 / temperature,
-            WITH_LOGPROBS=grad_logprobs is not None, WITH_ENTROPY=grad_entropy is not None,
-            BLOCK=block, DTYPE=accumulator(logits.dtype)[1], num_warps=warps,
+            out,
+            logits.stride(0),
+            logits.stride(1),
+            out.stride(0),
+            vocab,
+            1.0 / temperature,
+            WITH_LOGPROBS=grad_logprobs is not None,
+            WITH_ENTROPY=grad_entropy is not None,
+            BLOCK=block,
+            DTYPE=accumulator(logits.dtype)[1],
+            num_warps=warps,
         )
     return out
 

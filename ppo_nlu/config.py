@@ -165,6 +165,8 @@ class EvalConfig:
     split: str = "dev"  # which part of the data
     limit: int = number(0, min=0)  # examples to use; 0 = all
     batch_size: int = number(64, min=1)  # prompts at a time
+    top_k: int = number(0, min=0)  # of the one sample; 0 = off
+    top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # of the one sample; 1 = off
     before: bool = True  # score the untrained model too
     bootstrap: int = number(1000, min=0)  # resamples for the confidence interval; 0 = off
 
@@ -176,7 +178,7 @@ class LogConfig:
     tensorboard: bool = False  # write TensorBoard files
     wandb: bool = False  # send metrics to Weights & Biases
     project: str = "ppo_nlu"  # project name there
-    progress: bool = True  # one line a step
+    progress: bool = True  # a bar, or in a file a line each tenth
     plot: bool = True  # draw curves.png at the end
 
 
@@ -187,7 +189,7 @@ class Config:
     task: str  # a name from the task table, such as sst2
     method: str = one_of("ppo", *METHODS)
     seed: int = number(0, min=0, max=2**32 - 1)
-    init_from: str | None = None  # an adapter folder to start from (and to stay near)
+    init_from: str | None = None  # a run or adapter folder to start from (and to stay near)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -224,9 +226,11 @@ def _conflicts(cfg: Config) -> Iterator[tuple[str, str]]:
 
 
 # The semantics of the paper's released code: PPOTrainer.step of TRL 0.11. Values that equal today's
-# defaults are stated too, so that a change of the defaults does not move the preset. One departure:
-# the code drops out 0.05 in LoRA and 0.1 in the value head; here dropout is off in the rollout and
-# in the update, because it moves the ratio away from 1 before the first update.
+# defaults are stated too, so that a change of the defaults does not move the preset. Departures:
+# the code drops out 0.05 in LoRA and 0.1 in the value head, which moves the ratio away from 1 at
+# the first update; trains the base's biases, so that LoRA off is not its reference; draws the
+# longest answer anew from 12 to 31; stops at the end of the sequence only and trains all behind
+# the tag.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "legacy": {

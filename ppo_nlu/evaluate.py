@@ -43,6 +43,7 @@ class Answer:
     prediction: str | None
     response: str
     probabilities: dict[str, float] | None = None
+    cut: bool = False  # the prompt was cut to fit the context
 
     def to_json(self) -> dict[str, Any]:
         """The row of a predictions.jsonl."""
@@ -85,7 +86,8 @@ def answer_all(
             else:
                 generator = seeded("evaluate", cfg.seed, start, index[0])
                 answers = _by_decoding(policy, spec, cfg, rows, prompts, decode, generator)
-            done.update(zip(index, answers, strict=True))
+            for i, row in zip(index, answers, strict=True):
+                done[i] = replace(row, cut=fitted[i][2])
         yield from (done[i] for i in range(len(window)))
 
 
@@ -120,7 +122,7 @@ def _by_decoding(
         policy,
         prompts,
         cfg.rollout.max_new_tokens,
-        Sampling(temperature=1.0, greedy=decode == "greedy"),
+        Sampling(1.0, decode == "greedy", cfg.eval.top_k, cfg.eval.top_p),
         generator=generator,
     )
     texts = [policy.decode(row) for row in drawn.rows]
@@ -277,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--split", choices=("train", "dev", "test"), help="default: eval.split")
     parser.add_argument(
-        "--output", type=Path, help="a folder for predictions-<decode>.jsonl and report.json"
+        "--output", type=Path, help="a folder for predictions.jsonl and report.json"
     )
     args = parser.parse_intermixed_args(argv)
     target = Path(args.target)
@@ -295,18 +297,24 @@ def main(argv: list[str] | None = None) -> int:
     check_words(policy, spec)
     require_room(policy, spec, cfg)
     output.mkdir(parents=True, exist_ok=True)
-    reports = {}
+    reports, found_by = {}, {}
     for decode in (args.decode,) if args.decode else DECODES:
         answers = answer_all(policy, spec, cfg, examples, decode)
         written = recorded(output / f"predictions-{decode}.jsonl", answers)
         found = list(shown(written, f"evaluate: {decode}", len(examples), cfg.log.progress))
+        found_by[decode] = found
         if all(row.example.label is not None for row in found):
             reports[decode] = report(spec, cfg, found)
             print_report(decode, reports[decode])
+    first = found_by["greedy"] if len(found_by) > 1 else next(iter(found_by.values()))
+    both = join(first, found_by["score"]) if "score" in found_by else first
+    write_predictions(output / "predictions.jsonl", both)
     if reports:
         atomic_write_json(output / "report.json", {"data": rows.source, "split": split} | reports)
     else:
         print(f"no scores: {split} has rows without a label")
+    if cut := sum(row.cut for row in first):
+        print(f"{cut:,} prompts were cut to fit the context of {policy.context:,} tokens")
     print(f"written: {output}")
     return 0
 
@@ -316,7 +324,7 @@ def require_own(output: Path) -> Path:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
     names = [path.name for path in output.iterdir()] if output.is_dir() else []
-    if any(not name.startswith((".tmp-", "predictions-", "report.json")) for name in names):
+    if any(not name.startswith((".tmp-", "predictions", "report.json")) for name in names):
         raise UserError(f"--output {output}: holds files of other kinds; name a new folder")
     return output
 

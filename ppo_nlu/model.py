@@ -247,6 +247,9 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"model.device: no such device {name!r}; use auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device: cuda is asked for, but torch sees no GPU; use cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"model.device: there is no {name}; torch sees {count} GPU(s), from cuda:0")
     return device
 
 
@@ -255,11 +258,25 @@ def load_policy(cfg: Config) -> Policy:
     model, tokenizer = load_base(cfg.model)
     torch.manual_seed(cfg.seed)
     lora.attach(model, cfg.lora)
+    if cfg.init_from:
+        # Start from a trained adapter, which as a frozen copy is the reference too.
+        lora.load_adapter(model, adapter_folder(cfg.init_from))
+        lora.freeze_reference(model)
     hidden = model.config.hidden_size
     head = ValueHead(hidden, cfg.model.value_head, cfg.model.value_hidden)
     policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)
     policy.tree = choose_path(policy, cfg.model.path)
     return policy
+
+
+def adapter_folder(path: str) -> Path:
+    """The adapter of a run folder, or the adapter folder itself."""
+    for folder in (Path(path) / "adapter", Path(path)):
+        if (folder / lora.CONFIG_FILE).is_file():
+            return folder
+    raise UserError(
+        f"init_from: {path} holds no {lora.CONFIG_FILE}; give a finished run or an adapter folder"
+    )
 
 
 def trainable(policy: Policy) -> list[nn.Parameter]:
@@ -285,7 +302,9 @@ def choose_path(policy: Policy, wanted: str) -> bool:
         hidden, _ = policy.hidden(prompts, answers)
         return float((policy.logits(hidden) - wanted_logits).abs().max())
 
-    bound = 1e-3 if wanted_logits.dtype == torch.float32 and _is_fp32(policy) else 0.25
+    exact = policy.head.weight.dtype == torch.float32
+    # In low precision every layer rounds; what is looked for is a wrong path, not a rounding.
+    bound = 1e-3 if exact else 0.1 * float(wanted_logits.abs().max())
     possible = policy.takes_positions and not _has_window(policy.model.config)
     with torch.no_grad():
         if wanted != "plain" and possible and gap(True) <= bound:
@@ -298,10 +317,6 @@ def choose_path(policy: Policy, wanted: str) -> bool:
                 "padding or a head of its own; this architecture is not supported"
             )
     return False
-
-
-def _is_fp32(policy: Policy) -> bool:
-    return policy.head.weight.dtype == torch.float32
 
 
 def _alone(policy: Policy, prompt: Tokens, reply: Tokens) -> Tensor:

@@ -267,8 +267,14 @@ def _dropped(rows: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _lora_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
-    scaling: float, p: float, seed: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     low = _dropped(rows, p, seed)[0] @ lora_a.to(x.dtype).t()
@@ -371,8 +377,12 @@ def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _dlogits(
-    z: Tensor, start: int, targets: Tensor, stats: Tensor,
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None,
+    z: Tensor,
+    start: int,
+    targets: Tensor,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
 ) -> Tensor:
     """g (1[v=y] − p_v) − g_ent p_v (log p_v + entropy) for a block of logits z, overwritten.
 
@@ -433,7 +443,11 @@ def _block(
 
 
 def _linear_logprobs_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
     with_direction: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The statistics of each row (4, N) and, on request, U = ∂logprobs/∂hidden (N, H)."""
@@ -448,8 +462,8 @@ def _linear_logprobs_forward(
             z, part = _block(chunk, weight, bias, entries, temperature)
             exp, scale = state.update(z, entries.start)
             if with_direction:
-                pulled = exp @ part if pulled is None else pulled.mul_(scale[:, None]).addmm_(
-                    exp, part
+                pulled = (
+                    exp @ part if pulled is None else pulled.mul_(scale[:, None]).addmm_(exp, part)
                 )
         stats[:, rows] = state.result()
         if direction is not None and pulled is not None:
@@ -461,8 +475,11 @@ def _linear_logprobs_forward(
 
 
 def _linear_logprobs_backward(
-    inputs: Sequence[Tensor], temperature: float, stats: Tensor,
-    upstream: tuple[Tensor | None, Tensor | None], grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    temperature: float,
+    stats: Tensor,
+    upstream: tuple[Tensor | None, Tensor | None],
+    grads: Sequence[Tensor | None],
 ) -> None:
     """Recompute each block and add into the buffers given for hidden, weight and bias."""
     hidden, weight, bias, targets = inputs

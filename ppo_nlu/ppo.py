@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ppo_nlu import losses
+from ppo_nlu import losses, ops
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import Policy, trainable
@@ -55,7 +55,7 @@ def collect(
     )
     if ppo.whiten_rewards:
         rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
-    advantages, returns = losses.gae(rewards, rollout.values, mask, ppo.gamma, ppo.lam)
+    advantages, returns = ops.gae(rewards, rollout.values, mask, ppo.gamma, ppo.lam)
     if ppo.whiten_advantages:
         advantages = losses.masked_whiten(advantages, mask)
     divergence = float(rollout.kl.masked_fill(~mask, 0.0).sum(1).mean())

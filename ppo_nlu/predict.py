@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     require_room(policy, spec, cfg)
     with _writer(args.output, spec) as write:
         visible = cfg.log.progress and args.output is not None
-        for answer in shown(predict(policy, spec, cfg, rows), "predict", None, visible):
+        # Rows of a file are sorted by length, many at a time; a line on stdin is answered at once.
+        size = 16 * cfg.eval.batch_size if args.input else 1
+        for answer in shown(predict(policy, spec, cfg, rows, size), "predict", None, visible):
             write(answer)
     if args.output:
         print(f"written: {args.output}", file=sys.stderr)
@@ -57,11 +59,11 @@ def _started(rows: Iterator[Example]) -> Iterator[Example]:
 
 
 def predict(
-    policy: Policy, spec: TaskSpec, cfg: Config, rows: Iterable[Example]
+    policy: Policy, spec: TaskSpec, cfg: Config, rows: Iterable[Example], size: int
 ) -> Iterator[Answer]:
-    """Label-scored answers in the order of the rows, which are read a window at a time."""
+    """Label-scored answers in the order of the rows, which are read `size` at a time."""
     rows = iter(rows)
-    while window := list(islice(rows, 16 * cfg.eval.batch_size)):
+    while window := list(islice(rows, size)):
         yield from answer_all(policy, spec, cfg, window, "score")
 
 

@@ -6,6 +6,8 @@ untuned base and the tuned policy on the evaluation split under three ways of de
 
 from __future__ import annotations
 
+import hashlib
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,7 +26,15 @@ from ppo_nlu.model import Policy, check_words, load_policy, resolve
 from ppo_nlu.tasks import Example, TaskSpec, get_task
 
 # What a resumed run may change: how it is shown and kept, not what is computed.
-MAY_CHANGE = ("log", "eval", "train.checkpoint_every", "train.keep_checkpoints", "data.path")
+MAY_CHANGE = (
+    "log",
+    "eval.batch_size",
+    "eval.before",
+    "eval.bootstrap",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "data.path",
+)
 
 
 @dataclass
@@ -99,7 +109,9 @@ def _update(run: Run, batch: ppo.Batch, progress: runlog.Progress) -> ppo.Metric
         run.bad_in_a_row += 1
         run.totals["bad_steps"] += 1
         dumped = _dump(run, batch, bad)
-        progress.write(f"step {run.step + 1}: {bad}; the step is skipped, its batch is in {dumped}")
+        progress.write(
+            f"step {run.step + 1}: {bad}; the rest of the step is skipped, its batch is in {dumped}"
+        )
         if run.bad_in_a_row >= run.cfg.train.max_bad_steps:
             save(run)
             raise UserError(
@@ -182,13 +194,22 @@ def save(run: Run) -> None:
             "step": run.step,
             "kl_coef": run.kl.coef,
             "bad_in_a_row": run.bad_in_a_row,
-            "totals": run.totals,
+            "totals": run.totals | {"wall_s": time.perf_counter() - run.started},
+            "rows": fingerprint(run),
             "pending": run.pending,
             "optimizer": state,
         },
     )
     run.saved = run.step
     checkpoint.prune(run.folder, run.cfg.train.keep_checkpoints)
+
+
+def fingerprint(run: Run) -> str:
+    """A hash of the training rows, wherever they were read from."""
+    digest = hashlib.sha256()
+    for row in run.train_rows:
+        digest.update(repr((row.id, sorted(row.fields.items()), row.label)).encode())
+    return digest.hexdigest()
 
 
 def restore(run: Run) -> None:
@@ -198,12 +219,18 @@ def restore(run: Run) -> None:
     if last is None:
         return
     tensors, state = checkpoint.load(last)
+    if state["rows"] != fingerprint(run):
+        raise UserError(
+            f"--resume {run.folder}: the run was started on other training rows than those found "
+            f"now ({run.source}); give the same data with data.path"
+        )
     lora.load_state_dict(run.policy.model, tensors["adapter"], str(last))
     run.policy.value_head.load_state_dict(tensors["value_head"])
     checkpoint.restore_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
     run.step = run.saved = state["step"]
     run.kl.coef, run.pending = state["kl_coef"], state["pending"]
     run.bad_in_a_row, run.totals = state["bad_in_a_row"], state["totals"]
+    run.started -= run.totals.pop("wall_s")
 
 
 def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
@@ -219,10 +246,6 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     policy = load_policy(cfg)
     check_words(policy, spec)
     evaluate.require_room(policy, spec, cfg)
-    if cfg.init_from:
-        # Start from a trained adapter, which as a frozen copy is the reference too.
-        lora.load_adapter(policy.model, adapter_folder(cfg.init_from))
-        lora.freeze_reference(policy.model)
     path = "prefix tree" if policy.tree else "plain path (one padded row a prompt)"
     print(f"model: {cfg.model.name_or_path} on {policy.device}, {path}")
     optimizer = optim.build_optimizer(
@@ -235,18 +258,9 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     return Run(cfg, spec, folder, policy, optimizer, kl, rows.examples, eval_rows, rows.source)
 
 
-def adapter_folder(path: str) -> Path:
-    """The adapter of a run folder, or the adapter folder itself."""
-    for folder in (Path(path) / "adapter", Path(path)):
-        if (folder / lora.CONFIG_FILE).is_file():
-            return folder
-    raise UserError(
-        f"init_from: {path} holds no {lora.CONFIG_FILE}; give a finished run or an adapter folder"
-    )
-
-
-def finish(run: Run, stop: checkpoint.StopRequest) -> None:
-    """Write the adapter, evaluate base and tuned policy, draw the curves, print the table."""
+def finish(run: Run, stop: checkpoint.StopRequest) -> bool:
+    """Write the adapter, evaluate base and tuned policy, draw the curves, print the table; False
+    where a stop came before the evaluation was over."""
     cfg, folder, policy = run.cfg, run.folder, run.policy
     name = resolve(cfg.model.name_or_path)
     (folder / "adapter").mkdir(exist_ok=True)
@@ -267,8 +281,10 @@ def finish(run: Run, stop: checkpoint.StopRequest) -> None:
     if cfg.eval.before and not stop:
         with lora.lora_disabled(policy.model):
             before = measure("base")
-    if stop:
-        return
+    if len(after["score"]) < len(run.eval_rows) or (
+        cfg.eval.before and (before is None or len(before["score"]) < len(run.eval_rows))
+    ):
+        return False
     joined = evaluate.join(after["greedy"], after["score"])
     evaluate.write_predictions(folder / "predictions.jsonl", joined)
     summary: dict[str, Any] = {
@@ -288,12 +304,14 @@ def finish(run: Run, stop: checkpoint.StopRequest) -> None:
         "train_s": run.totals["train_s"],
         "samples_per_s": run.totals["samples"] / max(run.totals["train_s"], 1e-9),
         "truncated_prompts": int(run.totals["truncated"]),
+        "truncated_eval_prompts": sum(row.cut for row in after["score"]),
         "bad_steps": int(run.totals["bad_steps"]),
         "wall_s": time.perf_counter() - run.started,
         "peak_memory_mb": runlog.peak_memory_mb(policy.device),
     }
     checkpoint.atomic_write_json(folder / "summary.json", summary)
     show(run, summary)
+    return True
 
 
 def mean_reward(run: Run, answers: list[evaluate.Answer]) -> float:
@@ -351,13 +369,14 @@ def main(argv: list[str] | None = None) -> int:
             restore(run)
             print(f"resumed after step {run.step} of {cfg.train.steps}")
         train(run, stop)
-        if not stop:
-            finish(run, stop)
+        if not stop and finish(run, stop):
+            return 0
     if stop:
         print(
             f"\nstopped after step {run.step} of {cfg.train.steps}, everything is saved; go on with"
         )
-        print(f"  python -m ppo_nlu.train {run.folder}/config.yaml --resume {run.folder}")
+        folder = shlex.quote(str(run.folder))
+        print(f"  python -m ppo_nlu.train {folder}/config.yaml --resume {folder}")
     return stop.exit_code
 
 

@@ -216,8 +216,13 @@ def test_the_program_on_a_run(finished_run: Path, tmp_path: Path, capsys) -> Non
     assert "Traceback" not in shown.err
     report = json.loads((out / "report.json").read_text())
     assert report["data"] == "bundled" and report["split"] == "dev"
+    both = read(out / "predictions.jsonl")  # greedy answers with the scored probabilities
+    greedy = read(out / "predictions-greedy.jsonl")
+    assert [row["prediction"] for row in both] == [row["prediction"] for row in greedy]
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in both)
     assert {p.name for p in out.iterdir()} == {
         "report.json",
+        "predictions.jsonl",
         *(f"predictions-{decode}.jsonl" for decode in evaluate.DECODES),
     }
     for decode in evaluate.DECODES:
@@ -258,7 +263,7 @@ def test_a_split_without_labels_has_predictions_and_no_scores(
     assert cli.run(evaluate.main, [str(finished_run), *more]) == 0
     shown = capsys.readouterr().out
     assert "no scores" in shown and "accuracy" not in shown
-    assert [p.name for p in out.iterdir()] == ["predictions-greedy.jsonl"]
+    assert {p.name for p in out.iterdir()} == {"predictions-greedy.jsonl", "predictions.jsonl"}
     lines = read(out / "predictions-greedy.jsonl")
     assert [line["id"] for line in lines] == ["0", "1", "2", "3", "4"]
     assert all(line["label"] is None for line in lines)

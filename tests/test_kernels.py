@@ -286,8 +286,7 @@ SHARED_LIMIT = {80: 166912, 90: 232448}
 SCALARS = {"scale": "fp32", "p": "fp32", "factor": "fp32", "gamma": "fp32", "decay": "fp32"}
 POINTERS = {"targets": "*i64", "mask": "*u8"}
 FLOATS = (
-    "logprobs entropy tops log_totals grad_logprobs grad_entropy "
-    "rewards values advantages returns"
+    "logprobs entropy tops log_totals grad_logprobs grad_entropy rewards values advantages returns"
 ).split()
 TENSORS = "logits x weight bias low lora_a lora_b y out grad".split()
 

@@ -173,9 +173,7 @@ def test_lora_linear_refuses_what_does_not_fit(change: str) -> None:
     args = {"x": x, "lora_b": lora_b, "bias": bias, "p": 0.0}
     args[change] = 1.0 if change == "p" else args[change][..., :-1]
     with pytest.raises(ValueError, match="expected|must both end"):
-        ops.lora_linear(
-            args["x"], weight, args["bias"], lora_a, args["lora_b"], 1.0, args["p"], 1
-        )
+        ops.lora_linear(args["x"], weight, args["bias"], lora_a, args["lora_b"], 1.0, args["p"], 1)
 
 
 # ---- linear_logprobs and token_logprobs

@@ -185,6 +185,6 @@ def test_rows_are_read_a_window_at_a_time(once: Path, loaded: Any) -> None:
             taken.append(1)
             yield data.Example(str(len(taken)), {"sentence": "a film"}, None)
 
-    answers = predict.predict(loaded, SPEC, cfg, endless())
+    answers = predict.predict(loaded, SPEC, cfg, endless(), 16)
     assert [next(answers).example.id for _ in range(20)] == [str(i + 1) for i in range(20)]
     assert len(taken) == 32

@@ -150,11 +150,12 @@ def test_scores(scale, expected, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_takes_each_prompt_once() -> None:
+    """Prompts come in the order of their answers, so that one answer a prompt needs no level."""
     rollout = collected(tiny.policy(), config())
     prompts, answers, owners = rollout.rows([7, 2, 6, 11])
-    assert prompts == [rollout.prompts[p] for p in (0, 2, 3)]
+    assert prompts == [rollout.prompts[p] for p in (2, 0, 3)]
     assert answers == [rollout.answers[j] for j in (7, 2, 6, 11)]
-    assert owners == [1, 0, 1, 2]
+    assert owners == [0, 1, 0, 2]
 
 
 def test_seeded_depends_on_every_part() -> None:

@@ -373,7 +373,8 @@ def train_examples(spec: TaskSpec, data_cfg: DataConfig, bundled_model: bool) ->
     if not kept:
         raise UserError(
             f"data.min_words: no training row is left of {len(whole.examples)} ({len(fresh)} after "
-            f"the exclusion of pretraining labels); lower data.min_words ({data_cfg.min_words})"
+            f"the exclusion of pretraining labels); lower data.min_words ({data_cfg.min_words}) "
+            "or set data.exclude_pretraining_labels=false"
         )
     note = _join(
         whole.note,

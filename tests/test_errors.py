@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 CONFIG = """\
 task: sst2
-data: {path: DATA}
+data: {path: DATA, exclude_pretraining_labels: false}
 rollout: {batch_size: 4, max_new_tokens: 4}
 ppo: {epochs: 1}
 train: {steps: 2, checkpoint_every: 1}

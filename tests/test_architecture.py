@@ -19,7 +19,7 @@ ROOMS = {
     "maths": "losses advantages",
     "language": "tasks data prompts answers metrics rewards",
     "kernels": "kernels",
-    "model": "ops lora model prefix_tree generate",
+    "model": "ops torch_lora torch_logprobs lora model prefix_tree generate",
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "rollout ppo sft encoder grpo reward_model",
     "programs": "__main__ train evaluate predict export pretrain submit reproduce report",

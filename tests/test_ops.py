@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ppo_nlu import losses, ops
+from ppo_nlu import losses, ops, torch_logprobs
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ def test_lora_linear_refuses_what_does_not_fit(change: str) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_block_shape", lambda rows, vocab, device: (7, 5))
+    monkeypatch.setattr(torch_logprobs, "_block_shape", lambda rows, vocab, device: (7, 5))
 
 
 def head(rows: int = 20, width: int = 6, vocab: int = 13, dtype: torch.dtype = torch.float64):

@@ -43,6 +43,7 @@ __all__ = [
     "masked_mean",
     "masked_whiten",
     "policy_loss",
+    "ppo_loss",
     "preference_loss",
     "sft_loss",
     "shaped_rewards",
@@ -205,6 +206,54 @@ def value_loss(
         "value/clip_fraction": (losses > free).to(values.dtype).sum() / count,
         "value/explained_variance": explained_variance(values, returns, mask),
     }
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    mask: Tensor,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    value_clip: float | None = 0.2,
+    value_coef: float = 0.5,
+    denominator: float | Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+) -> tuple[Tensor, Metrics]:
+    """The whole loss of PPO: surrogate + c_v · critic − c_e · entropy bonus.
+
+    L = `policy_loss` + c_v · `value_loss` − c_e · mean Hₜ
+
+    Source: arXiv 1707.06347, equation 9.
+
+    Args:
+        logprobs, values, entropy: (B, R) of the current policy and critic; these get gradients.
+        old_logprobs, old_values, advantages, returns: (B, R) from the rollout.
+        values: None leaves the critic out; entropy: None leaves the bonus out.
+        value_coef, entropy_coef: c_v, c_e; the others as in `policy_loss` and `value_loss`.
+    Returns: the scalar loss, and the metrics of its parts (`value/explained_variance` is not among
+    them: it belongs to the whole batch), `policy/entropy` and `policy/ratio_gap` = max |ρ − 1|.
+    """
+    loss, metrics = policy_loss(
+        logprobs, old_logprobs, advantages, mask, clip, clip_high, dual_clip, denominator
+    )
+    log_ratio = (counted(logprobs, mask) - counted(old_logprobs, mask)).detach()
+    metrics["policy/ratio_gap"] = torch.expm1(log_ratio).abs().amax()
+    if values is not None:
+        assert returns is not None, "a critic needs the returns of the rollout"
+        critic, more = value_loss(values, old_values, returns, mask, value_clip, denominator)
+        more.pop("value/explained_variance")
+        loss, metrics = loss + value_coef * critic, metrics | more
+    if entropy is not None:
+        mean = counted(entropy, mask).sum() / token_count(mask, denominator)
+        loss = loss - entropy_coef * mean
+        metrics["policy/entropy"] = mean.detach()
+    return loss, metrics
 
 
 def td_error_loss(

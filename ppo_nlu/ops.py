@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_nlu import advantages, torch_logprobs, torch_lora
+from ppo_nlu import advantages, losses, torch_logprobs, torch_lora
 from ppo_nlu.errors import UserError
 
 BACKENDS = ("auto", "triton", "torch")
@@ -115,6 +115,31 @@ def gae(
     if choose_backend(values) == "triton":
         return _launch("gae", rewards.detach(), values.detach(), mask, float(gamma), float(lam))
     return advantages.gae(rewards, values, mask, gamma, lam)
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    mask: Tensor,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    value_clip: float | None = 0.2,
+    value_coef: float = 0.5,
+    denominator: float | Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The whole loss of PPO as in `ppo_nlu.losses.ppo_loss`; on CUDA one launch each way."""
+    args = (logprobs, old_logprobs, advantages, values, old_values, returns, mask)
+    settings = (clip, clip_high, dual_clip, value_clip, value_coef, denominator)
+    if choose_backend(logprobs) == "triton":
+        return _launch("ppo_loss", *args, *settings, entropy, entropy_coef)
+    return losses.ppo_loss(*args, *settings, entropy, entropy_coef)
 
 
 # ---- which form runs

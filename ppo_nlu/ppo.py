@@ -27,6 +27,7 @@ from ppo_nlu.rollout import Rollout, collect_answers, seeded
 from ppo_nlu.tasks import Example, TaskSpec
 
 Metrics = dict[str, float]
+LARGEST = ("policy/ratio_max", "policy/ratio_gap")  # the largest counts, not the sum
 
 
 @dataclass
@@ -111,7 +112,7 @@ def update(policy: Policy, optimizer: Optimizer, cfg: Config, batch: Batch, step
         if stop:
             break
     count = taken + skipped
-    means = {n: x if n.endswith("_max") else x / count for n, x in totals.items()}
+    means = {n: x if n in LARGEST else x / count for n, x in totals.items()}
     means |= {
         "policy/first_ratio_gap": first_gap,
         "optim/steps": float(taken),
@@ -138,57 +139,46 @@ def backward(policy: Policy, cfg: Config, batch: Batch, index: Sequence[int]) ->
     device = rollout.mask.device
     count = float(rollout.mask[list(index)].sum())
     totals: Metrics = {}
-    worst = 0.0
     for micro in chunks(index, ppo.micro_batch_size or len(index)):
         rows = torch.tensor(micro, device=device)
         scored = policy.score(*rollout.rows(micro), cfg.rollout.temperature, values=True)
         width = scored.mask.shape[1]
         mask = rollout.mask[rows, :width]
-        old_logprobs = rollout.logprobs[rows, :width]
         assert scored.values is not None and torch.equal(mask, scored.mask)
-        surrogate, metrics = losses.policy_loss(
+        td0 = ppo.critic_target == "td0"
+        loss, metrics = ops.ppo_loss(
             scored.logprobs,
-            old_logprobs,
+            rollout.logprobs[rows, :width],
             batch.advantages[rows, :width],
+            None if td0 else scored.values,
+            rollout.values[rows, :width],
+            batch.returns[rows, :width],
             mask,
             ppo.clip,
             ppo.clip_high,
             ppo.dual_clip,
-            denominator=count,
+            ppo.value_clip,
+            ppo.value_coef,
+            count,
+            scored.entropy if ppo.entropy_coef else scored.entropy.detach(),  # no gradient of 0
+            ppo.entropy_coef,
         )
-        if ppo.critic_target == "td0":
-            share = float(mask.sum()) / count
+        if td0:
             rewards = batch.rewards[rows, :width]
-            critic = share * losses.td_error_loss(scored.values, rewards, mask, ppo.gamma)
-            metrics |= {"value/loss": critic.detach()}
-        else:
-            critic, more = losses.value_loss(
-                scored.values,
-                rollout.values[rows, :width],
-                batch.returns[rows, :width],
-                mask,
-                ppo.value_clip,
-                denominator=count,
-            )
-            more.pop("value/explained_variance")  # of these rows only; `collect` has the batch's
-            metrics |= more
-        entropy = scored.entropy.masked_fill(~mask, 0.0).sum() / count
-        loss = surrogate + ppo.value_coef * critic
-        if ppo.entropy_coef:
-            loss = loss - ppo.entropy_coef * entropy
+            critic = losses.td_error_loss(scored.values, rewards, mask, ppo.gamma, count)
+            loss, metrics["value/loss"] = loss + ppo.value_coef * critic, critic.detach()
         loss.backward()
-        gap = (scored.logprobs.detach() - old_logprobs).masked_fill(~mask, 0.0).expm1().abs()
-        worst = max(worst, float(gap.max()))
-        metrics |= {"loss": loss.detach(), "policy/entropy": entropy.detach()}
-        add(totals, {name: float(value) for name, value in metrics.items()})
-    return totals | {"policy/ratio_gap": worst}
+        metrics["loss"] = loss.detach()
+        numbers = torch.stack(list(metrics.values())).tolist()  # one copy from the device
+        add(totals, dict(zip(metrics, numbers, strict=True)))
+    return totals
 
 
 def add(totals: Metrics, metrics: Metrics) -> None:
-    """Sum metrics up, in place; of those called `_max` the largest is kept."""
+    """Sum metrics up, in place; of those in `LARGEST` the largest is kept."""
     for name, value in metrics.items():
         old = totals.get(name, 0.0)
-        totals[name] = max(old, value) if name.endswith("_max") else old + value
+        totals[name] = max(old, value) if name in LARGEST else old + value
 
 
 def chunks(items: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -24,7 +24,10 @@ setup(
     license_files=["LICENSE"],
     packages=["ppo_nlu", "ppo_nlu.tasks", "ppo_nlu.kernels"],
     package_dir={"ppo_nlu.kernels": "kernels"},
-    package_data={"ppo_nlu": ["py.typed", "assets/*", "assets/**/*"]},
+    package_data={
+        "ppo_nlu": ["py.typed", "assets/*", "assets/**/*"],
+        "ppo_nlu.kernels": ["*.json", "README.md"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6,<2.14",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -54,13 +54,48 @@ def lora_linear(
         x, weight = x.to(dtype), weight.to(dtype)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    if dropout_p > 0 and seed is None:
-        seed = int(torch.randint(2**31 - 1, ()).item())
-    args = (x, weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed or 0)
+    seed = _seed(dropout_p, seed)
+    args = (x, weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
     with _without_autocast(x):
         if choose_backend(x) == "triton":
             return _launch("lora_linear", x, *args[1:])
         return torch_lora.lora_linear(*args)
+
+
+def lora_linear_grouped(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> tuple[Tensor, ...]:
+    """`lora_linear` for layers that share x (q, k and v; gate and up): yᵢ for every layer i.
+
+    The Aᵢ are stacked, so that x is read once for all Sᵢ, and the gradient of x is summed in one
+    buffer. One dropout mask serves the whole group, where separate calls would draw one each.
+
+    Args: x (..., K), weights (Oᵢ, K), biases (Oᵢ,) or None, lora_as (rᵢ, K), lora_bs (Oᵢ, rᵢ).
+    Returns: yᵢ (..., Oᵢ) in the dtype of x.
+    """
+    members = list(zip(weights, biases, lora_as, lora_bs, scalings, strict=True))
+    for weight, bias, lora_a, lora_b, _ in members:
+        _check_lora(x, weight, bias, lora_a, lora_b, dropout_p)
+    if not members:
+        return ()
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weights = x.to(dtype), [w.to(dtype) for w in weights]
+    biases = [None if b is None else b.to(x.dtype) for b in biases]
+    scalings = [float(s) for s in scalings]
+    seed = _seed(dropout_p, seed)
+    args = (list(weights), biases, list(lora_as), list(lora_bs), scalings, float(dropout_p), seed)
+    with _without_autocast(x):
+        if choose_backend(x) == "triton":
+            return _launch("lora_linear", x, *args, function="lora_linear_grouped")
+        return torch_lora.lora_linear_grouped(x, *args)
 
 
 def linear_logprobs(
@@ -69,26 +104,35 @@ def linear_logprobs(
     targets: Tensor,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """log π(target) and the entropy of softmax((h Wᵀ + b)/τ), without the (N, V) logits in memory.
 
     With a frozen head ∂log π/∂h = (W_y − Σᵥ pᵥ W_v)/τ does not depend on the upstream gradient: it
     is formed in the forward while a block of probabilities is at hand, and the backward is one
-    multiplication. The entropy's gradient is formed only if the backward asks for it, from
-    recomputed blocks. A trainable head (or bias) takes the recomputing path throughout.
+    multiplication. With `entropy_grad` the same is done for the entropy, at the price of one more
+    product; without it an entropy gradient that is asked for comes from recomputed blocks. A
+    trainable head (or bias, or a LoRA of the head) takes the recomputing path throughout.
 
-    Args: hidden (N, H), weight (V, H), targets (N,) integers in [0, V), bias (V,) or None.
+    Args: hidden (N, H), weight (V, H), targets (N,) integers in [0, V), bias (V,) or None;
+        lora_a (r, H) and lora_b (V, r) add s · (h Aᵀ) Bᵀ to the logits, s being `scaling`.
     Returns: logprobs (N,), entropy (N,), fp32 (float64 for float64 inputs).
     """
     _check_rows(hidden, targets, temperature, "hidden")
-    _check_head(hidden, weight, bias)
+    _check_head(hidden, weight, bias, lora_a, lora_b)
     _check_targets(targets, weight.shape[0])
-    targets = targets.long()
+    args = (hidden, weight, targets.long(), bias, float(temperature))
+    named: dict[str, Any] = {"entropy_grad": True} if entropy_grad else {}
+    if lora_a is not None:
+        named |= {"lora_a": lora_a, "lora_b": lora_b, "scaling": float(scaling)}
     with _without_autocast(hidden):
-        args = (weight, targets, bias, float(temperature))
         if choose_backend(hidden) == "triton":
-            return _launch("linear_logprobs", hidden, *args)
-        return torch_logprobs.linear_logprobs(hidden, *args)
+            return _launch("linear_logprobs", *args, **named)
+        return torch_logprobs.linear_logprobs(*args, **named)
 
 
 def token_logprobs(
@@ -172,15 +216,15 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _launch(name: str, first: Tensor, *rest: object) -> Any:
-    """The kernel of this name, on the device of its first argument (Triton takes the current)."""
+def _launch(module: str, first: Tensor, *rest: Any, function: str = "", **named: Any) -> Any:
+    """A kernel's function, on the device of its first argument (Triton takes the current one)."""
     with torch.cuda.device_of(first):
-        return _kernel(name)(first, *rest)
+        return _kernel(module, function or module)(first, *rest, **named)
 
 
 @cache
-def _kernel(name: str) -> Callable[..., Any]:
-    return getattr(import_module(f"ppo_nlu.kernels.{name}"), name)
+def _kernel(module: str, function: str) -> Callable[..., Any]:
+    return getattr(import_module(f"ppo_nlu.kernels.{module}"), function)
 
 
 # ---- checks
@@ -215,13 +259,23 @@ def _check_rows(rows: Tensor, targets: Tensor, temperature: float, name: str) ->
         raise ValueError(f"temperature is {temperature}, expected a number above 0")
 
 
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+) -> None:
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} differ in H"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_a and lora_b go together: give both or neither")
+    if lora_a is not None and lora_b is not None:
+        _check_lora(hidden, weight, None, lora_a, lora_b, 0.0)
 
 
 def _check_targets(targets: Tensor, vocab: int) -> None:
@@ -241,6 +295,13 @@ def _check_targets(targets: Tensor, vocab: int) -> None:
             f"a target is out of range: found {low}..{high}, the vocabulary is 0..{vocab - 1}; "
             "select the rows that count beforehand"
         )
+
+
+def _seed(dropout_p: float, seed: int | None) -> int:
+    """The seed given, or one of torch's CPU generator, so that recomputation draws it again."""
+    if seed is None and dropout_p > 0:
+        return int(torch.randint(2**31 - 1, ()).item())
+    return seed or 0
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:

@@ -1,267 +1,43 @@
-"""y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ: a shrink kernel for S = s · drop(x) Aᵀ, then one fused GEMM.
+"""y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ with W frozen, for one layer or several that share x.
 
-The GEMM adds S Bᵀ and the bias to its accumulator before y is written, so y touches memory once.
-Dropout draws from counter-based Philox at element row · K + column: the mask is never stored and
-does not depend on tile shapes. Backward: dS = s dy B, dB = dyᵀ S, dA = dSᵀ drop(x) and
-dx = dy W + drop'(dS A), with the large products left to the library. No dW is ever formed.
+With f = s/(1 − p) and S = f · (x ∘ mask) Aᵀ, rounded to the dtype of x:
 
-Imports torch and triton only. Deterministic: no atomics, no split sums.
+    y = x Wᵀ + b + S Bᵀ            dS = f · dy B        dB = dyᵀ S
+    dx = dy W + mask ∘ (dS A)      dA = dSᵀ (x ∘ mask)
+
+Four forms, which differ in how the large product and the low-rank term are joined:
+
+    fused      the Triton product adds S Bᵀ in its epilogue
+    cublas     the library's product, then addmm_ with S; the safe form above 64 rows
+    extended   [x | S] [W | B]ᵀ as one product of the library
+    decode     up to 64 rows: one launch, S accumulated beside the product; the safe form there
+
+dx is "fused" or "cublas" likewise. dS and dB come from one pass over dy, dA from one over x. Kept
+for the backward are x and S; the mask is drawn again from its seed. No gradient of W is formed.
+Imports torch and triton only. Which form runs is said by `lora_table`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import lora_gemm
+from .lora_table import BACKWARDS, VARIANTS, choose_variant, load_table, table_key, write_table
 
-@triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter cannot multiply bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+__all__ = [
+    "BACKWARDS", "VARIANTS", "choose_variant", "extended_weight", "load_table", "lora_linear",
+    "lora_linear_grouped", "shipped", "table_key", "write_table",
+]  # fmt: skip
 
-
-@triton.jit
-def _kept(seed, row, column, width, p):
-    offset = row.to(tl.int64)[:, None] * width + column[None, :]
-    return tl.rand(seed, offset) >= p
-
-
-@triton.jit(do_not_specialize=["seed"])
-def _shrink(
-    x,
-    lora_a,
-    low,
-    rows,
-    features,
-    rank,
-    x_row,
-    x_column,
-    factor,
-    p,
-    seed,
-    DROPOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ACC: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    r = tl.arange(0, BLOCK_R)
-    x_rows = x + t.to(tl.int64)[:, None] * x_row
-    acc = tl.zeros((BLOCK_T, BLOCK_R), ACC)
-    for start in range(0, features, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (t[:, None] < rows) & (k[None, :] < features)
-        tile = tl.load(x_rows + k[None, :] * x_column, mask=inside, other=0.0)
-        if DROPOUT:
-            tile = tl.where(_kept(seed, t, k, features, p), tile, 0.0).to(x.dtype.element_ty)
-        a_inside = (k[:, None] < features) & (r[None, :] < rank)
-        a = tl.load(lora_a + r[None, :] * features + k[:, None], mask=a_inside, other=0.0)
-        acc = _dot(tile, a, acc, UPCAST)
-    out = low + t.to(tl.int64)[:, None] * rank + r[None, :]
-    acc = (acc * factor).to(low.dtype.element_ty)
-    tl.store(out, acc, mask=(t[:, None] < rows) & (r[None, :] < rank))
-
-
-@triton.jit
-def _fused(
-    x,
-    weight,
-    bias,
-    low,
-    lora_b,
-    y,
-    rows,
-    outputs,
-    features,
-    rank,
-    x_row,
-    x_column,
-    weight_row,
-    weight_column,
-    BIAS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-    ACC: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    # Programs in groups of GROUP row tiles, so that neighbours share columns of the weight in L2.
-    program = tl.program_id(0)
-    row_tiles = tl.cdiv(rows, BLOCK_T)
-    per_group = GROUP * tl.cdiv(outputs, BLOCK_O)
-    first = (program // per_group) * GROUP
-    height = tl.minimum(row_tiles - first, GROUP)
-    t = (first + (program % per_group) % height) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o = ((program % per_group) // height) * BLOCK_O + tl.arange(0, BLOCK_O)
-    r = tl.arange(0, BLOCK_R)
-    x_rows = x + t.to(tl.int64)[:, None] * x_row
-    w_rows = weight + o.to(tl.int64)[None, :] * weight_row
-    acc = tl.zeros((BLOCK_T, BLOCK_O), ACC)
-    for start in range(0, features, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x_inside = (t[:, None] < rows) & (k[None, :] < features)
-        w_inside = (o[None, :] < outputs) & (k[:, None] < features)
-        tile = tl.load(x_rows + k[None, :] * x_column, mask=x_inside, other=0.0)
-        w = tl.load(w_rows + k[:, None] * weight_column, mask=w_inside, other=0.0)
-        acc = _dot(tile, w, acc, UPCAST)
-    s_inside = (t[:, None] < rows) & (r[None, :] < rank)
-    b_inside = (o[None, :] < outputs) & (r[:, None] < rank)
-    s = tl.load(low + t.to(tl.int64)[:, None] * rank + r[None, :], mask=s_inside, other=0.0)
-    b = tl.load(lora_b + o[None, :] * rank + r[:, None], mask=b_inside, other=0.0)
-    acc = _dot(s, b, acc, UPCAST)
-    if BIAS:
-        acc += tl.load(bias + o, mask=o < outputs, other=0.0).to(ACC)[None, :]
-    out = y + t.to(tl.int64)[:, None] * outputs + o[None, :]
-    inside = (t[:, None] < rows) & (o[None, :] < outputs)
-    tl.store(out, acc.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["seed"])
-def _drop(
-    x, out, rows, features, x_row, x_column, p, seed, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    for start in range(0, features, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (t[:, None] < rows) & (k[None, :] < features)
-        source = x + t.to(tl.int64)[:, None] * x_row + k[None, :] * x_column
-        keep = inside & _kept(seed, t, k, features, p)
-        tile = tl.load(source, mask=keep, other=0.0)
-        tl.store(out + t.to(tl.int64)[:, None] * features + k[None, :], tile, mask=inside)
-
-
-def tiles(rows: int, rank: int, bytes_each: int) -> tuple[int, int, int, int, int, int]:
-    """BLOCK_T, BLOCK_O, BLOCK_K, BLOCK_R, warps and stages of the fused GEMM."""
-    block_r = max(16, triton.next_power_of_2(rank))
-    if bytes_each == 8:
-        return 32, 32, 16, block_r, 4, 2
-    if rows <= 32:
-        return 16, 64, 64, block_r, 4, 3
-    if rows <= 256:
-        return 64, 128, 32, block_r, 4, 3
-    return 128, 128, 32, block_r, 8, 3
-
-
-def _settings(x: Tensor) -> dict[str, object]:
-    return {
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "UPCAST": x.device.type == "cpu" and x.dtype == torch.bfloat16,
-    }
-
-
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x (T, K) with the elements of `seed` cleared, not rescaled."""
-    if p == 0.0:
-        return x
-    out = x.new_empty(x.shape)
-    if x.numel():
-        _drop[(triton.cdiv(x.shape[0], 16),)](
-            x, out, *x.shape, *x.stride(), p, seed, BLOCK_T=16, BLOCK_K=128, num_warps=4
-        )
-    return out
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    p: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """y (T, O) and S (T, r) for x (T, K), all in the dtype of x."""
-    (rows, features), outputs, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    low, y = x.new_empty(rows, rank), x.new_empty(rows, outputs)
-    if y.numel() == 0:
-        return y, low
-    lora_a, lora_b = lora_a.to(x.dtype).contiguous(), lora_b.to(x.dtype).contiguous()
-    block_t, block_o, block_k, block_r, warps, stages = tiles(rows, rank, x.element_size())
-    _shrink[(triton.cdiv(rows, 32),)](
-        x,
-        lora_a,
-        low,
-        rows,
-        features,
-        rank,
-        *x.stride(),
-        scaling / (1.0 - p),
-        p,
-        seed,
-        DROPOUT=p > 0,
-        BLOCK_T=32,
-        BLOCK_K=64,
-        BLOCK_R=block_r,
-        num_warps=4,
-        **_settings(x),
-    )
-    _fused[(triton.cdiv(rows, block_t) * triton.cdiv(outputs, block_o),)](
-        x,
-        weight,
-        x if bias is None else bias.contiguous(),
-        low,
-        lora_b,
-        y,
-        rows,
-        outputs,
-        features,
-        rank,
-        *x.stride(),
-        *weight.stride(),
-        BIAS=bias is not None,
-        BLOCK_T=block_t,
-        BLOCK_O=block_o,
-        BLOCK_K=block_k,
-        BLOCK_R=block_r,
-        GROUP=8,
-        num_warps=warps,
-        num_stages=stages,
-        **_settings(x),
-    )
-    return y, low
-
-
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, p, seed):  # type: ignore[override]
-        rows = x.reshape(-1, x.shape[-1])
-        y, low = forward(rows, weight, bias, lora_a, lora_b, scaling, p, seed)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, low)
-        ctx.factor, ctx.p, ctx.seed = scaling / (1.0 - p), p, seed
-        return y.view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # type: ignore[override]
-        x, weight, lora_a, lora_b, low = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_a = None
-        if needs_x or needs_a:
-            grad_low = (grad @ lora_b.to(grad.dtype)).mul_(ctx.factor)  # (T, r)
-        if needs_a:
-            rows = dropped(x.reshape(-1, x.shape[-1]), ctx.p, ctx.seed)
-            grad_a = (grad_low.t() @ rows).to(lora_a.dtype)
-        if needs_x:
-            grad_x = grad @ weight
-            if ctx.p == 0.0:
-                grad_x.addmm_(grad_low, lora_a.to(grad.dtype))
-            else:
-                grad_x += dropped(grad_low @ lora_a.to(grad.dtype), ctx.p, ctx.seed)
-            grad_x = grad_x.view(x.shape)
-        grad_b = (grad.t() @ low).to(lora_b.dtype) if needs_b else None
-        grad_bias = grad.sum(0) if needs_bias else None
-        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
+shipped = lora_gemm.shipped
+_MARK = "_ppo_nlu_columns"  # on the storage of an extended weight: (K, columns in all)
 
 
 def lora_linear(
@@ -273,6 +49,283 @@ def lora_linear(
     scaling: float,
     dropout_p: float = 0.0,
     seed: int = 0,
+    *,
+    variant: str | None = None,
+    backward: str | None = None,
 ) -> Tensor:
-    """y (..., O) of x (..., K), weight (O, K) frozen, lora_a (r, K) and lora_b (O, r)."""
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+    """y (..., O) of x (..., K), weight (O, K) frozen, lora_a (r, K) and lora_b (O, r).
+
+    `variant` and `backward` force a form; by default the table of measurements says.
+    """
+    members = [weight], [bias], [lora_a], [lora_b], [scaling]
+    return lora_linear_grouped(
+        x, *members, dropout_p, seed, variant=variant, backward=backward
+    )[0]  # fmt: skip
+
+
+def lora_linear_grouped(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    *,
+    variant: str | None = None,
+    backward: str | None = None,
+) -> tuple[Tensor, ...]:
+    """y_i (..., O_i) of layers that share x (..., K), which is dropped once.
+
+    Args: weights (O_i, K), biases (O_i,) or None, lora_as (r_i, K), lora_bs (O_i, r_i).
+    """
+    chosen = _choose(x, weights, lora_as)
+    variant = variant or chosen[0]
+    backward = backward or ("fused" if variant == "fused" else chosen[1])
+    assert variant in VARIANTS and backward in BACKWARDS, (variant, backward)
+    factors = tuple(s / (1.0 - dropout_p) for s in scalings)
+    plan = _Plan(factors, dropout_p, seed & (2**63 - 1), variant, backward)
+    trained = (x, *biases, *lora_as, *lora_bs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
+        return _LoraLinear.apply(plan, x, *weights, *biases, *lora_as, *lora_bs)
+    group = _Group(tuple(weights), tuple(biases), tuple(lora_as), tuple(lora_bs))
+    ys = _forward(x.reshape(-1, x.shape[-1]), group, plan, keep=False)[0]
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+
+
+def extended_weight(weight: Tensor, rank: int) -> Tensor:
+    """A copy of W (O, K) whose rows have room for `rank` columns of B behind them.
+
+    The result is a view (O, K), to be used in the place of `weight` (as a parameter's data, say):
+    the extended form knows it by its storage, and otherwise copies the whole of W in each call.
+    The room is overwritten by every call, so calls that share it belong on one stream.
+    """
+    outputs, features = weight.shape
+    columns = _padded(features, rank)
+    buffer = weight.new_zeros(outputs, columns)
+    buffer[:, :features] = weight.detach()
+    setattr(buffer.untyped_storage(), _MARK, (features, columns))
+    return buffer[:, :features]
+
+
+# ---- the plan of a call
+
+
+@dataclass(frozen=True)
+class _Plan:
+    factors: tuple[float, ...]  # s / (1 − p) of each member
+    p: float
+    seed: int
+    variant: str
+    backward: str
+
+
+@dataclass(frozen=True)
+class _Group:
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    lora_as: tuple[Tensor, ...]
+    lora_bs: tuple[Tensor, ...]
+
+    @property
+    def columns(self) -> list[slice]:
+        """Where each member's S lies in the S of the group."""
+        return _columns(self.lora_as)
+
+
+def _columns(lora_as: Sequence[Tensor]) -> list[slice]:
+    ends = [sum(a.shape[0] for a in lora_as[: i + 1]) for i in range(len(lora_as))]
+    return [slice(end - a.shape[0], end) for a, end in zip(lora_as, ends, strict=True)]
+
+
+def _choose(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor]) -> tuple[str, str]:
+    """By the largest member; a group that `decode` cannot take whole is not decoded."""
+    outputs = max(w.shape[0] for w in weights)
+    rank = max(a.shape[0] for a in lora_as)
+    features = x.shape[-1]
+    rows = x.numel() // features if features else 0
+    return choose_variant(_device_name(x.device), x.dtype, features, outputs, rank, rows)
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _padded(features: int, rank: int) -> int:
+    """Columns of [W | B | 0]: a multiple of eight, so that rows of 16 bits are 16-byte aligned."""
+    return -(-(features + rank) // 8) * 8
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+
+
+# ---- forward
+
+
+def _forward(
+    rows: Tensor, group: _Group, plan: _Plan, keep: bool
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Each y (T, O_i), the x to keep (T, K) and S (T, Σ r_i), the last if `keep`."""
+    if plan.variant == "decode":
+        return _decode(rows, group, plan, keep)
+    if plan.variant == "extended":
+        return _extended(rows, group, plan)
+    low = _shrunk(rows, group, plan, rows.new_empty(rows.shape[0], group.columns[-1].stop))
+    members = zip(group.weights, group.biases, group.lora_bs, group.columns, strict=True)
+    if plan.variant == "fused":
+        ys = [lora_gemm.gemm(rows, w, bias, low[:, at], b) for w, bias, b, at in members]
+    else:
+        ys = [
+            F.linear(rows, w, bias).addmm_(low[:, at], b.to(rows.dtype).t())
+            for w, bias, b, at in members
+        ]
+    return ys, rows, low
+
+
+def _shrunk(
+    rows: Tensor, group: _Group, plan: _Plan, out: Tensor, copy: Tensor | None = None
+) -> Tensor:
+    """S of the whole group in `out` (T, width >= Σ r_i), with zeros beyond; x is read once."""
+    if len(set(plan.factors)) == 1:
+        lora_a = _stacked(group.lora_as)
+        return lora_gemm.shrink(
+            rows, lora_a, plan.factors[0], plan.p, plan.seed, out=out, copy=copy
+        )
+    for i, (lora_a, at) in enumerate(zip(group.lora_as, group.columns, strict=True)):
+        last = i == len(plan.factors) - 1
+        part = out[:, at.start :] if last else out[:, at]
+        lora_gemm.shrink(
+            rows, lora_a, plan.factors[i], plan.p, plan.seed, out=part, copy=copy if last else None
+        )
+    return out
+
+
+def _decode(
+    rows: Tensor, group: _Group, plan: _Plan, keep: bool
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    low = rows.new_empty(rows.shape[0], group.columns[-1].stop) if keep else None
+    members = zip(
+        group.weights, group.biases, group.lora_as, group.lora_bs, plan.factors, group.columns,
+        strict=True,
+    )  # fmt: skip
+    ys = [
+        lora_gemm.decode(
+            rows, w, bias, a, b, factor, plan.p, plan.seed, None if low is None else low[:, at]
+        )
+        for w, bias, a, b, factor, at in members
+    ]
+    return ys, rows, low
+
+
+def _extended(
+    rows: Tensor, group: _Group, plan: _Plan
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    features, rank = rows.shape[1], group.columns[-1].stop
+    columns = _padded(features, rank)
+    wide = rows.new_empty(rows.shape[0], columns)  # [x | S | 0]
+    _shrunk(rows, group, plan, wide[:, features:], wide[:, :features])
+    ys = []
+    for w, bias, b, at in zip(
+        group.weights, group.biases, group.lora_bs, group.columns, strict=True
+    ):
+        extended = _extension(w, columns)
+        if b.shape[1] != columns - features:
+            extended[:, features:].zero_()
+        extended[:, features:][:, at].copy_(b.detach())
+        ys.append(F.linear(wide, extended, bias))
+    return ys, wide[:, :features], wide[:, features : features + rank]
+
+
+def _extension(weight: Tensor, columns: int) -> Tensor:
+    """A buffer (O, columns) that starts with W: its own, made by `extended_weight`, or a copy."""
+    outputs, features = weight.shape
+    mark = getattr(weight.untyped_storage(), _MARK, (0, 0))
+    offset = weight.storage_offset()
+    fits = mark[0] == features and mark[1] >= columns
+    if fits and weight.stride() == (mark[1], 1) and offset % mark[1] == 0:
+        # Of .data, whose version nobody checks: writing B there changes no column of W.
+        return weight.data.as_strided((outputs, columns), (mark[1], 1), offset)
+    buffer = weight.new_empty(outputs, columns)
+    buffer[:, :features].copy_(weight.detach())
+    return buffer
+
+
+# ---- backward
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, x, *members):  # type: ignore[override]
+        group = _Group(*_quarters(members))
+        rows = x.reshape(-1, x.shape[-1])
+        ys, kept, low = _forward(rows, group, plan, keep=True)
+        kept = x if kept is rows else kept
+        ctx.save_for_backward(kept, low, *group.weights, *group.lora_as, *group.lora_bs)
+        ctx.plan, ctx.x_shape = plan, x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):  # type: ignore[override]
+        x, low, *saved = ctx.saved_tensors
+        size = len(saved) // 3
+        weights, lora_as, lora_bs = saved[:size], saved[size : 2 * size], saved[2 * size :]
+        needs = ctx.needs_input_grad
+        needs_x, (_, needs_bias, needs_a, needs_b) = needs[1], _quarters(needs[2:])
+        live = [i for i, grad in enumerate(grads) if grad is not None]
+        if not live:
+            return (None,) * len(needs)
+        columns = _columns(lora_as)
+        out_a, out_b, out_bias = ([None] * size for _ in range(3))
+        dys = [grads[i].reshape(-1, grads[i].shape[-1]) for i in live]
+        stacked = _stacked([lora_as[i] for i in live])
+        low_grad = None
+        if needs_x or any(needs_a):
+            low_grad = dys[0].new_empty(dys[0].shape[0], stacked.shape[0])
+        places = _columns([lora_as[i] for i in live])
+        for i, dy, place in zip(live, dys, places, strict=True):
+            out_b[i] = lora_gemm.low_grads(
+                dy, low[:, columns[i]], lora_bs[i], ctx.plan.factors[i],
+                None if low_grad is None else low_grad[:, place],
+                lora_bs[i].dtype if needs_b[i] else None,
+            )  # fmt: skip
+            out_bias[i] = dy.sum(0) if needs_bias[i] else None
+        if any(needs_a[i] for i in live):
+            rows = x.reshape(-1, x.shape[-1])
+            grad_a = lora_gemm.a_grad(rows, low_grad, stacked.dtype, ctx.plan.p, ctx.plan.seed)
+            for i, place in zip(live, places, strict=True):
+                out_a[i] = grad_a[place].to(lora_as[i].dtype) if needs_a[i] else None
+        grad_x = None
+        if needs_x:
+            grad_x = _x_grad(dys, [weights[i] for i in live], low_grad, stacked, ctx.plan)
+            grad_x = grad_x.view(ctx.x_shape)
+        return None, grad_x, *[None] * size, *out_bias, *out_a, *out_b
+
+
+def _x_grad(
+    dys: list[Tensor], weights: list[Tensor], low_grad: Tensor, lora_a: Tensor, plan: _Plan
+) -> Tensor:
+    """dx (T, K) = Σ dy_i W_i + mask ∘ (dS A), with dS (T, Σ r) and A (Σ r, K) of all members."""
+    if plan.backward == "fused":
+        out = None
+        for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
+            last = i == len(dys) - 1
+            low, a, p = (low_grad, lora_a, plan.p) if last else (low_grad[:, :0], lora_a[:0], 0.0)
+            out = lora_gemm.gemm(dy, weight.t(), None, low, a.t(), p=p, seed=plan.seed, add_to=out)
+        return out
+    out = dys[0] @ weights[0]
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        out.addmm_(dy, weight)
+    if plan.p > 0:
+        lora_gemm.expand(out, low_grad, lora_a.t(), plan.p, plan.seed)
+        return out
+    return out.addmm_(low_grad, lora_a.to(out.dtype))
+
+
+def _quarters(values):
+    size = len(values) // 4
+    return tuple(tuple(values[i * size : (i + 1) * size]) for i in range(4))

@@ -109,13 +109,22 @@ class Policy:
         owners: Sequence[int] | None = None,
         temperature: float = 1.0,
         values: bool = False,
+        entropy_grad: bool = False,
     ) -> Scored:
-        """Log-probabilities, entropies and (where asked) values of the answers' tokens."""
+        """Log-probabilities, entropies and (where asked) values of the answers' tokens.
+
+        `entropy_grad` says that the loss will ask for the entropy's gradient.
+        """
         hidden, mask = self.hidden(prompts, answers, owners)
         targets = torch.tensor([t for a in answers for t in a], device=self.device)
         head = self.head
         logprobs, entropy = ops.linear_logprobs(
-            hidden, head.weight, targets, bias=getattr(head, "bias", None), temperature=temperature
+            hidden,
+            head.weight,
+            targets,
+            bias=getattr(head, "bias", None),
+            temperature=temperature,
+            entropy_grad=entropy_grad,
         )
         critic = None
         if values:

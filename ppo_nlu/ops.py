@@ -126,9 +126,8 @@ def linear_logprobs(
     _check_head(hidden, weight, bias, lora_a, lora_b)
     _check_targets(targets, weight.shape[0])
     args = (hidden, weight, targets.long(), bias, float(temperature))
-    named: dict[str, Any] = {"entropy_grad": True} if entropy_grad else {}
-    if lora_a is not None:
-        named |= {"lora_a": lora_a, "lora_b": lora_b, "scaling": float(scaling)}
+    named: dict[str, Any] = {"lora_a": lora_a, "lora_b": lora_b, "scaling": float(scaling)}
+    named["entropy_grad"] = entropy_grad
     with _without_autocast(hidden):
         if choose_backend(hidden) == "triton":
             return _launch("linear_logprobs", *args, **named)

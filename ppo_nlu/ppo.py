@@ -141,7 +141,12 @@ def backward(policy: Policy, cfg: Config, batch: Batch, index: Sequence[int]) ->
     totals: Metrics = {}
     for micro in chunks(index, ppo.micro_batch_size or len(index)):
         rows = torch.tensor(micro, device=device)
-        scored = policy.score(*rollout.rows(micro), cfg.rollout.temperature, values=True)
+        scored = policy.score(
+            *rollout.rows(micro),
+            cfg.rollout.temperature,
+            values=True,
+            entropy_grad=ppo.entropy_coef != 0,
+        )
         width = scored.mask.shape[1]
         mask = rollout.mask[rows, :width]
         assert scored.values is not None and torch.equal(mask, scored.mask)

@@ -1,18 +1,19 @@
 """Log-probabilities in plain torch: the reference form of `ppo_nlu.ops`, and the one for the CPU.
 
-Logits are formed a block at a time (rows by vocabulary entries) and forgotten; of each row only the
-running softmax statistics stay. With a frozen head U = ∂log π/∂h is formed in the same pass.
+Logits are formed a block at a time (rows by vocabulary entries), in buffers used again for every
+block, and forgotten; of each row only the running softmax statistics stay. With a frozen head
+U = ∂log π/∂h, and on request E = ∂entropy/∂h, are formed in the same pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_TINY = 1 << 14  # so few logits are taken whole: a second block would cost more than it saves
 _FLOOR = -1e5  # exp(-1e5) is exactly 0 and 0 · -1e5 is 0, where 0 · -inf would be NaN
 
 
@@ -22,18 +23,25 @@ def linear_logprobs(
     targets: Tensor,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """log π(target) and entropy, (N,) each, of softmax((hidden Wᵀ + bias)/τ).
+    """log π(target) and entropy, (N,) each, of softmax((hidden Wᵀ + s hidden Aᵀ Bᵀ + bias)/τ).
 
-    Args: hidden (N, H), weight (V, H), targets (N,), bias (V,) or None.
+    Args: hidden (N, H), weight (V, H), targets (N,), bias (V,) or None, lora_a (r, H) and
+        lora_b (V, r) or None. entropy_grad: form ∂entropy/∂hidden in the forward; without it an
+        entropy gradient that is asked for comes from recomputed blocks.
     """
-    args = (hidden, weight, bias, targets, temperature)
-    if _wants_grad(weight, bias):
-        return _LinearLogprobsTrainable.apply(*args)
-    if _wants_grad(hidden):
-        return _LinearLogprobsFrozen.apply(*args)
-    stats, _ = _linear_logprobs_forward(*args)
-    return stats[0], stats[1]
+    head = (weight, bias, lora_a, lora_b, float(scaling), float(temperature))
+    if not _wants_grad(hidden, weight, bias, lora_a, lora_b):
+        stats, _ = _linear_logprobs_forward(hidden, Head(*head), targets)
+        return stats[0], stats[1]
+    if lora_a is None and not _wants_grad(weight, bias):
+        return _LinearLogprobsFrozen.apply(hidden, targets, entropy_grad, *head)
+    return _LinearLogprobsTrainable.apply(hidden, targets, *head)
 
 
 def token_logprobs(
@@ -58,25 +66,26 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Softmax:
-    """The running maximum, Σ exp, Σ exp · z and the target's logit of a chunk of rows.
+    """Of a chunk of rows the running maximum m, Σ exp and Σ z exp over v ≠ y, and the target's z.
 
     Online softmax: after each block m' = max(m, max z), and what was summed relative to m is scaled
-    by exp(m − m'). With z measured from m, entropy = log Σ exp(z) − Σ z exp(z) / Σ exp(z). The sum
-    over v ≠ y is kept apart: near p_y = 1, log p_y = −log1p(Σ exp(z_v − z_y)) loses no digit.
+    by exp(m − m'). With z measured from m, entropy = log Σ exp(z) − Σ z exp(z) / Σ exp(z). The
+    target is left out of the sums: near p_y = 1, log p_y = −log1p(Σ exp(z_v − z_y)) then loses no
+    digit.
     """
 
     def __init__(self, targets: Tensor, dtype: torch.dtype) -> None:
         self.targets = targets
         self.top = torch.full(targets.shape, -torch.inf, dtype=dtype, device=targets.device)
-        self.total = torch.zeros_like(self.top)
         self.others = torch.zeros_like(self.top)
         self.weighted = torch.zeros_like(self.top)
         self.at_target = torch.zeros_like(self.top)
 
-    def update(self, z: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Take in the logits of entries start, start + 1, …; z is overwritten.
+    def update(self, z: Tensor, exp: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Take in the logits of entries start, start + 1, …
 
-        Returns: exp(z − m') with the target's entry cleared, and exp(m − m') for earlier sums.
+        `exp` is filled with exp(z − m') and z becomes (z − m') exp(z − m'), the target's entry
+        cleared in both. Returns: m − m' and its exponential, for earlier sums.
         """
         top = torch.maximum(self.top, z.amax(1))
         finite = top.masked_fill(top == -torch.inf, 0.0)
@@ -85,27 +94,27 @@ class _Softmax:
         shift = (self.top - finite).clamp_(min=_FLOOR)
         scale = shift.exp()
         z.sub_(finite[:, None]).clamp_(min=_FLOOR)
-        exp = z.exp()
-        self.weighted = (self.weighted + shift * self.total) * scale + z.mul_(exp).sum(1)
-        entry = exp.gather(1, column)[:, 0]
-        exp.scatter_(1, column, entry.masked_fill(inside, 0.0)[:, None])
-        others = exp.sum(1)
-        self.others = self.others * scale + others
-        self.total = self.total * scale + (others + entry.masked_fill_(~inside, 0.0))
+        torch.exp(z, out=exp)
+        exp.scatter_(1, column, exp.gather(1, column).masked_fill_(inside[:, None], 0.0))
+        z.mul_(exp)
+        self.weighted = (self.weighted + shift * self.others) * scale + z.sum(1)
+        self.others = self.others * scale + exp.sum(1)
         self.top = top
-        return exp, scale
+        return shift, scale
 
-    def result(self) -> Tensor:
-        """log π(target), entropy, m and log Σ exp(z − m), stacked (4, C).
+    def result(self) -> tuple[Tensor, Tensor]:
+        """log π(target), entropy, m and log Σ exp(z − m), stacked (4, C); and the last's Σ (C,).
 
-        The last two stay apart: their sum would lose digits of the second where m is large.
+        m and the logarithm stay apart: their sum would lose digits of it where m is large.
         """
-        log_total = self.total.log()
         below = self.at_target - self.top
         own = below.exp()
+        total = self.others + own
+        log_total = total.log()
         logprobs = torch.where(own > 0.5, -(self.others / own).log1p(), below - log_total)
-        entropy = log_total - self.weighted / self.total
-        return torch.stack((logprobs, entropy, self.top, log_total))
+        self.weighted = self.weighted + below.clamp(min=_FLOOR) * own
+        entropy = log_total - self.weighted / total
+        return torch.stack((logprobs, entropy, self.top, log_total)), total
 
 
 def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -122,14 +131,17 @@ def _dlogits(
     stats: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
+    p: Tensor,
 ) -> Tensor:
-    """g (1[v=y] − p_v) − g_ent p_v (log p_v + entropy) for a block of logits z, overwritten.
+    """g (1[v=y] − p_v) − g_ent p_v (log p_v + entropy) for a block of logits z.
+
+    z and p, of its shape, are overwritten; the answer is in one of them.
 
     The target's 1 − p is formed as −expm1(log p): the difference would cancel where p is near 1.
     """
     logprobs, entropy, top, log_total = stats
     z.sub_(top[:, None]).sub_(log_total[:, None]).clamp_(min=_FLOOR)
-    p = z.exp()
+    torch.exp(z, out=p)
     if grad_entropy is not None:
         z.add_(entropy[:, None]).mul_(p).mul_(-grad_entropy[:, None])
     if grad_logprobs is None:
@@ -158,137 +170,207 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 # ---- linear_logprobs
 
 
-def _block_shape(rows: int, vocab: int, device: torch.device) -> tuple[int, int]:
-    """Rows and vocabulary entries of one block of logits: never both whole, unless it is tiny.
+class Head(NamedTuple):
+    """What turns hidden states into logits: (h Wᵀ + s (h Aᵀ) Bᵀ + bias)/τ."""
 
-    On the CPU a GEMM of 128 rows is as fast per row as a larger one, fewer rows are kept together
-    (streaming the head twice would cost more), and a block stays in the cache for its few passes.
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scaling: float
+    temperature: float
+
+    def low(self, chunk: Tensor) -> Tensor | None:
+        """S = s h Aᵀ (C, r) of a chunk of rows."""
+        if self.lora_a is None:
+            return None
+        return (chunk @ self.lora_a.to(chunk.dtype).t()).mul_(self.scaling)
+
+    def logits(self, chunk: Tensor, low: Tensor | None, entries: slice, z: Tensor) -> Tensor:
+        """Fill z with the block's logits over τ; returns its part of W in the dtype of z."""
+        part = self.weight[entries].to(z.dtype)
+        torch.mm(chunk, part.t(), out=z)
+        if low is not None and self.lora_b is not None:
+            z.addmm_(low, self.lora_b[entries].to(z.dtype).t())
+        if self.bias is not None:
+            z.add_(self.bias[entries].to(z.dtype))
+        if self.temperature != 1.0:
+            z.div_(self.temperature)
+        return part
+
+
+class _Blocks:
+    """The blocks that rows and vocabulary are cut into, and two buffers of the size of one.
+
+    Never all rows with the whole vocabulary. On the CPU up to 512 rows stay together (streaming the
+    head twice would cost more), and a block is small enough to stay in the cache for its passes.
     """
-    most_rows, most_columns = (512, 16384) if device.type == "cuda" else (128, 4096)
-    if rows * vocab <= _TINY:
-        return rows, vocab
-    return min(rows, most_rows), min((vocab + 1) // 2, most_columns)
+
+    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+        most_rows, most_columns = _block_shape(rows, vocab, device)
+        self.rows = list(_slices(rows, most_rows))
+        self.entries = list(_slices(vocab, most_columns))
+        size = min(rows, most_rows) * min(vocab, most_columns)
+        self.z, self.exp = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
+
+    def buffers(self, rows: int, entries: slice) -> tuple[Tensor, Tensor]:
+        shape = rows, entries.stop - entries.start
+        z, exp = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (self.z, self.exp))
+        return z, exp
 
 
-def _block(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: slice, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The block's logits over τ, and its part of the head widened to the accumulator dtype."""
-    part = weight[entries].to(hidden.dtype)
-    z = hidden @ part.t()
-    if bias is not None:
-        z.add_(bias[entries].to(z.dtype))
-    return (z if temperature == 1.0 else z.div_(temperature)), part
+def _block_shape(rows: int, vocab: int, device: torch.device) -> tuple[int, int]:
+    """Rows and vocabulary entries of one block: a quarter of all logits or less, half if few."""
+    most_rows, most = (512, 1 << 23) if device.type == "cuda" else (512, 1 << 20)
+    rows, parts = min(rows, most_rows), (4 if rows * vocab > 1 << 16 else 2)
+    return rows, max(1, min(-(-vocab // parts), most // max(rows, 1)))
 
 
 def _linear_logprobs_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    with_direction: bool = False,
+    hidden: Tensor, head: Head, targets: Tensor, directions: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """The statistics of each row (4, N) and, on request, U = ∂logprobs/∂hidden (N, H)."""
+    """The statistics of each row (4, N), and the directions asked for (0, 1 or 2; N; H):
+    U = ∂logprobs/∂hidden and E = ∂entropy/∂hidden."""
     dtype = _accumulator(hidden.dtype)
     stats = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
-    direction = hidden.new_empty(hidden.shape) if with_direction else None
-    most_rows, most_columns = _block_shape(hidden.shape[0], weight.shape[0], hidden.device)
-    for rows in _slices(hidden.shape[0], most_rows):
+    out = hidden.new_empty(directions, *hidden.shape) if directions else None
+    blocks = _Blocks(hidden.shape[0], head.weight.shape[0], dtype, hidden.device)
+    for rows in blocks.rows:
         chunk, state = hidden[rows].to(dtype), _Softmax(targets[rows], dtype)
-        pulled: Tensor | None = None  # Σ exp(z_v) W_v over v ≠ y
-        for entries in _slices(weight.shape[0], most_columns):
-            z, part = _block(chunk, weight, bias, entries, temperature)
-            exp, scale = state.update(z, entries.start)
-            if with_direction:
-                pulled = (
-                    exp @ part if pulled is None else pulled.mul_(scale[:, None]).addmm_(exp, part)
-                )
-        stats[:, rows] = state.result()
-        if direction is not None and pulled is not None:
-            # (1 − p_y) W_y − Σ p_v W_v over v ≠ y: nothing cancels where p_y is near 1.
-            own = weight[targets[rows]].to(dtype).mul_(torch.expm1(stats[0, rows])[:, None])
-            pulled.div_(state.total[:, None]).add_(own).mul_(-1.0 / temperature)
-            direction[rows] = pulled
-    return stats, direction
+        low = head.low(chunk)
+        pulled = chunk.new_zeros(directions, *chunk.shape)  # Σ exp(z) W over v ≠ y; Σ z exp(z) W
+        for entries in blocks.entries:
+            z, exp = blocks.buffers(len(chunk), entries)
+            part = head.logits(chunk, low, entries, z)
+            shift, scale = state.update(z, exp, entries.start)
+            _pull(pulled, (exp, z), part, shift, scale)
+        stats[:, rows], total = state.result()
+        if out is not None:
+            own = head.weight[targets[rows]].to(dtype)
+            _finish(pulled, own, state, stats[:, rows], total)
+            out[:, rows] = pulled.mul_(1.0 / head.temperature)
+    return stats, out
 
 
-def _linear_logprobs_backward(
+def _pull(
+    pulled: Tensor, block: Sequence[Tensor], part: Tensor, shift: Tensor, scale: Tensor
+) -> None:
+    """Rescale the sums so far to the new maximum and add the block's exp(z) W (and z exp(z) W)."""
+    if len(pulled) == 2:
+        pulled[1].addcmul_(pulled[0], shift[:, None])
+    for total, terms in zip(pulled, block, strict=False):
+        total.mul_(scale[:, None]).addmm_(terms, part)
+
+
+def _finish(pulled: Tensor, own: Tensor, state: _Softmax, stats: Tensor, total: Tensor) -> None:
+    """Turn the sums over v ≠ y into U and E, given W_y (C, H); all relative to the logits.
+
+    U = (1 − p_y) W_y − Σ p_v W_v over v ≠ y: nothing cancels where p_y is near 1. With z̄ = Σ p z,
+    E = −Σ p_v (z_v − z̄) W_v, the target's term added here.
+    """
+    logprobs, _, top, log_total = stats
+    pulled.div_(total[:, None])
+    if len(pulled) == 2:
+        mean = state.weighted / total
+        p = (state.at_target - top - log_total).exp()
+        spread = (state.at_target - top).clamp(min=_FLOOR) - mean
+        pulled[1].addcmul_(pulled[0], mean[:, None], value=-1.0)
+        pulled[1].addcmul_(own, (p * spread)[:, None]).neg_()
+    pulled[0].addcmul_(own, torch.expm1(logprobs)[:, None]).neg_()
+
+
+def _recompute(
     inputs: Sequence[Tensor],
-    temperature: float,
+    head: Head,
     stats: Tensor,
     upstream: tuple[Tensor | None, Tensor | None],
     grads: Sequence[Tensor | None],
 ) -> None:
-    """Recompute each block and add into the buffers given for hidden, weight and bias."""
-    hidden, weight, bias, targets = inputs
-    grad_hidden, grad_weight, grad_bias = grads
-    most_rows, most_columns = _block_shape(hidden.shape[0], weight.shape[0], hidden.device)
-    for rows in _slices(hidden.shape[0], most_rows):
+    """Recompute each block; add into the buffers for hidden, weight, bias, lora_a and lora_b."""
+    hidden, targets = inputs
+    grad_hidden, grad_weight, grad_bias, grad_a, grad_b = grads
+    blocks = _Blocks(hidden.shape[0], head.weight.shape[0], stats.dtype, hidden.device)
+    for rows in blocks.rows:
         chunk = hidden[rows].to(stats.dtype)
+        low = head.low(chunk)
+        grad_low = None if low is None else torch.zeros_like(low)
         own = targets[rows], stats[:, rows], _rows(upstream[0], rows), _rows(upstream[1], rows)
-        for entries in _slices(weight.shape[0], most_columns):
-            z, part = _block(chunk, weight, bias, entries, temperature)
-            dz = _dlogits(z, entries.start, *own).mul_(1.0 / temperature)
+        for entries in blocks.entries:
+            z, p = blocks.buffers(len(chunk), entries)
+            part = head.logits(chunk, low, entries, z)
+            dz = _dlogits(z, entries.start, *own, p).mul_(1.0 / head.temperature)
             if grad_hidden is not None:
                 grad_hidden[rows].addmm_(dz, part)
             if grad_weight is not None:
                 grad_weight[entries].addmm_(dz.t(), chunk)
             if grad_bias is not None:
                 grad_bias[entries] += dz.sum(0)
+            if grad_low is not None and head.lora_b is not None:
+                grad_low.addmm_(dz, head.lora_b[entries].to(dz.dtype))
+            if grad_b is not None and low is not None:
+                grad_b[entries].addmm_(dz.t(), low)
+        if grad_low is not None and head.lora_a is not None:
+            grad_low.mul_(head.scaling)
+            if grad_hidden is not None:
+                grad_hidden[rows].addmm_(grad_low, head.lora_a.to(grad_low.dtype))
+            if grad_a is not None:
+                grad_a.addmm_(grad_low.t(), chunk)
 
 
 class _LinearLogprobsFrozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature):  # type: ignore[override]
-        stats, direction = _linear_logprobs_forward(
-            hidden, weight, bias, targets, temperature, with_direction=True
-        )
-        ctx.save_for_backward(hidden, weight, bias, targets, stats, direction)
-        ctx.temperature = temperature
+    def forward(ctx, hidden, targets, entropy_grad, *head):  # type: ignore[override]
+        count = 2 if entropy_grad else 1
+        stats, directions = _linear_logprobs_forward(hidden, Head(*head), targets, count)
+        again = () if entropy_grad else (hidden, targets, *head[:2], stats)
+        ctx.save_for_backward(directions, *again)
+        ctx.temperature = head[-1]
         ctx.set_materialize_grads(False)
         return stats[0].clone(), stats[1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
-        *inputs, stats, direction = ctx.saved_tensors
-        dtype, hidden = stats.dtype, inputs[0]
-        grad_entropy = _used(grad_entropy, dtype)
-        if grad_logprobs is None:
-            grad = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        else:
-            grad = direction * grad_logprobs[:, None].to(dtype)
-        if grad_entropy is not None:
-            _linear_logprobs_backward(
-                inputs, ctx.temperature, stats, (None, grad_entropy), (grad, None, None)
-            )
-        return grad.to(hidden.dtype), None, None, None, None
+        directions, *again = ctx.saved_tensors
+        dtype = _accumulator(directions.dtype)
+        grad = torch.zeros(directions.shape[1:], dtype=dtype, device=directions.device)
+        upstream = _used(grad_logprobs, dtype), _used(grad_entropy, dtype)
+        for direction, g in zip(directions, upstream, strict=False):
+            if g is not None:
+                grad.addcmul_(direction.to(dtype), g[:, None])
+        if again and upstream[1] is not None:
+            hidden, targets, weight, bias, stats = again
+            head = Head(weight, bias, None, None, 1.0, ctx.temperature)
+            grads = (grad, None, None, None, None)
+            _recompute((hidden, targets), head, stats, (None, upstream[1]), grads)
+        return grad.to(directions.dtype), *(None,) * 8
 
 
 class _LinearLogprobsTrainable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature):  # type: ignore[override]
-        stats, _ = _linear_logprobs_forward(hidden, weight, bias, targets, temperature)
-        ctx.save_for_backward(hidden, weight, bias, targets, stats)
-        ctx.temperature = temperature
+    def forward(ctx, hidden, targets, *head):  # type: ignore[override]
+        stats, _ = _linear_logprobs_forward(hidden, Head(*head), targets)
+        ctx.save_for_backward(hidden, targets, *head[:4], stats)
+        ctx.factors = head[4:]
         ctx.set_materialize_grads(False)
         return stats[0].clone(), stats[1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
-        *inputs, stats = ctx.saved_tensors
-        dtype = stats.dtype
+        hidden, targets, *tensors, stats = ctx.saved_tensors
+        upstream = _used(grad_logprobs, stats.dtype), _used(grad_entropy, stats.dtype)
+        sources = (hidden, *tensors)
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
         grads = [
-            torch.zeros(t.shape, dtype=dtype, device=t.device) if needed else None
-            for t, needed in zip(inputs[:3], ctx.needs_input_grad, strict=False)
+            torch.zeros(t.shape, dtype=stats.dtype, device=t.device) if wanted else None
+            for t, wanted in zip(sources, needed, strict=True)
         ]
-        upstream = _used(grad_logprobs, dtype), _used(grad_entropy, dtype)
         if any(g is not None for g in upstream):
-            _linear_logprobs_backward(inputs, ctx.temperature, stats, upstream, grads)
-        cast = (None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=False))
-        return *cast, None, None
+            head = Head(*tensors, *ctx.factors)
+            _recompute((hidden, targets), head, stats, upstream, grads)
+        cast = [None if g is None else g.to(t.dtype) for g, t in zip(grads, sources, strict=True)]
+        return cast[0], None, *cast[1:], None, None
 
 
 # ---- token_logprobs
@@ -300,8 +382,9 @@ def _token_logprobs_forward(logits: Tensor, targets: Tensor, temperature: float)
     stats = torch.empty(4, logits.shape[0], dtype=dtype, device=logits.device)
     for rows in _slices(*_token_rows(logits)):
         state = _Softmax(targets[rows], dtype)
-        state.update(logits[rows].to(dtype, copy=True).div_(temperature), 0)
-        stats[:, rows] = state.result()
+        z = logits[rows].to(dtype, copy=True).div_(temperature)
+        state.update(z, torch.empty_like(z), 0)
+        stats[:, rows], _ = state.result()
     return stats
 
 
@@ -332,5 +415,6 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows in _slices(*_token_rows(logits)):
             z = logits[rows].to(dtype, copy=True).div_(ctx.temperature)
             own = targets[rows], stats[:, rows], _rows(upstream[0], rows), _rows(upstream[1], rows)
-            grad[rows] = _dlogits(z, 0, *own).mul_(1.0 / ctx.temperature)
+            dz = _dlogits(z, 0, *own, torch.empty_like(z))
+            grad[rows] = dz.mul_(1.0 / ctx.temperature)
         return grad, None, None

@@ -1,10 +1,14 @@
 """LoRA linear layers in plain torch: the reference form of `ppo_nlu.ops`, and the one for the CPU.
 
-y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ with W frozen: no gradient as large as W is ever formed. Kept for
-the backward are x and S = s · drop(x) Aᵀ; the dropout mask is drawn again from its seed.
+y_i = x W_iᵀ + b_i + S_i B_iᵀ with S_i = s_i/(1 − p) · (x ∘ mask) A_iᵀ, for one layer or several
+that share x: their S is one product with the stacked A, and dx is summed in one buffer. W is
+frozen: no gradient as large as W is ever formed. Kept for the backward are x and S; the dropout
+mask is drawn again from its seed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +27,30 @@ def lora_linear(
     seed: int = 0,
 ) -> Tensor:
     """y (..., O) of x (..., K), weight (O, K) frozen, lora_a (r, K) and lora_b (O, r)."""
-    args = (x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
-    trained = (x, bias, lora_a, lora_b)
+    members = [weight], [bias], [lora_a], [lora_b], [scaling]
+    return lora_linear_grouped(x, *members, dropout_p, seed)[0]
+
+
+def lora_linear_grouped(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    """y_i (..., O_i) of layers that share x (..., K), which is dropped once.
+
+    Args: weights (O_i, K), biases (O_i,) or None, lora_as (r_i, K), lora_bs (O_i, r_i).
+    """
+    factors = tuple(s / (1.0 - dropout_p) for s in scalings)
+    trained = (x, *biases, *lora_as, *lora_bs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        return _LoraLinear.apply(*args)
-    return _lora_forward(*args)[0]
+        members = (*weights, *biases, *lora_as, *lora_bs)
+        return _LoraLinear.apply(factors, dropout_p, seed, x, *members)
+    return _forward(x, weights, biases, lora_as, lora_bs, factors, dropout_p, seed)[0]
 
 
 def _dropped(rows: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -40,50 +63,96 @@ def _dropped(rows: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
     return rows * mask, mask
 
 
-def _lora_forward(
+def _stacked(lora_as: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (lora_as[0] if len(lora_as) == 1 else torch.cat(list(lora_as))).to(dtype)
+
+
+def _parts(group: Tensor, lora_as: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+    """A tensor of the group, Σ r_i long, as one view of length r_i a member."""
+    return (group,) if len(lora_as) == 1 else group.split([a.shape[0] for a in lora_as], dim)
+
+
+def _forward(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    factors: Sequence[float],
     p: float,
     seed: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Each y (..., O_i) and S (T, Σ r_i)."""
     rows = x.reshape(-1, x.shape[-1])
-    low = _dropped(rows, p, seed)[0] @ lora_a.to(x.dtype).t()
-    low.mul_(scaling / (1.0 - p))
-    y = F.linear(rows, weight, bias).addmm_(low, lora_b.to(x.dtype).t())
-    return y.view(*x.shape[:-1], weight.shape[0]), low
+    low = _dropped(rows, p, seed)[0] @ _stacked(lora_as, x.dtype).t()
+    ys = []
+    members = zip(weights, biases, lora_bs, factors, _parts(low, lora_as, 1), strict=True)
+    for weight, bias, lora_b, factor, part in members:
+        part.mul_(factor)
+        y = F.linear(rows, weight, bias).addmm_(part, lora_b.to(x.dtype).t())
+        ys.append(y.view(*x.shape[:-1], weight.shape[0]))
+    return tuple(ys), low
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, p, seed):  # type: ignore[override]
-        y, low = _lora_forward(x, weight, bias, lora_a, lora_b, scaling, p, seed)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, low)
-        ctx.factor, ctx.p, ctx.seed = scaling / (1.0 - p), p, seed
-        return y
+    def forward(ctx, factors, p, seed, x, *members):  # type: ignore[override]
+        weights, biases, lora_as, lora_bs = _pieces(members, 4)
+        ys, low = _forward(x, weights, biases, lora_as, lora_bs, factors, p, seed)
+        ctx.save_for_backward(x, low, *weights, *lora_as, *lora_bs)
+        ctx.factors, ctx.p, ctx.seed = factors, p, seed
+        ctx.set_materialize_grads(False)
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[override]
-        x, weight, lora_a, lora_b, low = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_a = None
-        if needs_x or needs_a:
-            grad_low = (grad @ lora_b.to(grad.dtype)).mul_(ctx.factor)  # (T, r)
+    def backward(ctx, *grads):  # type: ignore[override]
+        x, low, *saved = ctx.saved_tensors
+        weights, lora_as, lora_bs = _pieces(saved, 3)
+        needs_x = ctx.needs_input_grad[3]
+        _, needs_bias, needs_a, needs_b = _pieces(ctx.needs_input_grad[4:], 4)
+        live = [i for i, grad in enumerate(grads) if grad is not None]
+        if not live:
+            return (None,) * len(ctx.needs_input_grad)
+        size, lows = len(weights), _parts(low, lora_as, 1)
+        dys = {i: grads[i].reshape(-1, grads[i].shape[-1]) for i in live}
+        out_a: list[Tensor | None] = [None] * size
+        out_b, out_bias = list(out_a), list(out_a)
+        for i, dy in dys.items():
+            out_b[i] = (dy.t() @ lows[i]).to(lora_bs[i].dtype) if needs_b[i] else None
+            out_bias[i] = dy.sum(0) if needs_bias[i] else None
+        grad_x = None
+        if needs_x or any(needs_a):
+            low_grads = [
+                (dy @ lora_bs[i].to(dy.dtype)).mul_(ctx.factors[i]) for i, dy in dys.items()
+            ]
+            low_grad = low_grads[0] if len(live) == 1 else torch.cat(low_grads, 1)  # (T, Σ r_i)
             dropped, mask = _dropped(x.reshape(-1, x.shape[-1]), ctx.p, ctx.seed)
-        if needs_a:
-            grad_a = (grad_low.t() @ dropped).to(lora_a.dtype)
+        if any(needs_a):
+            grad_as = low_grad.t() @ dropped
+            for i, grad_a in zip(live, _parts(grad_as, [lora_as[i] for i in live], 0), strict=True):
+                out_a[i] = grad_a.to(lora_as[i].dtype) if needs_a[i] else None
         if needs_x:
-            grad_x = grad @ weight
+            grad_x = _x_grad([(dy, weights[i]) for i, dy in dys.items()])
+            lora_a = _stacked([lora_as[i] for i in live], grad_x.dtype)
             if mask is None:
-                grad_x.addmm_(grad_low, lora_a.to(grad.dtype))
+                grad_x.addmm_(low_grad, lora_a)
             else:
-                grad_x.addcmul_(grad_low @ lora_a.to(grad.dtype), mask)
+                grad_x.addcmul_(low_grad @ lora_a, mask)
             grad_x = grad_x.view(x.shape)
-        grad_b = (grad.t() @ low).to(lora_b.dtype) if needs_b else None
-        grad_bias = grad.sum(0) if needs_bias else None
-        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
+        return None, None, None, grad_x, *[None] * size, *out_bias, *out_a, *out_b
+
+
+def _x_grad(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Σ dy_i W_i (T, K), in one buffer."""
+    (dy, weight), *rest = pairs
+    out = dy @ weight
+    for dy, weight in rest:
+        out.addmm_(dy, weight)
+    return out
+
+
+def _pieces(values, count):
+    """A sequence cut into `count` of equal length."""
+    size = len(values) // count
+    return tuple(values[i * size : (i + 1) * size] for i in range(count))

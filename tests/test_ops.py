@@ -229,6 +229,51 @@ def test_a_bias_or_a_weight_may_train_alone(bias_only: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.usefixtures("small_blocks")
+def test_a_lora_on_the_head_counts_and_trains(head_trains: bool) -> None:
+    """TRL's fused loss left it out (its issue 4612)."""
+    hidden, weight, bias, targets = head()
+    lora_a = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    lora_b = torch.randn(13, 3, dtype=torch.float64, requires_grad=True)
+    weight.requires_grad_(head_trains)
+    lora = {"lora_a": lora_a, "lora_b": lora_b, "scaling": 0.5}
+    ours = ops.linear_logprobs(hidden, weight, targets, bias, 0.7, **lora)
+    full = weight + 0.5 * lora_b @ lora_a
+    theirs = plain(hidden @ full.T + bias, targets, 0.7)
+    torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ops.linear_logprobs(hidden, weight, targets, bias, 0.7, **lora), theirs
+        )
+    inputs = (hidden, lora_a, lora_b, *([weight] if head_trains else []))
+    for loss in (lambda a, b: a.sum(), lambda a, b: (a * b.cos()).sum()):
+        torch.testing.assert_close(
+            torch.autograd.grad(loss(*ours), inputs, retain_graph=True),
+            torch.autograd.grad(loss(*theirs), inputs, retain_graph=True),
+        )
+    with pytest.raises(ValueError, match="go together"):
+        ops.linear_logprobs(hidden, weight, targets, lora_a=lora_a)
+    with pytest.raises(ValueError, match="lora_b is"):
+        ops.linear_logprobs(hidden, weight, targets, lora_a=lora_a, lora_b=lora_b[1:])
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 10.0])
+@pytest.mark.usefixtures("small_blocks")
+def test_the_entropy_gradient_formed_in_the_forward(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, bias, targets = head()
+    ours = ops.linear_logprobs(hidden, weight, targets, bias, temperature, entropy_grad=True)
+    theirs = plain(hidden @ weight.T + bias, targets, temperature)
+    monkeypatch.setattr(torch_logprobs, "_recompute", None)  # nothing is computed again
+    for loss in (lambda a, b: a.sum(), lambda a, b: b.sum(), lambda a, b: (a * b.cos()).sum()):
+        torch.testing.assert_close(
+            torch.autograd.grad(loss(*ours), hidden, retain_graph=True),
+            torch.autograd.grad(loss(*theirs), hidden, retain_graph=True),
+        )
+
+
 def test_the_logits_are_never_whole() -> None:
     rows, vocab = 300, 1000
     hidden, weight, _, targets = head(rows, 8, vocab, torch.float32)

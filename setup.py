@@ -42,10 +42,12 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib"],
+        "bench": ["matplotlib", "peft", "trl==1.16.0", "liger-kernel==0.8.5"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "test": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "peft",
             "scikit-learn",

@@ -290,11 +290,13 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out = a b, or out += a b, accumulated and stored in out's dtype (fp32 or float64)."""
     if a.dtype == b.dtype == out.dtype:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    elif a.is_cuda and a.dtype == b.dtype and _mm_takes_out_dtype():
-        if add:
+    elif a.is_cuda and a.dtype == b.dtype and _torch() >= (2, 8):
+        if not add:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        elif _torch() >= (2, 10):  # before, the summand had to have the dtype of the factors
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
+            out += torch.mm(a, b, out_dtype=out.dtype)
     else:
         a = a.to(out.dtype)
         step = max(1, _WIDEN // max(b.shape[0], 1))
@@ -303,8 +305,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
             multiply(a, b[:, part].to(out.dtype), out[:, part], add)
 
 
-def _mm_takes_out_dtype() -> bool:
-    return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
+def _torch() -> tuple[int, ...]:
+    """The version of torch: mm takes `out_dtype` from 2.8 on."""
+    return tuple(int(n) for n in torch.__version__.split(".")[:2])
 
 
 def _statistics(hidden: Tensor, head: Head, targets: Tensor, path: str) -> list[Tensor]:

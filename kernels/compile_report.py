@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -26,8 +27,10 @@ from typing import Any
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 MODULES: tuple[str, ...] = (
@@ -154,14 +157,35 @@ def _type(value: Any) -> str:
 
 def compile_launch(launch: Launch, arch: int) -> Any:
     """Triton's compiled kernel; its `asm` holds ttir, ttgir, llir, ptx and cubin."""
-    source = ASTSource(
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def parse_launch(launch: Launch, arch: int) -> Any:
+    """The first step of compiling alone, which checks a kernel's types in milliseconds."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({"num_warps": launch.warps, "num_stages": launch.stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    given = {
+        "target": target, "options": options, "context": context,
+        "codegen_fns": backend.get_codegen_implementation(options),
+        "module_map": backend.get_module_map(),
+    }  # fmt: skip
+    source = _source(launch)
+    wanted = inspect.signature(source.make_ir).parameters  # Triton's versions differ in these
+    return source.make_ir(**{name: given[name] for name in wanted})
+
+
+def _source(launch: Launch) -> ASTSource:
+    return ASTSource(
         launch.kernel,
         signature=launch.signature,
         constexprs={(launch.kernel.arg_names.index(n),): v for n, v in launch.constants.items()},
         attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
     )
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def read_out(launch: Launch, arch: int) -> Readout:

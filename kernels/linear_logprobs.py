@@ -37,6 +37,7 @@ from .token_logprobs import (
     floored,
     launch_backward,
     launch_forward,
+    may_overwrite,
     minus_expm1,
     row_statistics,
 )
@@ -132,7 +133,8 @@ def _directions(
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    # d may be the logits themselves: a thread reads an entry before it writes that entry.
+    # d may be the logits themselves, where every entry is one thread's (`may_overwrite`). What all
+    # threads read, the target's logit, is read in the first pass; the barrier ends that.
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * row_stride
     target = tl.load(targets + row)
@@ -143,6 +145,7 @@ def _directions(
     tl.store(tops + row, top)
     tl.store(log_totals + row, log_total)
     one_minus_p = minus_expm1(log_p)
+    tl.debug_barrier()
     for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab
@@ -299,6 +302,12 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
             out += torch.mm(a, b, out_dtype=out.dtype)
     else:
         a = a.to(out.dtype)
+        if b.stride(1) == 1 and b.shape[0] > b.shape[1]:  # a tall head, D W: whole rows of it
+            step = max(1, _WIDEN // max(b.shape[1], 1))
+            for start in range(0, b.shape[0], step):
+                part = slice(start, start + step)
+                multiply(a[:, part], b[part].to(out.dtype), out, add or start > 0)
+            return
         step = max(1, _WIDEN // max(b.shape[0], 1))
         for start in range(0, b.shape[1], step):
             part = slice(start, start + step)
@@ -334,7 +343,7 @@ def _with_directions(
     low = _gemm_dtype(hidden, head.weight)
     # Small p would be subnormal in fp16; D and Q stay below 4, so times 2^12 does not overflow.
     gain = 4096.0 if low == torch.float16 else 1.0
-    alone = low == chunks.dtype and not entropy_grad
+    alone = low == chunks.dtype and not entropy_grad and may_overwrite(chunks.vocab)
     room = chunks.buffer if alone else chunks.room(low, count)
     pulled = hidden.new_empty(count * chunks.step, hidden.shape[1], dtype=chunks.dtype)
     for rows in chunks.slices:
@@ -366,7 +375,8 @@ def _recompute(
     dtype = _gemm_dtype(hidden, head.weight)
     if dtype == torch.float16 or head.lora_a is not None:
         dtype = chunks.dtype  # g p underflows in fp16; and dB, dS are formed in fp32
-    room = chunks.buffer if dtype == chunks.dtype or not chunks.slices else chunks.room(dtype)
+    alone = dtype == chunks.dtype and may_overwrite(chunks.vocab)
+    room = chunks.buffer if alone or not chunks.slices else chunks.room(dtype)
     for rows in chunks.slices:
         z, low = chunks.logits(rows)
         part, own = hidden[rows], [s[rows] for s in stats]

@@ -271,39 +271,46 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # type: ignore[override]
-        x, low, *saved = ctx.saved_tensors
-        size = len(saved) // 3
-        weights, lora_as, lora_bs = saved[:size], saved[size : 2 * size], saved[2 * size :]
-        needs = ctx.needs_input_grad
-        needs_x, (_, needs_bias, needs_a, needs_b) = needs[1], _quarters(needs[2:])
-        live = [i for i, grad in enumerate(grads) if grad is not None]
-        if not live:
-            return (None,) * len(needs)
-        columns = _columns(lora_as)
-        out_a, out_b, out_bias = ([None] * size for _ in range(3))
-        dys = [grads[i].reshape(-1, grads[i].shape[-1]) for i in live]
-        stacked = _stacked([lora_as[i] for i in live])
-        low_grad = None
-        if needs_x or any(needs_a):
-            low_grad = dys[0].new_empty(dys[0].shape[0], stacked.shape[0])
-        places = _columns([lora_as[i] for i in live])
-        for i, dy, place in zip(live, dys, places, strict=True):
-            out_b[i] = lora_gemm.low_grads(
-                dy, low[:, columns[i]], lora_bs[i], ctx.plan.factors[i],
-                None if low_grad is None else low_grad[:, place],
-                lora_bs[i].dtype if needs_b[i] else None,
-            )  # fmt: skip
-            out_bias[i] = dy.sum(0) if needs_bias[i] else None
-        if any(needs_a[i] for i in live):
-            rows = x.reshape(-1, x.shape[-1])
-            grad_a = lora_gemm.a_grad(rows, low_grad, stacked.dtype, ctx.plan.p, ctx.plan.seed)
-            for i, place in zip(live, places, strict=True):
-                out_a[i] = grad_a[place].to(lora_as[i].dtype) if needs_a[i] else None
-        grad_x = None
-        if needs_x:
-            grad_x = _x_grad(dys, [weights[i] for i in live], low_grad, stacked, ctx.plan)
-            grad_x = grad_x.view(ctx.x_shape)
-        return None, grad_x, *[None] * size, *out_bias, *out_a, *out_b
+        saved = ctx.saved_tensors
+        with torch.autocast(saved[0].device.type, enabled=False):  # the forward's dtypes hold
+            return _gradients(ctx, saved, grads)
+
+
+def _gradients(ctx, tensors, grads):
+    """What autograd expects of a backward: one gradient, or None, for each input."""
+    x, low, *saved = tensors
+    size = len(saved) // 3
+    weights, lora_as, lora_bs = saved[:size], saved[size : 2 * size], saved[2 * size :]
+    needs = ctx.needs_input_grad
+    needs_x, (_, needs_bias, needs_a, needs_b) = needs[1], _quarters(needs[2:])
+    live = [i for i, grad in enumerate(grads) if grad is not None]
+    if not live:
+        return (None,) * len(needs)
+    columns = _columns(lora_as)
+    out_a, out_b, out_bias = ([None] * size for _ in range(3))
+    dys = [grads[i].reshape(-1, grads[i].shape[-1]) for i in live]
+    stacked = _stacked([lora_as[i] for i in live])
+    low_grad = None
+    if needs_x or any(needs_a):
+        low_grad = dys[0].new_empty(dys[0].shape[0], stacked.shape[0])
+    places = _columns([lora_as[i] for i in live])
+    for i, dy, place in zip(live, dys, places, strict=True):
+        out_b[i] = lora_gemm.low_grads(
+            dy, low[:, columns[i]], lora_bs[i], ctx.plan.factors[i],
+            None if low_grad is None else low_grad[:, place],
+            lora_bs[i].dtype if needs_b[i] else None,
+        )  # fmt: skip
+        out_bias[i] = dy.sum(0) if needs_bias[i] else None
+    if any(needs_a[i] for i in live):
+        rows = x.reshape(-1, x.shape[-1])
+        grad_a = lora_gemm.a_grad(rows, low_grad, stacked.dtype, ctx.plan.p, ctx.plan.seed)
+        for i, place in zip(live, places, strict=True):
+            out_a[i] = grad_a[place].to(lora_as[i].dtype) if needs_a[i] else None
+    grad_x = None
+    if needs_x:
+        grad_x = _x_grad(dys, [weights[i] for i in live], low_grad, stacked, ctx.plan)
+        grad_x = grad_x.view(ctx.x_shape)
+    return None, grad_x, *[None] * size, *out_bias, *out_a, *out_b
 
 
 def _x_grad(

@@ -68,6 +68,7 @@ def choose_variant(
     device: str, dtype: torch.dtype, k: int, o: int, rank: int, rows: int
 ) -> tuple[str, str]:
     """The forms of the forward and of the backward for x (rows, K), W (O, K)."""
-    few = rows <= DECODE_ROWS and rank <= DECODE_RANK
+    most = DECODE_RANK if dtype.itemsize == 2 else DECODE_RANK // 2  # above, registers spill
+    few = rows <= DECODE_ROWS and rank <= most
     safe = ("decode" if few else "cublas", "cublas")
     return load_table().get(table_key(device, dtype, k, o, rank, rows), safe)

@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .token_logprobs import _LOG2E, empty_stats, finish, finite_or_zero, floored
+from .token_logprobs import (
+    _LOG2E,
+    empty_stats,
+    finish,
+    finite_or_zero,
+    floored,
+    nan_or_larger,
+)
 
 
 @triton.jit
@@ -88,7 +95,9 @@ def _partial(
             z += tl.load(bias + v_row).to(tl.float32)[None, :]
         z = tl.where((v < vocab)[None, :], z, float("-inf"))
         own = v[None, :] == target[:, None]
-        at_target = tl.maximum(at_target, tl.max(tl.where(own, z, float("-inf")), 1))
+        here = (target >= tile * BLOCK_V) & (target < tile * BLOCK_V + BLOCK_V)
+        found = tl.where(here, tl.sum(tl.where(own, z, 0.0), 1), float("-inf"))
+        at_target = nan_or_larger(at_target, found)
         new_top = tl.maximum(top, tl.max(z, 1))
         finite = finite_or_zero(new_top)
         shift = floored((top - finite) * scale)
@@ -98,7 +107,7 @@ def _partial(
         weighted = (weighted + shift * others) * factor + tl.sum(x * e, 1)
         others = others * factor + tl.sum(e, 1)
         top = new_top
-    count = rows.to(tl.int64)
+    count = tl.zeros((), tl.int64) + rows  # a plain number where it is 1
     out = partials + split * 4 * count + t
     valid = t < rows
     tl.store(out, top, mask=valid)
@@ -124,7 +133,7 @@ def _merge(
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = t < rows
     scale = scale * _LOG2E
-    count = rows.to(tl.int64)
+    count = tl.zeros((), tl.int64) + rows  # a plain number where it is 1
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     others = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
@@ -134,7 +143,7 @@ def _merge(
         part_top = tl.load(part, mask=inside, other=0.0)
         part_others = tl.load(part + count, mask=inside, other=0.0)
         part_weighted = tl.load(part + 2 * count, mask=inside, other=0.0)
-        at_target = tl.maximum(at_target, tl.load(part + 3 * count, mask=inside, other=0.0))
+        at_target = nan_or_larger(at_target, tl.load(part + 3 * count, mask=inside, other=0.0))
         new_top = tl.maximum(top, part_top)
         finite = finite_or_zero(new_top)
         shift = floored((top - finite) * scale)
@@ -177,7 +186,7 @@ def tiles(rows: int, bytes_each: int) -> Tiles:
     if bytes_each == 4:  # no tensor cores for full fp32 precision: the accumulator must be small
         return Tiles(16, 64, 16, 4, 2) if rows <= 16 else Tiles(64, 64, 16, 4, 2)
     if rows <= 16:
-        return Tiles(16, 128, 128, 4, 4)
+        return Tiles(16, 128, 64, 4, 4)
     if rows <= 64:
         return Tiles(64, 128, 64, 4, 4)
     return Tiles(128, 128, 64, 8, 4)

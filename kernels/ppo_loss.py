@@ -234,7 +234,7 @@ def launch(
         counts,
         grads,
         partials,
-        denominator if isinstance(denominator, Tensor) else counts,
+        denominator.to(device) if isinstance(denominator, Tensor) else counts,
         tokens,
         max(tokens, 1) if programs == 1 else SPAN,
         1.0 - clip[0],

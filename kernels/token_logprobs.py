@@ -53,9 +53,15 @@ def minus_expm1(log_p):
 
 
 @triton.jit
+def nan_or_larger(a, b):
+    """max(a, b), NaN where either is NaN, which the hardware's maximum would lose."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def floored(x):
     """x with -inf replaced by a number whose power of 2 is 0 too; NaN stays."""
-    return tl.maximum(x, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    return nan_or_larger(x, _FLOOR)
 
 
 @triton.jit
@@ -82,6 +88,8 @@ def finish(top, others, weighted, at_target, scale):
 @triton.jit
 def row_statistics(base, column_stride, target, vocab, scale, BLOCK: tl.constexpr, DTYPE):
     """log π, entropy, m and log₂ Σ 2^x of one row; `scale` is log₂e / τ."""
+    valid = (target >= 0) & (target < vocab)
+    at_target = tl.load(base + target * column_stride, mask=valid, other=float("nan")).to(DTYPE)
     top = tl.full((), float("-inf"), DTYPE)
     others = tl.full((), 0.0, DTYPE)
     weighted = tl.full((), 0.0, DTYPE)
@@ -99,9 +107,7 @@ def row_statistics(base, column_stride, target, vocab, scale, BLOCK: tl.constexp
         weighted = (weighted + shift * others) * factor + tl.sum(x * e, 0)
         others = others * factor + tl.sum(e, 0)
         top = new_top
-    valid = (target >= 0) & (target < vocab)
-    at_target = tl.load(base + target * column_stride, mask=valid, other=float("nan"))
-    log_p, entropy, log_total = finish(top, others, weighted, at_target.to(DTYPE), scale)
+    log_p, entropy, log_total = finish(top, others, weighted, at_target, scale)
     return log_p, entropy, top, log_total
 
 
@@ -183,6 +189,16 @@ def block_and_warps(vocab: int) -> tuple[int, int]:
     return block, 8 if block >= 2048 else 4
 
 
+def may_overwrite(vocab: int) -> bool:
+    """Whether a gradient may take the place of its logits: each entry is one thread's alone.
+
+    With fewer entries than threads several hold the same one, and one may write before another
+    has read.
+    """
+    block, warps = block_and_warps(vocab)
+    return block >= 32 * warps
+
+
 def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
     """The dtype of all arithmetic, for torch and for Triton."""
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
@@ -223,7 +239,10 @@ def launch_backward(
     grad_entropy: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """Fill `out` (N, V), rows contiguous, with the gradient of the logits; it may be `logits`."""
+    """Fill `out` (N, V), rows contiguous, with the gradient of the logits.
+
+    It may be `logits` where `may_overwrite` says so.
+    """
     rows, vocab = logits.shape
     if rows:
         block, warps = block_and_warps(vocab)

@@ -1,8 +1,9 @@
 """The operations that decide speed and memory, each in a torch form and a Triton form.
 
-Which form runs is decided per call: a CUDA tensor takes Triton, a CPU tensor takes torch, and with
-TRITON_INTERPRET=1 a CPU tensor takes Triton in its interpreter. PPO_NLU_BACKEND=triton|torch
-overrides; `triton` never falls back in silence. Triton is imported only when a kernel is asked for.
+Which form runs is decided per call: a CUDA tensor takes Triton, a CPU tensor takes torch (and so
+does any float64 one), and with TRITON_INTERPRET=1 a CPU tensor takes Triton in its interpreter.
+PPO_NLU_BACKEND=triton|torch overrides; `triton` never falls back in silence. Triton is imported
+only when a kernel is asked for.
 
 Everything is computed in fp32 (float64 for float64 inputs); gradients come back in the dtype of
 what they belong to. Double backward is refused by autograd, not answered wrongly.
@@ -55,7 +56,7 @@ def lora_linear(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     seed = _seed(dropout_p, seed)
-    args = (x, weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
+    args = (x, weight.detach(), bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
     with _without_autocast(x):
         if choose_backend(x) == "triton":
             return _launch("lora_linear", x, *args[1:])
@@ -91,7 +92,8 @@ def lora_linear_grouped(
     biases = [None if b is None else b.to(x.dtype) for b in biases]
     scalings = [float(s) for s in scalings]
     seed = _seed(dropout_p, seed)
-    args = (list(weights), biases, list(lora_as), list(lora_bs), scalings, float(dropout_p), seed)
+    frozen = [w.detach() for w in weights]
+    args = (frozen, biases, list(lora_as), list(lora_bs), scalings, float(dropout_p), seed)
     with _without_autocast(x):
         if choose_backend(x) == "triton":
             return _launch("lora_linear", x, *args, function="lora_linear_grouped")
@@ -199,7 +201,8 @@ def choose_backend(tensor: Tensor) -> str:
     interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
     runnable = tensor.is_cuda or interpreted
     if choice == "auto":
-        return "triton" if runnable and _has_triton() else "torch"
+        fits = tensor.dtype != torch.float64  # Triton takes scalars (1/τ, γ, s) in fp32
+        return "triton" if runnable and fits and _has_triton() else "torch"
     if not _has_triton():
         raise UserError("PPO_NLU_BACKEND=triton, but triton is not installed: pip install triton")
     if not runnable:

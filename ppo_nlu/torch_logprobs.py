@@ -342,7 +342,8 @@ class _LinearLogprobsFrozen(torch.autograd.Function):
             hidden, targets, weight, bias, stats = again
             head = Head(weight, bias, None, None, 1.0, ctx.temperature)
             grads = (grad, None, None, None, None)
-            _recompute((hidden, targets), head, stats, (None, upstream[1]), grads)
+            with torch.autocast(hidden.device.type, enabled=False):
+                _recompute((hidden, targets), head, stats, (None, upstream[1]), grads)
         return grad.to(directions.dtype), *(None,) * 8
 
 
@@ -368,7 +369,8 @@ class _LinearLogprobsTrainable(torch.autograd.Function):
         ]
         if any(g is not None for g in upstream):
             head = Head(*tensors, *ctx.factors)
-            _recompute((hidden, targets), head, stats, upstream, grads)
+            with torch.autocast(hidden.device.type, enabled=False):
+                _recompute((hidden, targets), head, stats, upstream, grads)
         cast = [None if g is None else g.to(t.dtype) for g, t in zip(grads, sources, strict=True)]
         return cast[0], None, *cast[1:], None, None
 

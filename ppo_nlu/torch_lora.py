@@ -107,40 +107,45 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # type: ignore[override]
-        x, low, *saved = ctx.saved_tensors
-        weights, lora_as, lora_bs = _pieces(saved, 3)
-        needs_x = ctx.needs_input_grad[3]
-        _, needs_bias, needs_a, needs_b = _pieces(ctx.needs_input_grad[4:], 4)
-        live = [i for i, grad in enumerate(grads) if grad is not None]
-        if not live:
-            return (None,) * len(ctx.needs_input_grad)
-        size, lows = len(weights), _parts(low, lora_as, 1)
-        dys = {i: grads[i].reshape(-1, grads[i].shape[-1]) for i in live}
-        out_a: list[Tensor | None] = [None] * size
-        out_b, out_bias = list(out_a), list(out_a)
-        for i, dy in dys.items():
-            out_b[i] = (dy.t() @ lows[i]).to(lora_bs[i].dtype) if needs_b[i] else None
-            out_bias[i] = dy.sum(0) if needs_bias[i] else None
-        grad_x = None
-        if needs_x or any(needs_a):
-            low_grads = [
-                (dy @ lora_bs[i].to(dy.dtype)).mul_(ctx.factors[i]) for i, dy in dys.items()
-            ]
-            low_grad = low_grads[0] if len(live) == 1 else torch.cat(low_grads, 1)  # (T, Σ r_i)
-            dropped, mask = _dropped(x.reshape(-1, x.shape[-1]), ctx.p, ctx.seed)
-        if any(needs_a):
-            grad_as = low_grad.t() @ dropped
-            for i, grad_a in zip(live, _parts(grad_as, [lora_as[i] for i in live], 0), strict=True):
-                out_a[i] = grad_a.to(lora_as[i].dtype) if needs_a[i] else None
-        if needs_x:
-            grad_x = _x_grad([(dy, weights[i]) for i, dy in dys.items()])
-            lora_a = _stacked([lora_as[i] for i in live], grad_x.dtype)
-            if mask is None:
-                grad_x.addmm_(low_grad, lora_a)
-            else:
-                grad_x.addcmul_(low_grad @ lora_a, mask)
-            grad_x = grad_x.view(x.shape)
-        return None, None, None, grad_x, *[None] * size, *out_bias, *out_a, *out_b
+        saved = ctx.saved_tensors
+        with torch.autocast(saved[0].device.type, enabled=False):  # the forward's dtypes hold
+            return _gradients(ctx, saved, grads)
+
+
+def _gradients(ctx, tensors, grads):
+    """What autograd expects of a backward: one gradient, or None, for each input."""
+    x, low, *saved = tensors
+    weights, lora_as, lora_bs = _pieces(saved, 3)
+    needs_x = ctx.needs_input_grad[3]
+    _, needs_bias, needs_a, needs_b = _pieces(ctx.needs_input_grad[4:], 4)
+    live = [i for i, grad in enumerate(grads) if grad is not None]
+    if not live:
+        return (None,) * len(ctx.needs_input_grad)
+    size, lows = len(weights), _parts(low, lora_as, 1)
+    dys = {i: grads[i].reshape(-1, grads[i].shape[-1]) for i in live}
+    out_a: list[Tensor | None] = [None] * size
+    out_b, out_bias = list(out_a), list(out_a)
+    for i, dy in dys.items():
+        out_b[i] = (dy.t() @ lows[i]).to(lora_bs[i].dtype) if needs_b[i] else None
+        out_bias[i] = dy.sum(0) if needs_bias[i] else None
+    grad_x = None
+    if needs_x or any(needs_a):
+        low_grads = [(dy @ lora_bs[i].to(dy.dtype)).mul_(ctx.factors[i]) for i, dy in dys.items()]
+        low_grad = low_grads[0] if len(live) == 1 else torch.cat(low_grads, 1)  # (T, Σ r_i)
+        dropped, mask = _dropped(x.reshape(-1, x.shape[-1]), ctx.p, ctx.seed)
+    if any(needs_a):
+        grad_as = low_grad.t() @ dropped
+        for i, grad_a in zip(live, _parts(grad_as, [lora_as[i] for i in live], 0), strict=True):
+            out_a[i] = grad_a.to(lora_as[i].dtype) if needs_a[i] else None
+    if needs_x:
+        grad_x = _x_grad([(dy, weights[i]) for i, dy in dys.items()])
+        lora_a = _stacked([lora_as[i] for i in live], grad_x.dtype)
+        if mask is None:
+            grad_x.addmm_(low_grad, lora_a)
+        else:
+            grad_x.addcmul_(low_grad @ lora_a, mask)
+        grad_x = grad_x.view(x.shape)
+    return None, None, None, grad_x, *[None] * size, *out_bias, *out_a, *out_b
 
 
 def _x_grad(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

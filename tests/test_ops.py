@@ -229,6 +229,38 @@ def test_a_bias_or_a_weight_may_train_alone(bias_only: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["layer", "head", "head with LoRA", "entropy", "logits"])
+def test_a_backward_inside_an_autocast_region_lowers_nothing(kind: str) -> None:
+    """The forward ran in float32 outside it."""
+    hidden, weight, bias, targets = head(dtype=torch.float32)
+    lora_a, lora_b = torch.randn(3, 6, requires_grad=True), torch.randn(13, 3, requires_grad=True)
+    inputs: tuple[Tensor, ...] = (hidden,)
+    if kind == "layer":
+        out = ops.lora_linear(hidden, weight, bias, lora_a, lora_b, 0.5)
+        inputs = (hidden, lora_a, lora_b)
+    elif kind == "head with LoRA":
+        out = ops.linear_logprobs(hidden, weight, targets, lora_a=lora_a, lora_b=lora_b)[0]
+        inputs = (hidden, lora_a, lora_b)
+    elif kind == "logits":
+        out = ops.token_logprobs(hidden, targets % 6)[0]
+    else:
+        out = ops.linear_logprobs(hidden, weight, targets)[int(kind == "entropy")]
+    outside = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(out.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
+
+def test_a_weight_that_asks_for_a_gradient_gets_none() -> None:
+    x, weight, _, lora_a, lora_b = lora_inputs()
+    arguments = [t.detach() for t in (lora_a, lora_b)]
+    weight = weight.detach().requires_grad_()
+    assert not ops.lora_linear(x.detach(), weight, None, *arguments, 1.0).requires_grad
+    a, b = ([t] for t in arguments)
+    (y,) = ops.lora_linear_grouped(x.detach(), [weight], [None], a, b, [1.0])
+    assert not y.requires_grad
+
+
 @pytest.mark.parametrize("head_trains", [False, True])
 @pytest.mark.usefixtures("small_blocks")
 def test_a_lora_on_the_head_counts_and_trains(head_trains: bool) -> None:

@@ -6,26 +6,19 @@ Triton is imported: there this file runs itself once more in a process of its ow
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import DEVICE, RUNS_KERNELS, run_interpreted
 
 from ppo_nlu import losses, ops
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-
 
 @pytest.fixture(autouse=True)
 def _ready(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    if INTERPRETED or DEVICE == "cuda":
+    if RUNS_KERNELS:
         monkeypatch.setenv("PPO_NLU_BACKEND", "triton")
 
 
@@ -95,16 +88,9 @@ class KernelCases:
         assert new() == {"_forward"}
 
 
-if INTERPRETED or DEVICE == "cuda":
+if RUNS_KERNELS:
     TestKernels = KernelCases
 else:
 
     def test_the_kernels_in_the_interpreter() -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "TestKernels",
-             str(Path(__file__))],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=900,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+        run_interpreted(__file__, "TestKernels")

@@ -6,14 +6,10 @@ in a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import DEVICE, INTERPRETED, RUNS_KERNELS, run_interpreted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,8 +17,6 @@ from ppo_nlu import ops
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 # Frobenius of dh; the interpreter's casts to bf16 truncate, which is one unit in the last place.
 DH = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
 PATHS = ("chunks", "online")
@@ -562,15 +556,9 @@ class LogprobCases:
         holds()
 
 
-if INTERPRETED or DEVICE == "cuda":
+if RUNS_KERNELS:
     TestLogprobKernels = LogprobCases
 else:
 
     def test_the_kernels_in_the_interpreter() -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=900,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+        run_interpreted(__file__, "TestLogprobKernels")

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import DEVICE, INTERPRETED, RUNS_KERNELS, run_interpreted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
@@ -29,8 +27,6 @@ pytest.importorskip("triton")
 from ppo_nlu.kernels import lora_gemm, lora_table  # noqa: E402
 from ppo_nlu.kernels import lora_linear as kernel  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 VARIANTS = ("fused", "cublas", "extended", "decode")
 FORMS = [(v, b) for v in VARIANTS for b in ("fused", "cublas")]
 # Relative Frobenius errors; the interpreter's casts to bf16 truncate, which is twice as coarse and
@@ -494,19 +490,12 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-if INTERPRETED or DEVICE == "cuda":
+if RUNS_KERNELS:
     TestLoraKernels = KernelCases
 else:
 
     def test_the_kernels_in_the_interpreter() -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "TestLoraKernels",
-             str(Path(__file__))],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=900,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+        run_interpreted(__file__, "TestLoraKernels")
 
 
 # ---- the torch form of a group

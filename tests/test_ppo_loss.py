@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import DEVICE, RUNS_KERNELS, run_interpreted
 from torch import Tensor
 
 from ppo_nlu import losses, ops
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 TRAINED = ("logprobs", "values", "entropy")
 FIXED = ("old_logprobs", "advantages", "old_values", "returns")
 
@@ -170,17 +164,9 @@ class KernelCases:
         assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
 
 
-if INTERPRETED or DEVICE == "cuda":
+if RUNS_KERNELS:
     TestKernels = KernelCases
 else:
 
-    def test_the_kernel_in_the_interpreter() -> None:
-        pytest.importorskip("triton")
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "TestKernels",
-             str(Path(__file__))],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=900,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+    def test_the_kernels_in_the_interpreter() -> None:
+        run_interpreted(__file__, "TestKernels")

@@ -310,6 +310,23 @@ def path_b() -> Iterator[Check]:
         kernel.tiles = default
 
 
+def paths() -> Iterator[Check]:
+    """Log-probs without a gradient: chunks of logits against the fused kernel."""
+    from ppo_nlu.kernels.linear_logprobs import linear_logprobs
+
+    width, vocab = QWEN
+    weight = random(vocab, width)
+    for rows in (8192, 1024, 256, 16):
+        hidden, targets = random(rows, width), torch.randint(vocab, (rows,), device="cuda")
+        calls: dict[str, timing.Call] = {
+            name: partial(linear_logprobs, hidden, weight, targets, path=name)
+            for name in ("chunks", "online")
+        }
+        for name, ms in milliseconds(calls, repeats=10).items():
+            rate = 2 * rows * width * vocab / ms / 1e9
+            yield Check(f"{name} T={rows}, no gradient", rate, "TFLOP/s", f"{ms:.3f} ms")
+
+
 def _tile_choices(kernel: Any, own: Any) -> list[Any]:
     sizes = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3)]
     return [own, *(kernel.Tiles(*s, flatten) for s in sizes for flatten in (False, True))]
@@ -355,6 +372,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {
     "triton product": triton_product,
     "alignment": alignment,
     "path b": path_b,
+    "paths": paths,
     "decode": decode,
 }
 

@@ -510,3 +510,24 @@ def test_the_torch_forms_never_import_triton() -> None:
         "assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", ["layer", "head", "entropy", "logits"])
+def test_operations_inside_a_compiled_graph(kind: str) -> None:
+    """Traced by torch.compile, forward and backward; the graph itself is run as it is."""
+    hidden, weight, bias, targets = head(dtype=torch.float32)
+    lora_a, lora_b = torch.randn(3, 6), torch.randn(13, 3)
+
+    def loss() -> Tensor:
+        if kind == "layer":
+            return ops.lora_linear(hidden, weight, bias, lora_a, lora_b, 0.5).square().sum()
+        if kind == "logits":
+            return ops.token_logprobs(hidden, targets % 6)[0].sum()
+        both = ops.linear_logprobs(hidden, weight, targets, bias, entropy_grad=True)
+        return both[int(kind == "entropy")].sum()
+
+    compiled = torch.compile(loss, backend="aot_eager")
+    torch.testing.assert_close(compiled(), loss())
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(), hidden), torch.autograd.grad(loss(), hidden)
+    )

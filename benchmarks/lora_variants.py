@@ -76,7 +76,7 @@ def _forms(case: Case, sets: list[Inputs]) -> Iterator[tuple[str, list[timing.Ca
         for name in kernel.BACKWARDS:
             yield name, [_call(s, variant="cublas", backward=name) for s in sets]
         return
-    few = case.shape["T"] <= lora_table.DECODE_ROWS and case.shape["r"] <= lora_table.DECODE_RANK
+    few = lora_table.decodes(cases.DTYPES[case.dtype], case.shape["r"], case.shape["T"])
     for name in kernel.VARIANTS:
         if name != "decode" or few:
             yield name, [_call(s, variant=name) for s in sets]

@@ -64,11 +64,15 @@ def _row_key(row: Mapping[str, Any]) -> Key:
     return str(device), str(dtype), int(k), int(o), int(rank), int(rows)
 
 
+def decodes(dtype: torch.dtype, rank: int, rows: int) -> bool:
+    """Whether a shape is one for `decode`: few rows, and a rank that leaves its registers whole."""
+    most = DECODE_RANK if dtype.itemsize == 2 else DECODE_RANK // 2  # above, registers spill
+    return rows <= DECODE_ROWS and rank <= most
+
+
 def choose_variant(
     device: str, dtype: torch.dtype, k: int, o: int, rank: int, rows: int
 ) -> tuple[str, str]:
     """The forms of the forward and of the backward for x (rows, K), W (O, K)."""
-    most = DECODE_RANK if dtype.itemsize == 2 else DECODE_RANK // 2  # above, registers spill
-    few = rows <= DECODE_ROWS and rank <= most
-    safe = ("decode" if few else "cublas", "cublas")
+    safe = ("decode" if decodes(dtype, rank, rows) else "cublas", "cublas")
     return load_table().get(table_key(device, dtype, k, o, rank, rows), safe)

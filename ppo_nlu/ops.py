@@ -49,18 +49,8 @@ def lora_linear(
     Args: x (..., K), weight (O, K), bias (O,) or None, lora_a (r, K), lora_b (O, r).
     Returns: y (..., O) in the dtype of x.
     """
-    _check_lora(x, weight, bias, lora_a, lora_b, dropout_p)
-    dtype = _autocast_dtype(x)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
-    seed = _seed(dropout_p, seed)
-    args = (x, weight.detach(), bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
-    with _without_autocast(x):
-        if choose_backend(x) == "triton":
-            return _launch("lora_linear", x, *args[1:])
-        return torch_lora.lora_linear(*args)
+    member = [weight], [bias], [lora_a], [lora_b], [scaling]
+    return lora_linear_grouped(x, *member, dropout_p, seed)[0]
 
 
 def lora_linear_grouped(

@@ -31,13 +31,14 @@ from ppo_nlu.strict_config import (
 )
 
 __all__ = [
-    "METHODS", "PRESETS", "Config", "DataConfig", "EvalConfig", "LogConfig", "LoraConfig",
-    "ModelConfig", "OptimConfig", "PPOConfig", "RewardConfig", "RolloutConfig", "TrainConfig",
+    "METHODS", "METHOD_DEFAULTS", "PRESETS", "Config", "CustomConfig", "DataConfig", "EncoderConfig",
+    "EvalConfig", "LogConfig", "LoraConfig", "MixtureConfig", "ModelConfig", "OptimConfig",
+    "PPOConfig", "PromptConfig", "RewardConfig", "RolloutConfig", "SFTConfig", "TrainConfig",
     "below_one", "diff", "dump", "load_config", "load_dataclass", "number", "one_of",
     "parse_overrides", "positive", "save_config", "share", "to_dict",
 ]  # fmt: skip
 
-METHODS = ("ppo",)  # what `method` may name; a new algorithm adds its name here
+METHODS = ("ppo", "sft", "encoder")  # what `method` may name; a new algorithm adds its name here
 
 
 # --- the sections; null = not set, and 0 means "off" only where the comment says so ---------------
@@ -84,10 +85,51 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class CustomConfig:
+    """A task of the user's own: named by `task`, with files in csv, tsv, jsonl or parquet."""
+
+    name: str | None = None  # what `task` calls it
+    train: str | None = None  # file of labelled rows to train on
+    dev: str | None = None  # file of labelled rows to measure by; null = dev_share of train
+    test: str | None = None  # file of rows to predict
+    dev_share: float = number(0.1, 0, 1, True, True)  # of train, where there is no dev file
+    fields: list[str] = field(default_factory=list)  # the text columns of the prompt
+    description: str | None = None  # what the task is; {column} stands for a row's text
+    query: str | None = None  # what is asked of a row; {column} stands for its text
+    labels: list[str] | dict[str, list[str]] = field(default_factory=list)  # or word: value(s)
+    label_column: str = "label"  # the column of the right answer
+    low: float | None = number(None)  # with high: the answer is a number from low
+    high: float | None = number(None)  # to high
+    step: float = positive(0.2)  # of the grid by which a number is scored
+    reward: str = "auto"  # auto, label, rating, exact, f1, or package.module:function
+    metrics: list[str] = field(default_factory=list)  # [] = what suits the kind of answer
+    rationale: str | None = None  # the column of a written-out reason, for prompt.form=analysis
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How a row becomes a prompt; the same in training and evaluation."""
+
+    form: str = one_of("judgement", "judgement", "analysis")  # analysis: reason first, then answer
+    shots: int = number(0, min=0)  # worked examples from the training rows; 0 = none
+    balanced: bool = True  # take worked examples of every label in turn
+    chat_template: bool = False  # wrap the prompt in the model's own chat format
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """How the rows of several tasks are mixed (`tasks`)."""
+
+    mixing: str = one_of("capped", "capped", "proportional", "equal")  # share of each task
+    cap: int = number(30000, min=1)  # capped: rows of one task that count at most
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """What an answer earns."""
 
     scale: str = one_of("paper", "paper", "code")  # right/wrong/none: 1/0/-1, or 1/-1/-3
+    normalise: bool = False  # per task: minus the running mean, over the running deviation
 
 
 @dataclass(frozen=True)
@@ -131,10 +173,29 @@ class PPOConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer and its learning rate."""
+class SFTConfig:
+    """Supervised fine-tuning: the next-token loss on right answers."""
 
-    name: str = one_of("adafactor", "adafactor", "adamw")  # the paper uses adafactor
+    batch_size: int = number(24, min=1)  # rows per optimizer step
+    micro_batch_size: int = number(0, min=0)  # rows per forward (memory only); 0 = batch_size
+    loss: str = one_of("completion", "completion", "all")  # on the answer, or on the prompt too
+    labels: str = one_of("gold", "gold", "random")  # random: any allowed answer, to teach the form
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Fine-tuning of an encoder such as BERT (Devlin et al., 2019), the baseline."""
+
+    batch_size: int = number(32, min=1)  # rows per optimizer step
+    max_length: int = number(128, min=8)  # tokens of a row; longer ones are cut
+    dropout: float = below_one(0.1)  # of the whole encoder and its head
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its learning rate; see METHOD_DEFAULTS for those of sft and encoder."""
+
+    name: str = one_of("adafactor", "adafactor", "adamw")  # the paper's: adafactor for ppo
     lr: float = positive(9e-6)  # highest learning rate
     value_lr: float | None = positive(None)  # of the value head; null = lr
     weight_decay: float = number(0.0, min=0)  # 0 = off
@@ -151,7 +212,7 @@ class OptimConfig:
 class TrainConfig:
     """The length of a run, and what it leaves on disk."""
 
-    steps: int = number(100, min=1)  # PPO iterations
+    steps: int = number(100, min=1)  # PPO iterations, or optimizer steps of sft and encoder
     eval_every: int = number(0, min=0)  # steps between evaluations; 0 = only at the end
     checkpoint_every: int = number(50, min=0)  # steps between checkpoints; 0 = only at the end
     keep_checkpoints: int = number(2, min=1)  # older ones are deleted
@@ -186,16 +247,22 @@ class LogConfig:
 class Config:
     """Everything that decides a run."""
 
-    task: str  # a name from the task table, such as sst2
+    task: str | None = None  # a name from the task table, such as sst2, or that of custom.name
+    tasks: list[str] = field(default_factory=list)  # several tasks at once, in place of `task`
     method: str = one_of("ppo", *METHODS)
     seed: int = number(0, min=0, max=2**32 - 1)
     init_from: str | None = None  # a run or adapter folder to start from (and to stay near)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    custom: CustomConfig = field(default_factory=CustomConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -205,9 +272,22 @@ class Config:
         for key, problem in _conflicts(self):
             raise UserError(f"{key}: {problem}")
 
+    @property
+    def names(self) -> list[str]:
+        """The tasks of the run, one or several."""
+        return self.tasks or [str(self.task)]
+
 
 def _conflicts(cfg: Config) -> Iterator[tuple[str, str]]:
     """(dotted key, problem) for what no field can know by itself."""
+    if cfg.task is None and not cfg.tasks:
+        yield "task", "is missing; add `task: ...`, or `tasks: [...]` for several"
+    if cfg.task is not None and cfg.tasks:
+        yield "tasks", "is given beside task; keep one of the two"
+    if len(set(cfg.tasks)) < len(cfg.tasks):
+        yield "tasks", f"{cfg.tasks} names a task twice; name each once"
+    if cfg.method == "encoder" and cfg.tasks:
+        yield "tasks", "an encoder has one head for one task; give `task: ...`"
     full = "training needs the log-probabilities of the full distribution"
     if cfg.rollout.top_k:
         yield "rollout.top_k", f"{cfg.rollout.top_k} is refused: {full}; leave it at 0 (off)"
@@ -276,9 +356,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# What each method takes where nothing is said: AdamW for supervised training (arXiv 2410.11020,
+# section 4), and for the encoder the settings of Devlin et al. (2019), section 4.1.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "sft": {"optim.name": "adamw", "optim.lr": 2e-4},
+    "encoder": {
+        "optim.name": "adamw",
+        "optim.lr": 2e-5,
+        "optim.beta2": 0.999,
+        "optim.eps": 1e-6,
+        "optim.weight_decay": 0.01,
+        "optim.min_lr_ratio": 0.0,
+    },
+}
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file, its preset, and `section.key=value` overrides."""
+    """The configuration of a YAML file, the defaults of its method and preset, and
+    `section.key=value` overrides."""
     given = strict_config.given(Config, path, overrides)
+    method = given.get("method", ("", "ppo"))[1]
+    if isinstance(method, str) and method in METHOD_DEFAULTS:
+        where = given.get("method", (str(path), method))[0]
+        given = {key: (where, value) for key, value in METHOD_DEFAULTS[method].items()} | given
     if "ppo.preset" in given:
         where, name = given["ppo.preset"]
         leaf = strict_config.schema(Config)["ppo.preset"]

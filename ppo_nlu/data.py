@@ -1,70 +1,41 @@
-"""Where a task's rows come from, how its files are read, and in which order training sees them.
+"""Where a task's rows come from, which of them are used, and in which order training sees them.
 
 Strings and numbers only, no tensors. Nothing here prints: the place that was taken and what was
-left out are in the notes that come back, and the programs print those.
+left out are in the notes that come back, and the programs print those. How files are read is in
+`readers`, how archives are fetched in `download`.
+
+Look at the data, or fetch it:  python -m ppo_nlu.data check|get [TASK...]
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import http.client
-import json
 import os
-import queue
 import random
-import tempfile
-import threading
-import urllib.error
-import urllib.request
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
+from ppo_nlu import download
+from ppo_nlu.download import DownloadError
 from ppo_nlu.errors import UserError
-from ppo_nlu.tasks import Example, TaskSpec, bundled
+from ppo_nlu.readers import MALFORMED, gold, input_rows, numbered_lines, read_split
+from ppo_nlu.tasks import TASKS, Example, TaskSpec, bundled
+from ppo_nlu.tasks.custom import CustomSpec
 
 if TYPE_CHECKING:
     from ppo_nlu.config import DataConfig
 
-OPEN_SECONDS = 3.0  # for the name look-up, the connection and the first answer together
-STALL_SECONDS = 10.0  # for each read after that
-MAX_BYTES = 64 * 2**20  # no archive and no unpacked file of ours is near this
 SEEN_LABELS = Path(__file__).parent / "assets" / "tiny" / "seen_labels.txt"
 
 
 @dataclass(frozen=True)
-class Archive:
-    """An official archive and, for each of its files that we take, the row count and sha256."""
-
-    name: str
-    files: dict[str, tuple[int, str]]
-
-
-ARCHIVES = {
-    "sst2": Archive(
-        "SST-2.zip",
-        {
-            "train.tsv": (
-                67349,
-                "48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1",
-            ),
-            "dev.tsv": (872, "54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0"),
-            "test.tsv": (1821, "69a938605609b3e6663b4487918fe1565eb293734e6e520d0366d1d412fd2a13"),
-        },
-    )
-}
-
-
-@dataclass(frozen=True)
 class Source:
-    """The place that a task's rows come from: its kind (data.path, $PPO_NLU_DATA, cache, download
-    or bundled), its folder (None for bundled), and a sentence on how it was chosen."""
+    """The place that a task's rows come from: its kind (data.path, $PPO_NLU_DATA, cache, download,
+    bundled or custom), its folder (None for bundled), and a sentence on how it was chosen."""
 
     kind: str
     folder: Path | None
@@ -73,15 +44,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows of one split, "bundled" or the folder they came from, and what to say about them."""
+    """The rows of one split, "bundled" or the folder they came from, and what to say about them.
+
+    `partial` is True where they are only a part of the official split. `file` is the name of the
+    file, and `malformed` counts its rows that could not be read.
+    """
 
     examples: list[Example]
     source: str
     note: str
-
-
-class DownloadError(Exception):
-    """Why an archive could not be had, in a few words; the search goes on."""
+    partial: bool = False
+    file: str = ""
+    malformed: int = 0
 
 
 # ---- finding the files
@@ -90,16 +64,12 @@ class DownloadError(Exception):
 def locate(spec: TaskSpec, data_cfg: DataConfig) -> Source:
     """The first place that holds the task: data.path, $PPO_NLU_DATA, the cache, a download, and
     only with `data.fallback: bundled` the stand-in. A place that was named must hold the task."""
-    environment = os.environ.get("PPO_NLU_DATA")
-    for kind, named in (("data.path", data_cfg.path), ("$PPO_NLU_DATA", environment)):
-        if named:
-            folder = _named_folder(spec, kind, named)
-            return Source(kind, folder, f"{spec.title} from {folder} ({kind})")
-    cache = _cache_root(data_cfg)
-    if kept := _task_folder(spec, cache):
-        return Source("cache", kept, f"{spec.title} from {kept} (cache)")
+    found = local(spec, data_cfg)
+    if found is not None:
+        return found
+    cache = cache_root(data_cfg)
     try:
-        fresh = _download_once(spec, data_cfg, cache)
+        fresh = download.once(spec, data_cfg.url, cache)
         return Source("download", fresh, f"{spec.title} downloaded to {fresh}")
     except DownloadError as error:
         why = f"not in the cache {cache}; download failed: {error}"
@@ -113,9 +83,24 @@ def locate(spec: TaskSpec, data_cfg: DataConfig) -> Source:
     )
 
 
+def local(spec: TaskSpec, data_cfg: DataConfig) -> Source | None:
+    """The place on this machine that holds the task; None where none is named and the cache does
+    not have it."""
+    if isinstance(spec, CustomSpec):
+        files = ", ".join(names[0] for names in spec.files.values())
+        return Source("custom", Path("."), f"{spec.title} from {files or 'no file'} (custom)")
+    environment = os.environ.get("PPO_NLU_DATA")
+    for kind, named in (("data.path", data_cfg.path), ("$PPO_NLU_DATA", environment)):
+        if named:
+            folder = _named_folder(spec, kind, named)
+            return Source(kind, folder, f"{spec.title} from {folder} ({kind})")
+    kept = task_folder(spec, cache_root(data_cfg))
+    return Source("cache", kept, f"{spec.title} from {kept} (cache)") if kept else None
+
+
 def _named_folder(spec: TaskSpec, kind: str, named: str) -> Path:
-    root = _expand(named)
-    if folder := _task_folder(spec, root):
+    root = expand(named)
+    if folder := task_folder(spec, root):
         return folder
     state = "does not hold" if root.is_dir() else "is no folder with"
     names = ", ".join(names[0] for names in spec.files.values())
@@ -125,12 +110,22 @@ def _named_folder(spec: TaskSpec, kind: str, named: str) -> Path:
     )
 
 
-def _task_folder(spec: TaskSpec, root: Path) -> Path | None:
-    """The task's own folder in a root: the root itself, its SST-2/ or its glue/SST-2/."""
-    for folder in (root, root / spec.folder, root / spec.benchmark / spec.folder):
+def task_folder(spec: TaskSpec, root: Path) -> Path | None:
+    """The task's own folder in a root: its glue/SST-2/, its SST-2/, or the root itself."""
+    inner = (root / spec.benchmark / spec.folder, root / spec.folder)
+    for folder in inner if _is_of_another(spec, root) else (*inner, root):
         if any(_split_file(spec, split, folder) for split in spec.files):
             return folder
     return None
+
+
+def _is_of_another(spec: TaskSpec, root: Path) -> bool:
+    """Whether the root is another task's folder in a benchmark, such as glue/RTE/ for SST-2: its
+    files may have the same names."""
+    folder = Path(os.path.abspath(root))
+    place = (folder.parent.name, folder.name)
+    known = {(other.benchmark, other.folder) for other in TASKS.values()}
+    return place in known and place != (spec.benchmark, spec.folder)
 
 
 def _split_file(spec: TaskSpec, split: str, folder: Path) -> Path | None:
@@ -141,193 +136,86 @@ def _split_file(spec: TaskSpec, split: str, folder: Path) -> Path | None:
     return None
 
 
-def _expand(text: str) -> Path:
+def expand(text: str) -> Path:
+    """The path, with `~` as the user's home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError:  # "~someone" that the system does not know
         return Path(text)
 
 
-def _cache_root(data_cfg: DataConfig) -> Path:
+def cache_root(data_cfg: DataConfig) -> Path:
+    """Where downloads are kept."""
     if data_cfg.cache:
-        return _expand(data_cfg.cache)
+        return expand(data_cfg.cache)
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG rules: a path that is not absolute counts as unset.
-    return (base if base.is_absolute() else _expand("~/.cache")) / "ppo_nlu"
-
-
-# ---- downloading
-
-_EXPECTED = (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile)
-_failures: dict[tuple[str, str, Path], str] = {}
-
-
-def _download_once(spec: TaskSpec, data_cfg: DataConfig, cache: Path) -> Path:
-    """One try per process: a run reads several splits and need not wait for each in turn."""
-    key = (spec.name, data_cfg.url, cache)
-    if key in _failures:
-        raise DownloadError(_failures[key])
-    try:
-        return download(spec, data_cfg, cache)
-    except DownloadError as error:
-        _failures[key] = str(error)
-        raise
-
-
-def download(spec: TaskSpec, data_cfg: DataConfig, cache: Path) -> Path:
-    """Fetch, check and unpack the task's official archive into the cache; returns its folder.
-
-    The folder appears by one rename, complete and checked, or not at all. DownloadError says why.
-    """
-    archive = ARCHIVES.get(spec.name)
-    if archive is None:
-        raise DownloadError(f"no archive of {spec.title} is known")
-    url = data_cfg.url
-    if not url.endswith(".zip"):
-        url = f"{url.rstrip('/')}/{archive.name}"
-    target = cache / spec.benchmark / spec.folder
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
-            packed, unpacked = Path(scratch) / archive.name, Path(scratch) / spec.folder
-            _fetch(url, packed)
-            unpacked.mkdir()
-            _unpack(packed, unpacked, spec.folder, archive)
-            _move(unpacked, target, spec)
-    except urllib.error.HTTPError as error:
-        raise DownloadError(f"{url}: {error}") from error
-    except (*_EXPECTED, DownloadError) as error:
-        raise DownloadError(f"{url}: {getattr(error, 'reason', None) or error}") from error
-    return target
-
-
-def _move(folder: Path, target: Path, spec: TaskSpec) -> None:
-    try:
-        folder.rename(target)
-    except OSError as error:
-        if not _task_folder(spec, target):  # else another process was first
-            raise DownloadError(f"{target} is in the way: {error.strerror}") from error
-
-
-def _fetch(url: str, path: Path) -> None:
-    with _open_url(url) as response, path.open("wb") as file:
-        announced = response.headers.get("Content-Length")
-        size = _copy(response, file)
-    if announced is not None and size != int(announced):
-        raise DownloadError(f"cut off after {size} of {announced} bytes")
-
-
-def _open_url(url: str) -> Any:
-    """The response to a GET, given up after OPEN_SECONDS. In a thread of its own, because no
-    socket time-out covers the look-up of a name, and one of several addresses may hang each."""
-    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answer.put(urllib.request.urlopen(url, timeout=STALL_SECONDS))
-        except Exception as error:
-            answer.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        result = answer.get(timeout=OPEN_SECONDS)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {OPEN_SECONDS:g} s") from None
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def _copy(source: Any, sink: IO[bytes]) -> int:
-    size = 0
-    while block := source.read(1 << 16):
-        size += len(block)
-        if size > MAX_BYTES:
-            raise DownloadError(f"more than {MAX_BYTES >> 20} MiB, which cannot be right")
-        sink.write(block)
-    return size
-
-
-def _unpack(packed: Path, folder: Path, prefix: str, archive: Archive) -> None:
-    """Take the expected members and no others, each to a path of ours, and check them."""
-    with zipfile.ZipFile(packed) as bundle:
-        for name, (rows, digest) in archive.files.items():
-            member, path = f"{prefix}/{name}", folder / name
-            try:
-                with bundle.open(member) as source, path.open("wb") as sink:
-                    _copy(source, sink)
-            except KeyError:
-                raise DownloadError(f"it holds no {member}") from None
-            except (EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
-                raise DownloadError(f"{member}: {error}") from error
-            content = path.read_bytes()
-            found = content.count(b"\n") - 1
-            if found != rows:
-                raise DownloadError(f"{member} has {found} rows, not {rows}")
-            if hashlib.sha256(content).hexdigest() != digest:
-                raise DownloadError(f"{member} is not the official file (sha256)")
+    return (base if base.is_absolute() else expand("~/.cache")) / "ppo_nlu"
 
 
 # ---- reading splits
 
 
-@dataclass(frozen=True)
-class Table:
-    """The rows of a tab-separated file with their line numbers, and how many were malformed."""
-
-    columns: list[str]
-    rows: list[tuple[int, dict[str, str]]]
-    malformed: int
-
-
-def read_tsv(path: Path, wanted: Sequence[str]) -> Table:
-    """Read a tab-separated file by its header, without quoting (GLUE's fields hold quote marks).
-
-    Rows whose number of columns is off are left out and counted.
-    """
-    lines = _lines(path)
-    columns = next(lines, (1, ""))[1].rstrip("\r\n").split("\t")
-    _check_columns(path, columns, wanted)
-    rows, malformed = [], 0
-    for number, line in lines:
-        cells = _bare(line).split("\t")
-        if len(cells) == len(columns):
-            rows.append((number, dict(zip(columns, cells, strict=True))))
-        else:
-            malformed += 1
-    if not rows:
-        what = f"all {malformed} rows are malformed" if malformed else "there are no rows"
-        raise UserError(f"{path}: {what}; every row needs the columns {', '.join(columns)}")
-    return Table(columns, rows, malformed)
+TRAIN_ON = {"ax": "mnli", "ax-b": "superglue/rte", "ax-g": "superglue/rte"}
 
 
 def load_split(spec: TaskSpec, split: str, data_cfg: DataConfig) -> Dataset:
-    """The rows of "train", "dev" or "test" from the place that `locate` finds."""
+    """The rows of a split ("train", "dev", "test", or what else the task has) from the place that
+    `locate` finds. UserError where it has no such split, or where the file is not there."""
+    if isinstance(spec, CustomSpec):
+        return _load_custom(spec, split)
     if split not in spec.files:
+        if split == "train" and spec.name in TRAIN_ON:
+            other = TRAIN_ON[spec.name]
+            raise UserError(f"task: {spec.title} has no training rows; train on {other} instead")
         raise UserError(f"eval.split: {spec.title} has no split {split!r}; {', '.join(spec.files)}")
     source = locate(spec, data_cfg)
     if source.folder is None:
         return Dataset(_bundled_examples(spec, split), "bundled", source.note)
-    path = _split_file(spec, split, source.folder)
+    divided = split != "test" and _is_divided(spec, source.folder)
+    found = "dev" if divided else split
+    path = _split_file(spec, found, source.folder)
     if path is None:
         raise UserError(f"{source.folder}: no {split} split; {spec.files[split][0]} is not there")
-    labelled = split != "test"
-    wanted = (*spec.fields, spec.label_column) if labelled else spec.fields
-    table = read_tsv(path, wanted)
-    examples = [_split_example(spec, split, path, number, row) for number, row in table.rows]
-    return Dataset(
-        examples, str(source.folder), _join(source.note, _left_out(table.malformed, "malformed"))
+    rows = read_split(spec, found, path)
+    examples = _quarter(rows.examples, split) if divided else rows.examples
+    partial = divided or path.name.removesuffix(".gz") != spec.files[split][0]
+    told = f"{split} is only a part of the official set: {path.name}, {len(examples):,} rows"
+    if divided:
+        told = (
+            f"{spec.files['train'][0]} is not there, so {split} is a part of {path.name}: "
+            f"{len(examples):,} of its {len(rows.examples):,} rows (every fourth is dev)"
+        )
+    note = _join(
+        source.note,
+        told if partial else "",
+        *(_left_out(count, why) for why, count in rows.left_out.items()),
+        rows.mended,
     )
+    malformed = rows.left_out.get(MALFORMED, 0)
+    return Dataset(examples, str(source.folder), note, partial, path.name, malformed)
 
 
-def _split_example(
-    spec: TaskSpec, split: str, path: Path, number: int, row: Mapping[str, str]
-) -> Example:
-    """A row of a split; its id is its place in the file, or in the test split its own index."""
-    place = str(number - 2)
-    id_ = row.get("index", place) if split == "test" else f"{split}-{place}"
-    fields = {name: row[name] for name in spec.fields}
-    return Example(id_, fields, _gold(spec, row.get(spec.label_column), f"{path}:{number}"))
+def _is_divided(spec: TaskSpec, folder: Path) -> bool:
+    """Whether the dev file must serve as train too, because there is no train file."""
+    return spec.divide_dev and not _split_file(spec, "train", folder)
+
+
+def has_split(spec: TaskSpec, split: str, source: Source) -> bool:
+    """Whether the place has the split's rows, so that `load_split` will read them."""
+    if source.folder is None or isinstance(spec, CustomSpec):
+        return split in spec.files
+    divided = split != "test" and _is_divided(spec, source.folder)
+    return _split_file(spec, "dev" if divided else split, source.folder) is not None
+
+
+def _quarter(rows: Sequence[Example], split: str) -> list[Example]:
+    """Every fourth row of the dev file as dev, the others as train; the file's row numbers stay."""
+    return [
+        replace(row, id=f"{split}-{place}")
+        for place, row in enumerate(rows)
+        if (place % 4 == 0) == (split == "dev")
+    ]
 
 
 def _bundled_examples(spec: TaskSpec, split: str) -> list[Example]:
@@ -335,9 +223,47 @@ def _bundled_examples(spec: TaskSpec, split: str) -> list[Example]:
     examples = []
     for number, (sentence, value) in enumerate(rows):
         id_ = str(number) if split == "test" else f"{split}-{number}"
+        extra = {"idx": number} if split == "test" else {}
         label = None if value is None else spec.word_of(value)
-        examples.append(Example(id_, {spec.fields[0]: sentence}, label))
+        examples.append(Example(id_, {spec.fields[0]: sentence}, label, spec.name, extra=extra))
     return examples
+
+
+def _load_custom(spec: CustomSpec, split: str) -> Dataset:
+    """A split of the user's own files; without a dev file, a share of train is dev."""
+    shared = "dev" not in spec.files and "train" in spec.files and split in ("train", "dev")
+    name = "train" if shared else split
+    if name not in spec.files:
+        key = split if split in ("train", "dev", "test") else "test"
+        raise UserError(f"custom.{key}: {spec.name} has no {split} split; give a file")
+    path = expand(spec.files[name][0])
+    rows = read_split(spec, name, path).examples
+    note = f"{spec.title} from {path}"
+    if shared:
+        rows = _side(spec, rows, split, path)
+        note = _join(note, f"{split} is {len(rows):,} rows of it (custom.dev_share)")
+    return Dataset(rows, str(path), note, file=path.name)
+
+
+def _side(spec: CustomSpec, rows: Sequence[Example], split: str, path: Path) -> list[Example]:
+    """The rows on the split's side of `dev_share`, by a hash of their text: a row falls on the
+    same side in every run, and so do all rows of the same text."""
+    places = [_place(joined(spec, row)) for row in rows]
+    lowest, highest = min(places), max(places)
+    if lowest == highest:
+        raise UserError(
+            f"{path}: all rows have the same text, so none can be kept apart for dev; "
+            "give custom.dev"
+        )
+    edge = min(max(spec.dev_share, lowest), max(p for p in places if p < highest))
+    kept = [row for row, p in zip(rows, places, strict=True) if (p <= edge) == (split == "dev")]
+    return [replace(row, id=f"{split}-{row.id.partition('-')[2]}") for row in kept]
+
+
+def _place(text: str) -> float:
+    """A number in [0, 1) that is as good as drawn, and always the same for the text."""
+    digest = hashlib.sha256(f"ppo_nlu dev\n{normalise(text)}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 # ---- the training rows
@@ -348,6 +274,11 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def joined(spec: TaskSpec, example: Example) -> str:
+    """All texts of a row as one."""
+    return " ".join(example.fields[name] for name in spec.fields)
+
+
 def exclusions() -> set[str]:
     """The sentences, normalised, whose labels the bundled model saw before any run of ours."""
     if not SEEN_LABELS.is_file():
@@ -355,36 +286,64 @@ def exclusions() -> set[str]:
             f"data.exclude_pretraining_labels: {SEEN_LABELS} is missing, so what the bundled model "
             "has seen cannot be left out; install the package again"
         )
-    return {normalise(line) for _, line in _lines(SEEN_LABELS)} - {""}
+    return {normalise(line) for _, line in numbered_lines(SEEN_LABELS)} - {""}
 
 
 def train_examples(spec: TaskSpec, data_cfg: DataConfig, bundled_model: bool) -> Dataset:
     """The training rows: without what the bundled model has seen with its label (if it is the one
-    that trains), without short ones (data.min_words), and of these the first data.limit in the
-    order of the file, so that a limit means the same rows for every seed."""
+    that trains), without short ones (data.min_words), of ReCoRD as many wrong names as right ones,
+    and of these the first data.limit in the order of the file, so that a limit means the same rows
+    for every seed."""
     whole = load_split(spec, "train", data_cfg)
     seen = exclusions() if bundled_model and data_cfg.exclude_pretraining_labels else set()
-
-    def text(example: Example) -> str:
-        return " ".join(example.fields[name] for name in spec.fields)
-
-    fresh = [example for example in whole.examples if normalise(text(example)) not in seen]
-    kept = [example for example in fresh if len(text(example).split()) >= data_cfg.min_words]
+    rows = whole.examples
+    fresh = [row for row in rows if normalise(joined(spec, row)) not in seen] if seen else rows
+    least = data_cfg.min_words
+    kept = [row for row in fresh if len(joined(spec, row).split()) >= least] if least else fresh
     if not kept:
         raise UserError(
-            f"data.min_words: no training row is left of {len(whole.examples)} ({len(fresh)} after "
-            f"the exclusion of pretraining labels); lower data.min_words ({data_cfg.min_words}) "
+            f"data.min_words: no training row is left of {len(rows)} ({len(fresh)} after "
+            f"the exclusion of pretraining labels); lower data.min_words ({least}) "
             "or set data.exclude_pretraining_labels=false"
         )
     note = _join(
         whole.note,
-        _left_out(len(whole.examples) - len(fresh), "seen with their labels in pretraining"),
-        _left_out(len(fresh) - len(kept), f"under {data_cfg.min_words} words"),
+        _left_out(len(rows) - len(fresh), "seen with their labels in pretraining"),
+        _left_out(len(fresh) - len(kept), f"under {least} words"),
     )
+    if spec.reader == "record":
+        even = _balanced(spec, kept)
+        note = _join(note, _left_out(len(kept) - len(even), "as many No as Yes for each query"))
+        kept = even
     if data_cfg.limit:
         kept = kept[: data_cfg.limit]
         note = _join(note, f"the first {len(kept):,} rows")
-    return Dataset(kept, whole.source, note)
+    return replace(whole, examples=kept, note=note)
+
+
+def _balanced(spec: TaskSpec, rows: Sequence[Example]) -> list[Example]:
+    """For each group all rows that are right and as many that are wrong, drawn by the group's name,
+    in the order of the file. A group without a right row leaves none."""
+    yes, kept = spec.words[0], []
+    for group, members in groupby(rows, key=lambda row: row.group):
+        found = list(members)
+        wrong = [place for place, row in enumerate(found) if row.label != yes]
+        uniform = random.Random(f"ppo_nlu balance {group}").random
+        drawn = sorted(wrong, key=lambda _: uniform())[: len(found) - len(wrong)]
+        chosen = set(drawn) | (set(range(len(found))) - set(wrong))
+        kept += [row for place, row in enumerate(found) if place in chosen]
+    return kept
+
+
+def first(examples: Sequence[Example], limit: int) -> list[Example]:
+    """The first rows up to a limit (0 = all) that leave no group in two; a single group that is
+    longer than the limit is cut."""
+    kept = list(examples[:limit] if limit else examples)
+    if len(kept) == len(examples):
+        return kept
+    cut = examples[len(kept)].group
+    whole = [row for row in kept if not cut or row.group != cut]
+    return whole or kept
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
@@ -400,7 +359,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-_cached_order = lru_cache(maxsize=4)(epoch_order)
+_cached_order = lru_cache(maxsize=64)(epoch_order)
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -416,147 +375,29 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 
 def read_inputs(path: str | Path, spec: TaskSpec) -> Iterator[Example]:
-    """Stream the rows of a .txt (a sentence a line), .csv, .tsv or .jsonl file, or such a .gz.
+    """Stream the rows of a .txt (a sentence a line), .csv, .tsv, .jsonl (or such a .gz) or .parquet
+    file; its columns are the task's fields, or the official columns of them.
 
     The label may be absent or empty, and may be a data value or a label word. The id is the row's
     own (`id`, `index` or `idx`) or its number from 0. Unlike in training files, a row that cannot
     be read is an error: each input must have its prediction.
     """
     path = Path(path)
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind not in _READERS:
-        raise UserError(f"{path}: unknown kind of file; give one of {', '.join(_READERS)}")
-    if kind == ".txt" and len(spec.fields) != 1:
-        raise UserError(f"{path}: {spec.title} has the fields {', '.join(spec.fields)}; give .tsv")
-    return _inputs(path, spec, _READERS[kind])
+    return _inputs(path, spec, input_rows(path, spec))
 
 
-def _inputs(path: Path, spec: TaskSpec, reader: _Reader) -> Iterator[Example]:
+def _inputs(
+    path: Path, spec: TaskSpec, rows: Iterator[tuple[int, dict[str, str]]]
+) -> Iterator[Example]:
     count = 0
-    for count, (number, row) in enumerate(reader(path, spec), start=1):
+    for count, (number, row) in enumerate(rows, start=1):
         where = f"{path}:{number}"
         own = next((row[name] for name in ("id", "index", "idx") if row.get(name)), None)
         fields = {name: row[name] for name in spec.fields}
-        label = row.get(spec.label_column) or None
-        yield Example(own or str(count - 1), fields, _gold(spec, label, where, words=True))
+        label = gold(spec, row.get(spec.label_column) or None, where, words=True)
+        yield Example(own or str(count - 1), fields, label, spec.name)
     if not count:
         raise UserError(f"{path}: there are no rows")
-
-
-_Reader = Callable[[Path, TaskSpec], Iterator[tuple[int, dict[str, str]]]]
-
-
-def _txt_rows(path: Path, spec: TaskSpec) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            raise UserError(f"{path}:{number}: an empty line; every line must be a sentence")
-        yield number, {spec.fields[0]: _bare(line)}
-
-
-def _tsv_rows(path: Path, spec: TaskSpec) -> Iterator[tuple[int, dict[str, str]]]:
-    rows = ((number, _bare(line).split("\t")) for number, line in _lines(path))
-    return _named_rows(path, spec, rows)
-
-
-def _csv_rows(path: Path, spec: TaskSpec) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-
-    def rows() -> Iterator[tuple[int, list[str]]]:
-        try:
-            for cells in reader:
-                if cells:
-                    yield reader.line_num, cells
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not CSV: {error}") from error
-
-    return _named_rows(path, spec, rows())
-
-
-def _named_rows(
-    path: Path, spec: TaskSpec, rows: Iterator[tuple[int, list[str]]]
-) -> Iterator[tuple[int, dict[str, str]]]:
-    columns = next(rows, (1, [""]))[1]
-    _check_columns(path, columns, spec.fields)
-    for number, cells in rows:
-        if len(cells) != len(columns):
-            raise UserError(f"{path}:{number}: {len(cells)} columns; the header has {len(columns)}")
-        yield number, dict(zip(columns, cells, strict=True))
-
-
-def _jsonl_rows(path: Path, spec: TaskSpec) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in _lines(path):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {error}; give one object a line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object; give one object a line")
-        for name in spec.fields:
-            if not isinstance(row.get(name), str):
-                raise UserError(f"{where}: {name!r} must be there and be a string")
-        yield number, {key: _json_text(value, where) for key, value in row.items()}
-
-
-def _json_text(value: Any, where: str) -> str:
-    if value is None:
-        return ""
-    text = value if isinstance(value, str) else json.dumps(value)
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f"{where}: half of a surrogate pair, which is no character")
-    return text
-
-
-_READERS: dict[str, _Reader] = {
-    ".txt": _txt_rows,
-    ".csv": _csv_rows,
-    ".tsv": _tsv_rows,
-    ".jsonl": _jsonl_rows,
-}
-
-
-# ---- shared by the readers
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a text file, plain or .gz, ends kept. Only \\n ends a line: sentences
-    may hold the other separators that Unicode knows."""
-    try:
-        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}:{number}: not UTF-8; save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{path}: cannot be read: {reason}") from error
-
-
-def _bare(line: str) -> str:
-    return line.removesuffix("\n").removesuffix("\r")
-
-
-def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
-    if [name for name in wanted if name not in columns]:
-        raise UserError(
-            f"{path}:1: the header has the columns {', '.join(columns) or '(none)'}; "
-            f"wanted are {', '.join(wanted)}"
-        )
-
-
-def _gold(spec: TaskSpec, value: str | None, where: str, words: bool = False) -> str | None:
-    """The label word for a cell (None: unlabelled); with `words` the cell may be the word."""
-    if value is None:
-        return None
-    known = {label.value: label.word for label in spec.labels}
-    if words:
-        known = {word.lower(): word for word in spec.words} | known
-    word = known.get(value.strip(), known.get(value.strip().lower()) if words else None)
-    if word is None:
-        allowed = ", ".join(label.value for label in spec.labels)
-        raise UserError(f"{where}: {spec.title} has no label {value!r}; it has {allowed}")
-    return word
 
 
 def _left_out(count: int, why: str) -> str:
@@ -565,3 +406,9 @@ def _left_out(count: int, why: str) -> str:
 
 def _join(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
+
+
+if __name__ == "__main__":  # the program is in a room above this one
+    import runpy
+
+    runpy.run_module("ppo_nlu.data_program", run_name="__main__", alter_sys=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,16 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ppo_nlu import cli, data, lora, metrics, prefix_tree
+from ppo_nlu import cli, data, demonstrations, encoder, lora, metrics, prefix_tree, runlog
 from ppo_nlu.answers import parse
 from ppo_nlu.checkpoint import atomic_write_json, require_run_dir
 from ppo_nlu.config import Config, load_config
+from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.model import Policy, check_words, load_policy
 from ppo_nlu.prompts import answer
-from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
-from ppo_nlu.tasks import Example, TaskSpec, get_task
+from ppo_nlu.rollout import Fitted, fit_prompt, longest_prompt, seeded
+from ppo_nlu.tasks import TASKS, Example, TaskSpec
+from ppo_nlu.tasks.custom import specs_of
 
 DECODES = ("sample", "greedy", "score")
 VALUE_HEAD = "value_head.safetensors"
@@ -44,10 +47,11 @@ class Answer:
     response: str
     probabilities: dict[str, float] | None = None
     cut: bool = False  # the prompt was cut to fit the context
+    dropped: int = 0  # worked examples left out of the prompt, to fit the context
 
-    def to_json(self) -> dict[str, Any]:
-        """The row of a predictions.jsonl."""
-        return {
+    def to_json(self, named: bool = False) -> dict[str, Any]:
+        """The row of a predictions.jsonl; `named`: with its task."""
+        return ({"task": self.example.task} if named else {}) | {
             "id": self.example.id,
             "label": self.example.label,
             "prediction": self.prediction,
@@ -57,7 +61,7 @@ class Answer:
 
 
 def answer_all(
-    policy: Policy,
+    policy: Policy | Encoder,
     spec: TaskSpec,
     cfg: Config,
     examples: Sequence[Example],
@@ -68,27 +72,38 @@ def answer_all(
 
     Inside a window rows of like length run together, so little padding is run.
     """
+    if isinstance(policy, Encoder):
+        found = encoder.answer_all(policy, spec, cfg, examples, decode, stop)
+        for example, (prediction, probabilities) in zip(examples, found, strict=False):
+            yield Answer(example, prediction, prediction or "", probabilities)
+        return
+    if decode == "score" and not spec.words:
+        raise UserError(f"--decode: {spec.name} has no list of answers to score; use greedy")
     size = cfg.eval.batch_size
     longest = longest_prompt(policy, cfg, _room(policy, spec, cfg))
+    shots = demonstrations.of(spec, cfg)
     for start in range(0, len(examples), 16 * size):
         window = examples[start : start + 16 * size]
-        fitted = [fit_prompt(policy, spec, example, longest) for example in window]
-        order = sorted(range(len(window)), key=lambda i: -len(fitted[i][1]))
+        fitted = [fit_prompt(policy, spec, row, longest, cfg.prompt, shots) for row in window]
+        order = sorted(range(len(window)), key=lambda i: -len(fitted[i].ids))
         done: dict[int, Answer] = {}
         for index in _batches(order, size):
             if stop():
                 return
-            rows = [window[i] for i in index]
-            texts = [fitted[i][0] for i in index]
-            prompts = [fitted[i][1] for i in index]
+            rows, prompts = [window[i] for i in index], [fitted[i] for i in index]
             if decode == "score":
-                answers = _by_score(policy, spec, rows, texts, prompts)
+                answers = _by_score(policy, spec, rows, prompts, cfg.prompt.form)
             else:
                 generator = seeded("evaluate", cfg.seed, start, index[0])
                 answers = _by_decoding(policy, spec, cfg, rows, prompts, decode, generator)
             for i, row in zip(index, answers, strict=True):
-                done[i] = replace(row, cut=fitted[i][2])
+                done[i] = replace(row, cut=fitted[i].cut, dropped=fitted[i].dropped)
         yield from (done[i] for i in range(len(window)))
+
+
+def decodes_of(spec: TaskSpec) -> tuple[str, ...]:
+    """The ways of decoding that the task has: free text cannot be scored."""
+    return DECODES if spec.words else DECODES[:2]
 
 
 def _batches(order: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -98,15 +113,19 @@ def _batches(order: Sequence[int], size: int) -> Iterator[list[int]]:
 
 def _room(policy: Policy, spec: TaskSpec, cfg: Config) -> int:
     """Tokens to keep free behind a prompt: the longest answer, sampled or a label word."""
-    words = max(len(policy.encode(answer(word))) for word in spec.words)
+    form = cfg.prompt.form
+    words = max((len(policy.encode(answer(word, form))) for word in spec.words), default=0)
     return max(cfg.rollout.max_new_tokens, words)
 
 
-def require_room(policy: Policy, spec: TaskSpec, cfg: Config) -> None:
-    """A UserError where the form of the prompt, with no text in it, leaves no room for an answer;
-    told before anything is made or run."""
+def require_fit(policy: Policy | Encoder, spec: TaskSpec, cfg: Config) -> None:
+    """A UserError where the tokenizer does not keep the answers, or where the form of the prompt
+    leaves no room for one; told before anything is made or run."""
+    if isinstance(policy, Encoder):
+        return
+    check_words(policy, spec, cfg.prompt)
     longest = longest_prompt(policy, cfg, _room(policy, spec, cfg))
-    fit_prompt(policy, spec, Example("", dict.fromkeys(spec.fields, ""), None), longest)
+    fit_prompt(policy, spec, Example("", dict.fromkeys(spec.fields, ""), None), longest, cfg.prompt)
 
 
 def _by_decoding(
@@ -114,88 +133,105 @@ def _by_decoding(
     spec: TaskSpec,
     cfg: Config,
     rows: Sequence[Example],
-    prompts: list[list[int]],
+    prompts: Sequence[Fitted],
     decode: str,
     generator: torch.Generator,
 ) -> list[Answer]:
     drawn = generate(
         policy,
-        prompts,
+        [prompt.ids for prompt in prompts],
         cfg.rollout.max_new_tokens,
         Sampling(1.0, decode == "greedy", cfg.eval.top_k, cfg.eval.top_p),
         generator=generator,
     )
     texts = [policy.decode(row) for row in drawn.rows]
-    return [Answer(e, parse(spec, t), t) for e, t in zip(rows, texts, strict=True)]
+    form = cfg.prompt.form
+    return [Answer(e, parse(spec, t, form), t) for e, t in zip(rows, texts, strict=True)]
 
 
 @torch.no_grad()
 def label_probabilities(
-    policy: Policy, spec: TaskSpec, texts: Sequence[str], prompts: Sequence[list[int]]
+    policy: Policy, spec: TaskSpec, prompts: Sequence[Fitted], form: str = "judgement"
 ) -> torch.Tensor:
     """softmax over the labels of log π(` Word </Judgement>` | prompt), (P, K), no length norm.
 
     Each label is tokenised behind its prompt, as a whole text; where a label changes the prompt's
-    last tokens, scoring starts at the first token that differs.
+    last tokens, scoring starts at the first token that differs. In the analysis form the label
+    stands behind an empty reason.
     """
     heads, answers, owners = [], [], []
-    for number, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
-        whole = [policy.encode(text + answer(word)) for word in spec.words]
-        cut = min(prefix_tree.common(ids, row) for row in whole)
-        heads.append(ids[:cut])
+    for number, prompt in enumerate(prompts):
+        whole = [policy.encode(prompt.text + answer(word, form)) for word in spec.words]
+        cut = min(prefix_tree.common(prompt.ids, row) for row in whole)
+        heads.append(prompt.ids[:cut])
         answers += [row[cut:] for row in whole]
         owners += [number] * len(whole)
     scored = policy.score(heads, answers, owners)
-    return scored.logprobs.sum(1).view(len(texts), -1).softmax(-1)
+    return scored.logprobs.sum(1).view(len(prompts), -1).softmax(-1)
 
 
 def _by_score(
-    policy: Policy,
-    spec: TaskSpec,
-    rows: Sequence[Example],
-    texts: Sequence[str],
-    prompts: Sequence[list[int]],
+    policy: Policy, spec: TaskSpec, rows: Sequence[Example], prompts: Sequence[Fitted], form: str
 ) -> list[Answer]:
-    table = label_probabilities(policy, spec, texts, prompts).tolist()
+    """The likeliest word; for a rating the expectation over its grid."""
+    table = label_probabilities(policy, spec, prompts, form).tolist()
     answers = []
     for example, probabilities in zip(rows, table, strict=True):
         by_word = dict(zip(spec.words, probabilities, strict=True))
         best = max(by_word, key=lambda word: by_word[word])
-        answers.append(Answer(example, best, answer(best), by_word))
+        if spec.rating:
+            best = f"{sum(float(word) * p for word, p in by_word.items()):.3f}"
+        answers.append(Answer(example, best, answer(best, form), by_word))
     return answers
 
 
 def report(spec: TaskSpec, cfg: Config, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Accuracy with its interval, per-class figures, histogram and unparsed rate."""
-    labels = [_label(row.example) for row in answers]
-    predictions = [row.prediction for row in answers]
-    return metrics.classification_report(
-        labels, predictions, spec.words, cfg.eval.bootstrap, cfg.seed
+    """The task's metrics with the interval of their mean, histogram and unparsed rate."""
+    if missing := [row.example.id for row in answers if row.example.label is None]:
+        raise UserError(f"eval.split: row {missing[0]} has no label; use --split dev")
+    return metrics.report(
+        spec,
+        [row.example for row in answers],
+        [row.prediction for row in answers],
+        [row.probabilities for row in answers],
+        cfg.eval.bootstrap,
+        cfg.seed,
     )
 
 
-def _label(example: Example) -> str:
-    if example.label is None:
-        raise UserError(f"eval.split: row {example.id} has no label; use --split dev")
-    return example.label
-
-
 def evaluate_all(
-    policy: Policy,
+    policy: Policy | Encoder,
     spec: TaskSpec,
     cfg: Config,
     examples: Sequence[Example],
-    decodes: Sequence[str] = DECODES,
+    decodes: Sequence[str] | None = None,
     progress: bool = False,
     title: str = "evaluate",
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[Answer]]:
     """All answers under each way of decoding, with a progress bar; fewer where `stop` said so."""
     found: dict[str, list[Answer]] = {}
-    for decode in decodes:
+    for decode in decodes or decodes_of(spec):
         rows = answer_all(policy, spec, cfg, examples, decode, stop)
         found[decode] = list(shown(rows, f"{title}: {decode}", len(examples), progress))
     return found
+
+
+def headline(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """The task's score under each decoding, and the rate of sampled answers that hold none."""
+    sampled = reports.get("sample") or next(iter(reports.values()))
+    row = {name: reports[name]["score"] if name in reports else None for name in DECODES}
+    return row | {"unparsed": sampled["unparsed"]}
+
+
+def mean_headline(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The mean over tasks; null where a task lacks the number."""
+    means: dict[str, float | None] = {}
+    for name in (*DECODES, "unparsed"):
+        values = [row[name] for row in rows]
+        known = [value for value in values if value is not None]
+        means[name] = sum(known) / len(known) if len(known) == len(values) else None
+    return means
 
 
 def shown(rows: Iterable[T], title: str, total: int | None, progress: bool) -> Iterator[T]:
@@ -204,33 +240,34 @@ def shown(rows: Iterable[T], title: str, total: int | None, progress: bool) -> I
     yield from tqdm(rows, title, total, disable=not progress, leave=False, mininterval=pause)
 
 
-def headline(found: dict[str, list[Answer]]) -> dict[str, float]:
-    """The metric under each decoding, and the rate of sampled answers that hold none."""
-    row = {
-        decode: sum(a.prediction == _label(a.example) for a in answers) / len(answers)
-        for decode, answers in found.items()
-    }
-    sampled = found.get("sample") or next(iter(found.values()))
-    return row | {"unparsed": sum(a.prediction is None for a in sampled) / len(sampled)}
-
-
 def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a finished run; a UserError where the run is none or has not finished."""
     folder = require_run_dir(run_dir)
     cfg = load_config(folder / "config.yaml", overrides)
-    if not (folder / "adapter" / lora.CONFIG_FILE).is_file():
+    kept = encoder_folder(folder) if cfg.method == "encoder" else folder / "adapter"
+    named = "config.json" if cfg.method == "encoder" else lora.CONFIG_FILE
+    if not (kept / named).is_file():
         raise UserError(
-            f"{folder}: the run has not finished and left no adapter/; "
+            f"{folder}: the run has not finished and left no {kept.name}/; "
             f"finish it with python -m ppo_nlu.train {folder}/config.yaml --resume {folder}"
         )
     return cfg
 
 
-def load_trained(cfg: Config, run_dir: str | Path) -> Policy:
-    """The policy of a finished run, with its trained adapter and value head."""
+def encoder_folder(run_dir: str | Path) -> Path:
+    """Where a run of method `encoder` leaves its model."""
+    return Path(run_dir) / "encoder"
+
+
+def load_trained(cfg: Config, run_dir: str | Path) -> Policy | Encoder:
+    """The policy of a finished run, with its trained adapter and value head, or its encoder."""
+    if cfg.method == "encoder":
+        return encoder.load_saved(cfg, specs_of(cfg)[cfg.names[0]], encoder_folder(run_dir))
     adapter = Path(run_dir) / "adapter"
     policy = load_policy(cfg)
     lora.load_adapter(policy.model, adapter)
+    if cfg.method != "ppo":
+        return policy  # no critic was trained
     try:
         policy.value_head.load_state_dict(load_file(adapter / VALUE_HEAD))
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -242,19 +279,19 @@ def load_trained(cfg: Config, run_dir: str | Path) -> Policy:
     return policy
 
 
-def write_predictions(path: Path, answers: Iterable[Answer]) -> None:
+def write_predictions(path: Path, answers: Iterable[Answer], named: bool = False) -> None:
     """One JSON object a row; the file appears whole or not at all."""
-    for _ in recorded(path, answers):
+    for _ in recorded(path, answers, named):
         pass
 
 
-def recorded(path: Path, answers: Iterable[Answer]) -> Iterator[Answer]:
+def recorded(path: Path, answers: Iterable[Answer], named: bool = False) -> Iterator[Answer]:
     """The answers as they come, each written down at once; with the last the file gets its name."""
     part = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with part.open("w", encoding="utf-8") as file:
             for row in answers:
-                file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+                file.write(json.dumps(row.to_json(named), ensure_ascii=False) + "\n")
                 yield row
             file.flush()
             os.fsync(file.fileno())
@@ -269,54 +306,157 @@ def join(decoded: Sequence[Answer], scored: Sequence[Answer]) -> list[Answer]:
     return [replace(row, probabilities=other.probabilities) for row, other in pairs]
 
 
+@dataclass
+class Measured:
+    """One task's rows and how they were answered, by way of decoding; `before`: by the base."""
+
+    spec: TaskSpec
+    rows: data.Dataset
+    after: dict[str, list[Answer]]
+    before: dict[str, list[Answer]] | None = None
+
+    def entry(self, cfg: Config) -> dict[str, Any]:
+        """The task's part of a summary.json."""
+        reports = {decode: report(self.spec, cfg, rows) for decode, rows in self.after.items()}
+        base = None
+        if self.before is not None:
+            quick = replace(cfg, eval=replace(cfg.eval, bootstrap=0))
+            base = {name: report(self.spec, quick, rows) for name, rows in self.before.items()}
+        return {
+            "title": self.spec.title,
+            "data": self.rows.source,
+            "note": self.rows.note,
+            "partial": self.rows.partial,
+            "rows": len(self.rows.examples),
+            "before": headline(base) if base else None,
+            "after": headline(reports),
+            "reports": reports,
+        }
+
+
+def summarise(cfg: Config, measured: Sequence[Measured]) -> dict[str, Any]:
+    """What a summary.json says of the evaluation; over several tasks `before` and `after` are
+    means of the tasks' scores."""
+    entries = {one.spec.name: one.entry(cfg) for one in measured}
+    before = [entry["before"] for entry in entries.values() if entry["before"]]
+    summary: dict[str, Any] = {
+        "task": "+".join(entries),
+        "method": cfg.method,
+        "model": cfg.model.name_or_path,
+        "data": "+".join(dict.fromkeys(one.rows.source for one in measured)),
+        "seed": cfg.seed,
+        "eval_split": cfg.eval.split,
+        "eval_rows": sum(entry["rows"] for entry in entries.values()),
+        "before": mean_headline(before) if before else None,
+        "after": mean_headline([entry["after"] for entry in entries.values()]),
+        "tasks": entries,
+    }
+    if len(entries) == 1:
+        summary["reports"] = next(iter(entries.values()))["reports"]
+    scored = [next(reversed(one.after.values())) for one in measured]
+    summary["truncated_eval_prompts"] = sum(row.cut for rows in scored for row in rows)
+    summary["dropped_eval_shots"] = sum(row.dropped for rows in scored for row in rows)
+    return summary
+
+
+def held_out(spec: TaskSpec, cfg: Config, split: str | None = None) -> data.Dataset:
+    """The rows to evaluate on: at most `eval.limit`, no group of rows cut in two."""
+    found = data.load_split(spec, split or cfg.eval.split, cfg.data)
+    return replace(found, examples=data.first(found.examples, cfg.eval.limit))
+
+
 def main(argv: list[str] | None = None) -> int:
     """The program."""
+    started = time.perf_counter()
     parser = cli.Parser("python -m ppo_nlu.evaluate", description=__doc__)
     parser.add_argument("target", metavar="RUN_DIR|CONFIG", help="a run, or a config: its base")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--decode", choices=DECODES, help="one way of decoding (default: all three)"
     )
-    parser.add_argument("--split", choices=("train", "dev", "test"), help="default: eval.split")
+    parser.add_argument("--split", help="train, dev or test (default: eval.split)")
     parser.add_argument(
-        "--output", type=Path, help="a folder for predictions.jsonl and report.json"
+        "--output", type=Path, help="a folder for predictions, report.json and summary.json"
     )
     args = parser.parse_intermixed_args(argv)
     target = Path(args.target)
     is_run = target.is_dir()
-    read = run_config if is_run else load_config
-    cfg = read(target, args.overrides)
-    spec = get_task(cfg.task)
-    split = args.split or cfg.eval.split
-    default = target / f"eval-{split}" if is_run else Path(f"eval-{spec.name}-{split}")
-    output = require_own(args.output or default)
-    rows = data.load_split(spec, split, cfg.data)
-    examples = rows.examples[: cfg.eval.limit or None]
-    print(f"data: {rows.note}; {split}: {len(examples):,} rows", flush=True)
-    policy = load_trained(cfg, target) if is_run else load_policy(cfg)
-    check_words(policy, spec)
-    require_room(policy, spec, cfg)
-    output.mkdir(parents=True, exist_ok=True)
-    reports, found_by = {}, {}
-    for decode in (args.decode,) if args.decode else DECODES:
-        answers = answer_all(policy, spec, cfg, examples, decode)
-        written = recorded(output / f"predictions-{decode}.jsonl", answers)
-        found = list(shown(written, f"evaluate: {decode}", len(examples), cfg.log.progress))
-        found_by[decode] = found
-        if all(row.example.label is not None for row in found):
-            reports[decode] = report(spec, cfg, found)
-            print_report(decode, reports[decode])
-    first = found_by["greedy"] if len(found_by) > 1 else next(iter(found_by.values()))
-    both = join(first, found_by["score"]) if "score" in found_by else first
-    write_predictions(output / "predictions.jsonl", both)
-    if reports:
-        atomic_write_json(output / "report.json", {"data": rows.source, "split": split} | reports)
-    else:
-        print(f"no scores: {split} has rows without a label")
-    if cut := sum(row.cut for row in first):
-        print(f"{cut:,} prompts were cut to fit the context of {policy.context:,} tokens")
+    cfg = (run_config if is_run else load_config)(target, args.overrides)
+    cfg = replace(cfg, eval=replace(cfg.eval, split=args.split or cfg.eval.split))
+    specs, split = specs_of(cfg), cfg.eval.split
+    label = "+".join(name.replace("/", "-") for name in specs)
+    output = require_own(
+        args.output or (target / f"eval-{split}" if is_run else Path(f"eval-{label}-{split}"))
+    )
+    held = {name: held_out(spec, cfg) for name, spec in specs.items()}
+    for rows in held.values():
+        print(f"data: {rows.note}; {split}: {len(rows.examples):,} rows", flush=True)
+    policy = load_trained(cfg, target) if is_run else load_base_policy(cfg)
+    for spec in specs.values():
+        require_fit(policy, spec, cfg)
+    measured = []
+    for name, spec in specs.items():
+        folder = output / name.replace("/", "-") if len(specs) > 1 else output
+        folder.mkdir(parents=True, exist_ok=True)
+        decodes = (args.decode,) if args.decode else decodes_of(spec)
+        found = _answered(policy, spec, cfg, held[name].examples, decodes, folder)
+        measured.append(Measured(spec, held[name], found))
+        _tell(measured[-1], cfg, folder)
+    if all(row.label is not None for rows in held.values() for row in rows.examples):
+        method = "few-shot" if cfg.prompt.shots else "zero-shot"
+        summary = summarise(cfg, measured) | {
+            "method": cfg.method if is_run else method,
+            "train_samples": 0,
+            "wall_s": time.perf_counter() - started,
+            "peak_memory_mb": runlog.peak_memory_mb(policy.device),
+        }
+        atomic_write_json(output / "summary.json", summary)
+    if cut := sum(row.cut for one in measured for row in next(iter(one.after.values()))):
+        print(f"{cut:,} prompts were cut to fit the model's context")
+    if lost := sum(row.dropped for one in measured for row in next(iter(one.after.values()))):
+        print(f"{lost:,} worked examples were left out, whole, where a prompt did not fit")
     print(f"written: {output}")
     return 0
+
+
+def load_base_policy(cfg: Config) -> Policy:
+    """The policy that a config starts from; an encoder is nothing before its training."""
+    if cfg.method == "encoder":
+        raise UserError("method: an encoder answers only after training; give its run folder")
+    return load_policy(cfg)
+
+
+def _answered(
+    policy: Policy | Encoder,
+    spec: TaskSpec,
+    cfg: Config,
+    examples: Sequence[Example],
+    decodes: Sequence[str],
+    folder: Path,
+) -> dict[str, list[Answer]]:
+    """The answers of one task, written down as they come."""
+    found = {}
+    for decode in decodes:
+        answers = answer_all(policy, spec, cfg, examples, decode)
+        written = recorded(folder / f"predictions-{decode}.jsonl", answers)
+        title = f"{spec.title}: {decode}"
+        found[decode] = list(shown(written, title, len(examples), cfg.log.progress))
+    first = found.get("greedy") or next(iter(found.values()))
+    both = join(first, found["score"]) if "score" in found else first
+    write_predictions(folder / "predictions.jsonl", both)
+    return found
+
+
+def _tell(one: Measured, cfg: Config, folder: Path) -> None:
+    """Print the reports of one task and write them to report.json; without labels, say so."""
+    if any(row.label is None for row in one.rows.examples):
+        print(f"{one.spec.title}: no scores, since {cfg.eval.split} has rows without a label")
+        return
+    reports = {decode: report(one.spec, cfg, rows) for decode, rows in one.after.items()}
+    for decode, row in reports.items():
+        print_report(f"{one.spec.title}, {decode}", row)
+    place = {"data": one.rows.source, "split": cfg.eval.split}
+    atomic_write_json(folder / "report.json", place | reports)
 
 
 def require_own(output: Path) -> Path:
@@ -324,27 +464,30 @@ def require_own(output: Path) -> Path:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
     names = [path.name for path in output.iterdir()] if output.is_dir() else []
-    if any(not name.startswith((".tmp-", "predictions", "report.json")) for name in names):
+    own = (".tmp-", "predictions", "report.json", "summary.json")
+    plain = {name.replace("/", "-") for name in TASKS}
+    if any(not name.startswith(own) and name not in plain for name in names):
         raise UserError(f"--output {output}: holds files of other kinds; name a new folder")
     return output
 
 
-def print_report(decode: str, row: dict[str, Any]) -> None:
+def print_report(title: str, row: dict[str, Any]) -> None:
     """A report as a few lines of text."""
-    interval = row["accuracy_interval"]
+    interval = row["interval"]
     spread = f" (95 % {100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
-    print(
-        f"\n{decode}: accuracy {100 * row['accuracy']:.1f} %{spread}, "
-        f"unparsed {100 * row['unparsed']:.1f} %"
-    )
-    for word, figures in row["per_class"].items():
+    values = row["metrics"]
+    figures = ", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items())
+    mean = f"; mean {100 * row['score']:.1f} %" if len(values) > 1 else ""
+    print(f"\n{title}: {figures}{mean}{spread}, unparsed {100 * row['unparsed']:.1f} %")
+    for word, per_class in row.get("per_class", {}).items():
         shown = "  ".join(
-            f"{title} {100 * figures[key]:5.1f}"
+            f"{title} {100 * per_class[key]:5.1f}"
             for title, key in (("precision", "precision"), ("recall", "recall"), ("F1", "f1"))
         )
-        print(f"  {word:<14} {shown}  of {figures['support']}")
-    counts = ", ".join(f"{word} {count}" for word, count in row["predicted"].items())
-    print(f"  predicted: {counts}")
+        print(f"  {word:<14} {shown}  of {per_class['support']}")
+    if row["predicted"]:
+        counts = ", ".join(f"{word} {count}" for word, count in row["predicted"].items())
+        print(f"  predicted: {counts}")
 
 
 if __name__ == "__main__":

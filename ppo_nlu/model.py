@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ppo_nlu import lora, ops, prefix_tree
 from ppo_nlu.answers import parse
-from ppo_nlu.config import Config, ModelConfig
+from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.prefix_tree import Tokens
-from ppo_nlu.prompts import STOP, answer, render
+from ppo_nlu.prompts import OPENING, STOP, answer, render
 from ppo_nlu.tasks import TaskSpec
 
 BUNDLED = Path(__file__).resolve().parent / "assets" / "tiny"
@@ -77,6 +77,29 @@ class Policy:
     def head(self) -> nn.Linear:
         """The LM head."""
         return self.model.get_output_embeddings()
+
+    def chat(self, messages: list[dict[str, str]]) -> str:
+        """The messages in the model's own chat format, up to where its answer begins."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(
+                f"prompt.chat_template: {self.model.name_or_path!r} has no chat template; set it "
+                "to false, or take a chat model"
+            )
+        try:
+            return self._in_chat_form(messages)
+        except Exception:  # many templates know no system turn: its text then opens the first user
+            first, second, *rest = messages
+            joined = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}
+            return self._in_chat_form([joined, *rest])
+
+    def _in_chat_form(self, messages: list[dict[str, str]]) -> str:
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        # `encode` puts the opening token itself.
+        opening = self.tokenizer.bos_token or ""
+        first = self.tokenizer("a", add_special_tokens=True)["input_ids"][0]
+        return text.removeprefix(opening) if first == self.tokenizer.bos_token_id else text
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole text, with the tokenizer's own opening token and no closing one."""
@@ -344,16 +367,18 @@ def _has_window(config: Any) -> bool:
     return kinds != {"full_attention"} or bool(window and used and window < context)
 
 
-def check_words(policy: Policy, spec: TaskSpec) -> None:
+def check_words(policy: Policy, spec: TaskSpec, style: PromptConfig | None = None) -> None:
     """Each label word and the closing tag must survive the tokenizer; else a UserError."""
-    fields = {name: "a film" for name in spec.fields}
-    prompt = render(spec, fields)
-    for word in spec.words:
-        text = policy.decode(policy.encode(prompt + answer(word)))
-        reply = text.rpartition("<Judgement>")[2]
-        if parse(spec, reply) != word or STOP not in reply:
+    form = (style or PromptConfig()).form
+    fields = dict.fromkeys(spec.fields, "a film")
+    prompt = render(spec, fields, form=form)
+    for word in spec.words or ("a film",):
+        wanted = answer(word, form)
+        text = policy.decode(policy.encode(prompt + wanted))
+        reply = text.rpartition(OPENING[form])[2]
+        if parse(spec, reply, form) != word or STOP not in reply:
             raise UserError(
                 f"model.name_or_path: the tokenizer of {policy.model.name_or_path!r} does not keep "
-                f"{answer(word).strip()!r} (it reads back {reply.strip()[-40:]!r}); "
+                f"{wanted.strip()!r} (it reads back {reply.strip()[-40:]!r}); "
                 "use a model whose tokenizer knows these characters"
             )

@@ -11,7 +11,7 @@ Departures from arXiv 2410.11020, each with the key that takes it back:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import Policy, trainable
 from ppo_nlu.optim import clip_gradients
+from ppo_nlu.rewards import RunningScale
 from ppo_nlu.rollout import Rollout, collect_answers, seeded
 from ppo_nlu.tasks import Example, TaskSpec
 
@@ -42,17 +43,22 @@ class Batch:
 
 def collect(
     policy: Policy,
-    spec: TaskSpec,
+    specs: Mapping[str, TaskSpec],
     cfg: Config,
     kl: losses.AdaptiveKL,
     examples: Sequence[Example],
     step: int,
+    scale: RunningScale | None = None,
 ) -> tuple[Batch, Metrics]:
-    """Sample answers, score them, shape the rewards with KL, estimate advantages and returns."""
-    rollout = collect_answers(policy, spec, cfg, examples, step)
+    """Sample answers, score them, shape the rewards with KL, estimate advantages and returns.
+
+    With `scale` (`reward.normalise`) each task's scores are put on one scale first.
+    """
+    rollout = collect_answers(policy, specs, cfg, examples, step)
     mask, ppo = rollout.mask, cfg.ppo
+    scores = rollout.scores if scale is None else _normalised(scale, rollout)
     rewards = losses.shaped_rewards(
-        rollout.scores, rollout.logprobs, rollout.logprobs, mask, kl.coef, kl=rollout.kl
+        scores, rollout.logprobs, rollout.logprobs, mask, kl.coef, kl=rollout.kl
     )
     if ppo.whiten_rewards:
         rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
@@ -60,22 +66,51 @@ def collect(
     if ppo.whiten_advantages:
         advantages = losses.masked_whiten(advantages, mask)
     divergence = float(rollout.kl.masked_fill(~mask, 0.0).sum(1).mean())
-    right = [p == e.label for p, e in zip(rollout.predictions, rollout.examples, strict=True)]
     metrics = {
         "reward/mean": float(rollout.scores.mean()),
         "reward/std": float(rollout.scores.std(correction=0)),
-        "answer/accuracy": sum(right) / rollout.size,
+        "answer/accuracy": _mean(_right(specs, rollout)),
         "answer/unparsed": sum(p is None for p in rollout.predictions) / rollout.size,
         "answer/tokens": float(mask.sum()) / rollout.size,
         "answer/truncated_prompts": float(rollout.truncated),
+        "answer/dropped_shots": float(rollout.dropped),
         "kl/ref": divergence,
         "kl/coef": kl.coef,
         "value/mean": float(losses.masked_mean(rollout.values, mask)),
         "value/explained_variance": float(losses.explained_variance(rollout.values, returns, mask)),
     }
+    if len(specs) > 1:
+        metrics |= by_task(rollout)
     if ppo.kl_adaptive:
         kl.update(divergence, rollout.size)
     return Batch(rollout, rewards, advantages, returns), metrics
+
+
+def by_task(rollout: Rollout) -> Metrics:
+    """The mean reward of each task in the batch, as it was earned."""
+    earned: dict[str, list[float]] = {}
+    for row, score in zip(rollout.examples, rollout.scores.tolist(), strict=True):
+        earned.setdefault(row.task, []).append(score)
+    return {f"reward/{task}/mean": _mean(scores) for task, scores in sorted(earned.items())}
+
+
+def _normalised(scale: RunningScale, rollout: Rollout) -> Tensor:
+    pairs = list(zip(rollout.examples, rollout.scores.tolist(), strict=True))
+    for row, score in pairs:
+        scale.update(row.task, score)
+    return rollout.scores.new_tensor([scale.apply(row.task, score) for row, score in pairs])
+
+
+def _right(specs: Mapping[str, TaskSpec], rollout: Rollout) -> list[bool]:
+    """Whether each answer is the gold one as it would be written."""
+    return [
+        guess == specs[row.task].written(row.label or "")
+        for guess, row in zip(rollout.predictions, rollout.examples, strict=True)
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def update(policy: Policy, optimizer: Optimizer, cfg: Config, batch: Batch, step: int) -> Metrics:

@@ -19,10 +19,12 @@ from typing import Any, TextIO
 
 from ppo_nlu import cli, data
 from ppo_nlu.config import Config
+from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
-from ppo_nlu.evaluate import Answer, answer_all, load_trained, require_room, run_config, shown
-from ppo_nlu.model import Policy, check_words
-from ppo_nlu.tasks import Example, TaskSpec, get_task
+from ppo_nlu.evaluate import Answer, answer_all, load_trained, require_fit, run_config, shown
+from ppo_nlu.model import Policy
+from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks.custom import specs_of
 
 FORMATS = (".jsonl", ".csv", ".tsv")
 
@@ -32,16 +34,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser("python -m ppo_nlu.predict", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a finished run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--input", type=Path, help=".txt, .csv, .tsv or .jsonl (default: stdin)")
+    parser.add_argument("--task", help="which task, where the run was trained on several")
+    parser.add_argument(
+        "--input", type=Path, help=".txt, .csv, .tsv, .jsonl or .parquet (default: stdin)"
+    )
     parser.add_argument("--output", type=Path, help=".jsonl, .csv or .tsv (default: stdout, jsonl)")
     args = parser.parse_intermixed_args(argv)
     cfg = run_config(args.run_dir, args.overrides)
-    spec = get_task(cfg.task)
+    specs = specs_of(cfg)
+    name = args.task or next(iter(specs))
+    if name not in specs or (len(specs) > 1 and not args.task):
+        raise UserError(f"--task {args.task or '(missing)'}: the run knows {', '.join(specs)}")
+    spec = specs[name]
     _check_paths(args.input, args.output)
     rows = _started(data.read_inputs(args.input, spec)) if args.input else _stdin(spec)
     policy = load_trained(cfg, args.run_dir)
-    check_words(policy, spec)
-    require_room(policy, spec, cfg)
+    require_fit(policy, spec, cfg)
     with _writer(args.output, spec) as write:
         visible = cfg.log.progress and args.output is not None
         # Rows of a file are sorted by length, many at a time; a line on stdin is answered at once.
@@ -59,12 +67,13 @@ def _started(rows: Iterator[Example]) -> Iterator[Example]:
 
 
 def predict(
-    policy: Policy, spec: TaskSpec, cfg: Config, rows: Iterable[Example], size: int
+    policy: Policy | Encoder, spec: TaskSpec, cfg: Config, rows: Iterable[Example], size: int
 ) -> Iterator[Answer]:
-    """Label-scored answers in the order of the rows, which are read `size` at a time."""
+    """Label-scored answers in the order of the rows, which are read `size` at a time; free text
+    is decoded greedily."""
     rows = iter(rows)
     while window := list(islice(rows, size)):
-        yield from answer_all(policy, spec, cfg, window, "score")
+        yield from answer_all(policy, spec, cfg, window, "score" if spec.words else "greedy")
 
 
 def _check_paths(source: Path | None, target: Path | None) -> None:
@@ -128,7 +137,8 @@ def _json(answer: Answer) -> str:
 def _file_writer(file: TextIO, suffix: str, spec: TaskSpec) -> Any:
     if suffix == ".jsonl":
         return lambda answer: file.write(_json(answer) + "\n")
-    columns = ["id", *spec.fields, "prediction", "label", *(f"p_{w}" for w in spec.words)]
+    listed = spec.words if spec.kind == "choice" else ()
+    columns = ["id", *spec.fields, "prediction", "label", *(f"p_{w}" for w in listed)]
 
     def cells(answer: Answer) -> list[str]:
         probabilities = {f"p_{w}": p for w, p in (answer.probabilities or {}).items()}

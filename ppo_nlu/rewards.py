@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from ppo_nlu.errors import UserError
+from ppo_nlu.metrics import token_f1
+from ppo_nlu.prompts import STOP
+from ppo_nlu.tasks import Example, TaskSpec
+
 # (right, wrong, no answer): the paper's text, and its released code, which is 2 * paper - 1.
 SCALES = {"paper": (1.0, 0.0, -1.0), "code": (1.0, -1.0, -3.0)}
+KINDS = ("label", "rating", "exact", "f1")
+Reward = Callable[[str, Mapping[str, Any]], float]
 
 
 def score(prediction: str | None, label: str, scale: str = "paper") -> float:
@@ -12,3 +26,81 @@ def score(prediction: str | None, label: str, scale: str = "paper") -> float:
     if prediction is None:
         return exceptional
     return right if prediction == label else wrong
+
+
+def rating_score(prediction: str | None, label: str, spec: TaskSpec) -> float:
+    """Half the range minus the error; without a number in the range, minus half the range.
+
+    For STS-B (0 to 5) this is the paper's 2.5 - |y' - y| and -2.5.
+    """
+    assert spec.rating is not None
+    half = (spec.rating.high - spec.rating.low) / 2
+    return -half if prediction is None else half - abs(float(prediction) - float(label))
+
+
+def reward(
+    spec: TaskSpec, example: Example, prediction: str | None, response: str, scale: str = "paper"
+) -> float:
+    """What a response to a labelled row earns, by the task's own rule."""
+    gold = example.label
+    assert gold is not None, f"{spec.name} {example.id} has no label to learn from"
+    if spec.reward == "rating":
+        return rating_score(prediction, gold, spec)
+    if spec.reward == "label":
+        return score(prediction, gold, scale)
+    right, wrong, exceptional = SCALES[scale]
+    if spec.reward in KINDS:
+        if prediction is None:
+            return exceptional
+        close = token_f1(prediction, gold)
+        return wrong + (right - wrong) * (close if spec.reward == "f1" else float(close == 1.0))
+    row = {**example.fields, "id": example.id, "label": gold}
+    return _checked(spec, load(spec.reward)(response.partition(STOP)[0].strip(), row))
+
+
+def _checked(spec: TaskSpec, value: Any) -> float:
+    if isinstance(value, bool | int | float) and math.isfinite(value):
+        return float(value)
+    raise UserError(
+        f"custom.reward: {spec.reward} returned {value!r}; it must return a finite number"
+    )
+
+
+@lru_cache(maxsize=8)
+def load(path: str) -> Reward:
+    """The user's own `(text, row) -> float` from `package.module:function`.
+
+    `text` is the response before the closing tag; `row` holds the row's fields, `id` and `label`.
+    """
+    module, _, name = path.rpartition(":" if ":" in path else ".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"custom.reward: cannot import {path!r} ({error}); give {' or '.join(KINDS)}, "
+            "or package.module:function of a file in the current directory or an installed package"
+        ) from error
+    if not callable(found):
+        raise UserError(f"custom.reward: {path!r} is no function; it must be (text, row) -> float")
+    return found
+
+
+@dataclass
+class RunningScale:
+    """Mean and deviation of each task's rewards so far (Welford), to put tasks on one scale."""
+
+    seen: dict[str, list[float]] = field(default_factory=dict)  # task: count, mean, sum of squares
+
+    def update(self, task: str, value: float) -> None:
+        """Count one more reward of a task."""
+        count, mean, squares = self.seen.get(task, [0.0, 0.0, 0.0])
+        count += 1
+        gap = value - mean
+        mean += gap / count
+        self.seen[task] = [count, mean, squares + gap * (value - mean)]
+
+    def apply(self, task: str, value: float) -> float:
+        """(value - mean) / deviation; the deviation counts as 1 while it is 0."""
+        count, mean, squares = self.seen[task]
+        deviation = math.sqrt(squares / count)
+        return (value - mean) / (deviation if deviation > 1e-8 else 1.0)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from ppo_nlu import rewards
+from ppo_nlu import demonstrations, rewards
 from ppo_nlu.answers import parse
-from ppo_nlu.config import Config
+from ppo_nlu.config import Config, PromptConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Generation, Sampling, generate
 from ppo_nlu.lora import lora_disabled
 from ppo_nlu.losses import exact_kl, kl_penalty
 from ppo_nlu.model import Policy, unflatten
-from ppo_nlu.prompts import render
+from ppo_nlu.prompts import OPENING, render, turns
 from ppo_nlu.tasks import Example, TaskSpec
 
 
@@ -42,6 +42,7 @@ class Rollout:
     kl: Tensor
     scores: Tensor
     truncated: int
+    dropped: int  # worked examples left out of the prompts
 
     @property
     def size(self) -> int:
@@ -59,16 +60,37 @@ class Rollout:
         )
 
 
-def fit_prompt(
-    policy: Policy, spec: TaskSpec, example: Example, longest: int
-) -> tuple[str, list[int], bool]:
-    """The prompt's text and token ids, at most `longest`, and whether it was cut to fit.
+@dataclass(frozen=True)
+class Fitted:
+    """A prompt that fits: its text and token ids, whether a field was cut for it, and how many
+    worked examples were left out."""
 
-    What is cut is the end of the longest text field, never the form around it.
+    text: str
+    ids: list[int]
+    cut: bool = False
+    dropped: int = 0
+
+
+def fit_prompt(
+    policy: Policy,
+    spec: TaskSpec,
+    example: Example,
+    longest: int,
+    style: PromptConfig | None = None,
+    shots: Sequence[Example] = (),
+) -> Fitted:
+    """The prompt of a row with at most `longest` tokens.
+
+    Where it is too long, worked examples go first, whole, from the last on; then the end of the
+    longest text field is cut, never the form around it.
     """
-    fields = dict(example.fields)
-    text = render(spec, fields)
-    ids = policy.encode(text)
+    style = style or PromptConfig()
+    kept = demonstrations.shown_to(spec, example, shots, style.shots)
+    wanted, fields = len(kept), dict(example.fields)
+    text, ids = _encoded(policy, spec, fields, kept, style)
+    while len(ids) > longest and kept:
+        kept = kept[:-1]
+        text, ids = _encoded(policy, spec, fields, kept, style)
     cut = len(ids) > longest
     while len(ids) > longest:
         name = max(spec.fields, key=lambda key: len(fields[key]))
@@ -81,9 +103,23 @@ def fit_prompt(
         share = len(policy.encode(body)) or 1
         keep = int(len(body) * max(share - (len(ids) - longest), 0) / share)
         fields[name] = body[: min(keep, len(body) - 1)].rstrip()
-        text = render(spec, fields)
-        ids = policy.encode(text)
-    return text, ids, cut
+        text, ids = _encoded(policy, spec, fields, kept, style)
+    return Fitted(text, ids, cut, wanted - len(kept))
+
+
+def _encoded(
+    policy: Policy,
+    spec: TaskSpec,
+    fields: dict[str, str],
+    shots: Sequence[Example],
+    style: PromptConfig,
+) -> tuple[str, list[int]]:
+    if style.chat_template:
+        messages = turns(spec, fields, shots, style.form)
+        text = policy.chat(messages) + OPENING[style.form]
+    else:
+        text = render(spec, fields, shots, style.form)
+    return text, policy.encode(text)
 
 
 def longest_prompt(policy: Policy, cfg: Config, room: int) -> int:
@@ -104,13 +140,22 @@ def seeded(*parts: object) -> torch.Generator:
 
 
 def collect_answers(
-    policy: Policy, spec: TaskSpec, cfg: Config, examples: Sequence[Example], step: int
+    policy: Policy,
+    specs: Mapping[str, TaskSpec],
+    cfg: Config,
+    examples: Sequence[Example],
+    step: int,
 ) -> Rollout:
-    """Sample answers to these examples, parse and score them, and measure KL to the reference."""
+    """Sample answers to these rows, parse and score them by the rules of their tasks, and measure
+    KL to the reference."""
     roll = cfg.rollout
     longest = longest_prompt(policy, cfg, roll.max_new_tokens)
-    fitted = [fit_prompt(policy, spec, example, longest) for example in examples]
-    prompts, cut = [ids for _, ids, _ in fitted], sum(cut for _, _, cut in fitted)
+    fitted = [
+        fit_prompt(policy, spec, example, longest, cfg.prompt, demonstrations.of(spec, cfg))
+        for example in examples
+        for spec in [specs[example.task]]
+    ]
+    prompts = [fit.ids for fit in fitted]
     drawn = generate(
         policy,
         prompts,
@@ -124,11 +169,13 @@ def collect_answers(
     answers = drawn.rows
     owned = [examples[p] for p in owners]
     responses = [policy.decode(answer) for answer in answers]
-    predictions = [parse(spec, response) for response in responses]
-    scale = cfg.reward.scale
+    predictions = [
+        parse(specs[row.task], response, cfg.prompt.form)
+        for row, response in zip(owned, responses, strict=True)
+    ]
     scores = [
-        rewards.score(guess, _gold(spec, example), scale)
-        for guess, example in zip(predictions, owned, strict=True)
+        rewards.reward(specs[row.task], row, guess, response, cfg.reward.scale)
+        for row, guess, response in zip(owned, predictions, responses, strict=True)
     ]
     logprobs, values = drawn.logprobs, drawn.values
     assert values is not None
@@ -153,13 +200,9 @@ def collect_answers(
         values,
         kl,
         torch.tensor(scores, device=policy.device),
-        cut,
+        sum(fit.cut for fit in fitted),
+        sum(fit.dropped for fit in fitted),
     )
-
-
-def _gold(spec: TaskSpec, example: Example) -> str:
-    assert example.label is not None, f"{spec.name} {example.id} has no label to learn from"
-    return example.label
 
 
 @torch.no_grad()

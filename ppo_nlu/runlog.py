@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import sys
 import time
 import uuid
@@ -286,12 +287,18 @@ def draw_curves(
     plt = importlib.import_module("matplotlib.pyplot")
     evals = {name: _series(records, name) for name in _eval_names(records)}
     panels = [name for name, data in (("kl", _series(records, "kl/ref")), ("eval", evals)) if data]
-    if not rewards and not panels:
+    losses = _series(records, "loss") if not rewards else []
+    if not rewards and not losses and not panels:
         return None
     before = before or {}
     figure = plt.figure(figsize=(9.6, 4.6), layout="constrained")
     grid = figure.add_gridspec(max(len(panels), 1), 2 if panels else 1)
-    _draw_reward(figure.add_subplot(grid[:, 0]), rewards, before.get("reward"))
+    first = figure.add_subplot(grid[:, 0])
+    if losses:
+        _draw_main(first, losses, None, "loss per token (nats)")
+    else:
+        _draw_main(first, rewards, before.get("reward"), "mean reward per answer")
+        _draw_tasks(first, records)
     for row, name in enumerate(panels):
         axes = figure.add_subplot(grid[row, 1])
         if name == "kl":
@@ -347,8 +354,8 @@ def _legend(axes: Any) -> None:
     axes.legend(frameon=False, fontsize=9, ncols=3, **place, **room)
 
 
-def _draw_reward(axes: Any, rewards: Series, baseline: float | None) -> None:
-    steps, values = [s for s, _ in rewards], [v for _, v in rewards]
+def _draw_main(axes: Any, series: Series, baseline: float | None, ylabel: str) -> None:
+    steps, values = [s for s, _ in series], [v for _, v in series]
     window = max(1, min(20, len(values) // 5))
     if window > 1:
         axes.plot(steps, values, color=_BLUE, alpha=0.25, linewidth=0.9, label="each step")
@@ -358,8 +365,20 @@ def _draw_reward(axes: Any, rewards: Series, baseline: float | None) -> None:
         axes.plot(steps, values, color=_BLUE, linewidth=1.5, marker="o", ms=3, label="each step")
     if baseline is not None:
         axes.axhline(baseline, color=_GREY, linestyle="--", linewidth=1.2, label="before training")
-    _style(axes, "mean reward per answer")
+    _style(axes, ylabel)
     _legend(axes)
+
+
+def _draw_tasks(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
+    """The reward of each task of several, as a smoothed line of its own."""
+    names = sorted({n for r in records for n in r if re.fullmatch(r"reward/.+/mean", n)})
+    for index, name in enumerate(names):
+        series = _series(records, name)
+        means = moving_average([v for _, v in series], max(1, min(20, len(series) // 5)))
+        colour, task = f"C{(index + 1) % 10}", name.removeprefix("reward/").removesuffix("/mean")
+        axes.plot([s for s, _ in series], means, color=colour, linewidth=1.1, label=task)
+    if names:
+        _legend(axes)
 
 
 def _draw_kl(axes: Any, kl: Series) -> None:

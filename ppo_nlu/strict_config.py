@@ -350,7 +350,8 @@ def checked(leaf: Leaf, value: Any, where: str, key: str) -> Any:
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """The value as that type, or TypeError; the only changes are to float."""
+    """The value as that type, or TypeError; the only changes are to float, and in a mapping from
+    a value to a list of texts (`Yes: 1` is `Yes: ["1"]`)."""
     if get_origin(kind) in (Union, types.UnionType):
         for arm in get_args(kind):
             try:
@@ -359,6 +360,8 @@ def _convert(kind: Any, value: Any) -> Any:
                 continue
     elif get_origin(kind) is list and isinstance(value, list):
         return [_convert(get_args(kind)[0], item) for item in value]
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        return {key: [_text(item) for item in _listed(items)] for key, items in value.items()}
     elif kind is float and not isinstance(value, bool):
         if isinstance(value, str) and _EXPONENT.fullmatch(value):
             value = float(value)
@@ -373,11 +376,26 @@ def _convert(kind: Any, value: Any) -> Any:
     raise TypeError
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _text(value: Any) -> str:
+    """A scalar as the data files write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise TypeError
+
+
 def _describe(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_describe(arm) for arm in get_args(kind))
     if get_origin(kind) is list:
         return f"a list of {_describe(get_args(kind)[0]).removeprefix('a ')}s"
+    if get_origin(kind) is dict:
+        return "a mapping of words to values"
     return {
         float: "a number",
         int: "a whole number",

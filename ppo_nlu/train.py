@@ -1,7 +1,8 @@
 """Training: `python -m ppo_nlu.train CONFIG [section.key=value ...] [--resume|--output RUN_DIR]`.
 
-Teaches a language model a task by PPO from labels, and says at the end what that gained: the
-untuned base and the tuned policy on the evaluation split under three ways of decoding.
+Teaches a model a task, or several, from labels: by PPO, by supervised fine-tuning, or as an encoder
+with a head. Says at the end what that gained: the untuned base and the tuned model on the
+evaluation split under three ways of decoding.
 """
 
 from __future__ import annotations
@@ -10,20 +11,19 @@ import hashlib
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save as dump_tensors
 from torch.optim import Optimizer
 
-from ppo_nlu import checkpoint, cli, data, evaluate, lora, optim, ppo, rewards, runlog
+from ppo_nlu import checkpoint, cli, data, evaluate, mixture, optim, ppo, rewards, runlog
 from ppo_nlu.config import Config, diff, dump, load_config, to_dict
 from ppo_nlu.errors import UserError
-from ppo_nlu.losses import AdaptiveKL
-from ppo_nlu.model import Policy, check_words, load_policy, resolve
-from ppo_nlu.tasks import Example, TaskSpec, get_task
+from ppo_nlu.learners import LEARNERS, Learner
+from ppo_nlu.model import Policy
+from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks.custom import specs_of
 
 # What a resumed run may change: how it is shown and kept, not what is computed.
 MAY_CHANGE = (
@@ -39,16 +39,15 @@ MAY_CHANGE = (
 
 @dataclass
 class Run:
-    """Everything that lives while a policy is trained."""
+    """Everything that lives while a model is trained; rows by the name of their task."""
 
     cfg: Config
-    spec: TaskSpec
+    specs: dict[str, TaskSpec]
     folder: Path
-    policy: Policy
+    learner: Learner
     optimizer: Optimizer
-    kl: AdaptiveKL
-    train_rows: list[Example]
-    eval_rows: list[Example]
+    train_rows: dict[str, list[Example]]
+    held: dict[str, data.Dataset]
     source: str
     started: float = field(default_factory=time.perf_counter)  # of the program
     step: int = 0
@@ -61,8 +60,8 @@ class Run:
 
 
 def train(run: Run, stop: checkpoint.StopRequest) -> None:
-    """The algorithm, top to bottom; one pass of the loop is one PPO iteration."""
-    cfg = run.cfg
+    """The algorithm, top to bottom; one pass of the loop is one step of the method."""
+    cfg, learner = run.cfg, run.learner
     sinks = runlog.open_sinks(cfg.log, run.folder, to_dict(cfg), run.step)
     log = runlog.MetricsLog(run.folder, sinks)
     log.truncate_after(run.step if run.pending is None else run.step - 1)
@@ -72,27 +71,24 @@ def train(run: Run, stop: checkpoint.StopRequest) -> None:
             run.pending = None
         while run.step < cfg.train.steps and not stop:
             started = time.perf_counter()
-            # 1. sample prompts
-            rows = data.batch_indices(
-                len(run.train_rows), cfg.rollout.batch_size, run.step, cfg.seed
+            # 1. sample rows
+            examples = mixture.batch(
+                run.train_rows, cfg.mixture, learner.batch_size, run.step, cfg.seed
             )
-            examples = [run.train_rows[row] for row in rows]
-            # 2.-4. answers, scores, KL-shaped rewards, advantages
-            batch, metrics = ppo.collect(run.policy, run.spec, cfg, run.kl, examples, run.step)
-            # 5. epochs of minibatch updates
+            # 2. learn from them: answers, rewards and updates for PPO
             factor = optim.learning_rate(cfg.optim, run.step, cfg.train.steps)
             optim.set_lr(run.optimizer, factor)
-            metrics |= {"optim/lr": cfg.optim.lr * factor}
-            metrics |= _update(run, batch, progress)
+            metrics = {"optim/lr": cfg.optim.lr * factor} | _learn(run, examples, progress)
             run.step += 1
-            metrics |= _count(run, batch, time.perf_counter() - started)
-            # 6. evaluate and log
+            samples = len(examples) * learner.samples
+            metrics |= _count(run, samples, time.perf_counter() - started)
+            # 3. evaluate and log
             if _evaluated(run, metrics, stop):
                 log.log(run.step, metrics)
             else:
                 run.pending = metrics
-            progress.update(batch.rollout.size, metrics["reward/mean"], metrics["kl/ref"])
-            # 7. checkpoint
+            progress.update(samples, metrics.get("reward/mean"), metrics.get("kl/ref"))
+            # 4. checkpoint
             every = cfg.train.checkpoint_every
             if run.step == cfg.train.steps or (every and run.step % every == 0):
                 save(run)
@@ -100,15 +96,19 @@ def train(run: Run, stop: checkpoint.StopRequest) -> None:
             save(run)
 
 
-def _update(run: Run, batch: ppo.Batch, progress: runlog.Progress) -> ppo.Metrics:
-    """The PPO update, guarded: what is not finite is skipped, counted and written down."""
+def _learn(run: Run, examples: list[Example], progress: runlog.Progress) -> dict[str, Any]:
+    """A step of the method, guarded: what is not finite is skipped, counted and written down."""
+    learner = run.learner
     try:
-        metrics = ppo.update(run.policy, run.optimizer, run.cfg, batch, run.step)
+        metrics = learner.step(run.optimizer, examples, run.step)
     except ppo.BadStep as bad:
         run.optimizer.zero_grad(set_to_none=True)
         run.bad_in_a_row += 1
         run.totals["bad_steps"] += 1
-        dumped = _dump(run, batch, bad)
+        dumped = run.folder / "bad_steps" / f"step_{run.step + 1:06d}.json"
+        dumped.parent.mkdir(exist_ok=True)
+        rows = learner.describe(bad.index)
+        checkpoint.atomic_write_json(dumped, {"metrics": bad.metrics, "rows": rows})
         progress.write(
             f"step {run.step + 1}: {bad}; the rest of the step is skipped, its batch is in {dumped}"
         )
@@ -119,68 +119,45 @@ def _update(run: Run, batch: ppo.Batch, progress: runlog.Progress) -> ppo.Metric
                 f"finite (batches in {dumped.parent}); try a lower optim.lr, a higher ppo.kl_coef "
                 "or model.dtype=float32"
             ) from None
-        return {"optim/bad_step": 1.0}
+        return learner.seen | {"optim/bad_step": 1.0}
     run.bad_in_a_row = 0
-    if run.step == 0:
-        exact = run.cfg.model.dtype == "float32"
-        remark = ppo.check_first_ratio(metrics["policy/first_ratio_gap"], exact)
-        if remark:
-            progress.write(remark)
+    if learner.remark:
+        progress.write(learner.remark)
+        learner.remark = None
     return metrics
 
 
-def _count(run: Run, batch: ppo.Batch, elapsed: float) -> dict[str, float]:
+def _count(run: Run, samples: int, elapsed: float) -> dict[str, float]:
     """Add a step to the run's totals; its times."""
     if run.step == 1:
         run.totals["first_step_s"] = time.perf_counter() - run.started
-    run.totals["samples"] += batch.rollout.size
+    run.totals["samples"] += samples
     run.totals["train_s"] += elapsed
-    run.totals["truncated"] += batch.rollout.truncated
-    return {"time/step_s": elapsed, "time/samples_per_s": batch.rollout.size / elapsed}
-
-
-def _dump(run: Run, batch: ppo.Batch, bad: ppo.BadStep) -> Path:
-    """The rows of a bad minibatch as readable JSON."""
-    roll = batch.rollout
-    rows = [
-        {
-            "id": roll.examples[j].id,
-            "fields": roll.examples[j].fields,
-            "label": roll.examples[j].label,
-            "response": roll.responses[j],
-            "tokens": roll.answers[j],
-            "score": float(roll.scores[j]),
-            "logprobs": roll.logprobs[j].tolist(),
-            "advantages": batch.advantages[j].tolist(),
-        }
-        for j in bad.index
-    ]
-    path = run.folder / "bad_steps" / f"step_{run.step + 1:06d}.json"
-    path.parent.mkdir(exist_ok=True)
-    checkpoint.atomic_write_json(path, {"metrics": bad.metrics, "rows": rows})
-    return path
+    run.totals["truncated"] += run.learner.truncated
+    return {"time/step_s": elapsed, "time/samples_per_s": samples / elapsed}
 
 
 def _evaluated(run: Run, metrics: dict[str, Any], stop: checkpoint.StopRequest) -> bool:
-    """Where it is due, put the greedy accuracy on the evaluation split into the metrics, and keep
-    the best adapter so far beside the last; False where a stop cut this short."""
+    """Where it is due, put each task's greedy metrics on the evaluation split into the metrics, and
+    keep the best weights so far beside the last; False where a stop cut this short."""
     every = run.cfg.train.eval_every
     if not every or run.step % every:
         return True
-    found = evaluate.evaluate_all(
-        run.policy, run.spec, run.cfg, run.eval_rows, ("greedy",), stop=lambda: bool(stop)
-    )
-    if len(found["greedy"]) < len(run.eval_rows):
-        return False
-    accuracy = evaluate.headline(found)["greedy"]
-    checkpoint.save_best(run.folder, run.step, accuracy, _weights(run), {"step": run.step})
-    metrics[f"eval/{run.spec.name}/accuracy"] = accuracy
+    scores = []
+    quick = replace(run.cfg, eval=replace(run.cfg.eval, bootstrap=0))
+    for name, spec in run.specs.items():
+        rows = run.held[name].examples
+        found = evaluate.evaluate_all(
+            run.learner.model, spec, run.cfg, rows, ("greedy",), stop=lambda: bool(stop)
+        )["greedy"]
+        if len(found) < len(rows):
+            return False
+        report = evaluate.report(spec, quick, found)
+        metrics |= {f"eval/{name}/{metric}": value for metric, value in report["metrics"].items()}
+        scores.append(report["score"])
+    mean = sum(scores) / len(scores)
+    checkpoint.save_best(run.folder, run.step, mean, run.learner.weights(), {"step": run.step})
     return True
-
-
-def _weights(run: Run) -> dict[str, dict[str, torch.Tensor]]:
-    head = {k: v.detach().cpu() for k, v in run.policy.value_head.state_dict().items()}
-    return {"adapter": lora.state_dict(run.policy.model), "value_head": head}
 
 
 def save(run: Run) -> None:
@@ -189,10 +166,10 @@ def save(run: Run) -> None:
     checkpoint.save(
         run.folder,
         run.step,
-        _weights(run) | {"optimizer": tensors},
+        run.learner.weights() | {"optimizer": tensors},
         {
             "step": run.step,
-            "kl_coef": run.kl.coef,
+            "learner": run.learner.state(),
             "bad_in_a_row": run.bad_in_a_row,
             "totals": run.totals | {"wall_s": time.perf_counter() - run.started},
             "rows": fingerprint(run),
@@ -207,8 +184,9 @@ def save(run: Run) -> None:
 def fingerprint(run: Run) -> str:
     """A hash of the training rows, wherever they were read from."""
     digest = hashlib.sha256()
-    for row in run.train_rows:
-        digest.update(repr((row.id, sorted(row.fields.items()), row.label)).encode())
+    for rows in run.train_rows.values():
+        for row in rows:
+            digest.update(repr((row.id, sorted(row.fields.items()), row.label)).encode())
     return digest.hexdigest()
 
 
@@ -224,127 +202,142 @@ def restore(run: Run) -> None:
             f"--resume {run.folder}: the run was started on other training rows than those found "
             f"now ({run.source}); give the same data with data.path"
         )
-    lora.load_state_dict(run.policy.model, tensors["adapter"], str(last))
-    run.policy.value_head.load_state_dict(tensors["value_head"])
+    run.learner.restore(tensors, str(last))
+    run.learner.set_state(state["learner"])
     checkpoint.restore_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
     run.step = run.saved = state["step"]
-    run.kl.coef, run.pending = state["kl_coef"], state["pending"]
-    run.bad_in_a_row, run.totals = state["bad_in_a_row"], state["totals"]
+    run.pending, run.bad_in_a_row = state["pending"], state["bad_in_a_row"]
+    run.totals = state["totals"]
     run.started -= run.totals.pop("wall_s")
 
 
 def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     """Read the data, load the model, make the run folder (or take that of a resumed run)."""
-    spec = get_task(cfg.task)
-    bundled = cfg.model.name_or_path == "bundled"
-    rows = data.train_examples(spec, cfg.data, bundled)
-    held = data.load_split(spec, cfg.eval.split, cfg.data)
-    eval_rows = held.examples[: cfg.eval.limit or None]
-    if any(row.label is None for row in eval_rows):
-        raise UserError(f"eval.split: {cfg.eval.split} has no labels to measure by; use dev")
-    print(f"data: {rows.note}; {len(rows.examples):,} to train on, {len(eval_rows):,} to evaluate")
-    policy = load_policy(cfg)
-    check_words(policy, spec)
-    evaluate.require_room(policy, spec, cfg)
-    path = "prefix tree" if policy.tree else "plain path (one padded row a prompt)"
-    print(f"model: {cfg.model.name_or_path} on {policy.device}, {path}")
-    optimizer = optim.build_optimizer(
-        cfg.optim, lora.lora_parameters(policy.model), policy.value_head.parameters()
-    )
-    kl = AdaptiveKL(cfg.ppo.kl_coef, cfg.ppo.kl_target, cfg.ppo.kl_horizon)
+    specs = specs_of(cfg)
+    bundled = cfg.model.name_or_path == "bundled" and cfg.method != "encoder"
+    rows, held = {}, {}
+    for name, spec in specs.items():
+        rows[name] = data.train_examples(spec, cfg.data, bundled)
+        held[name] = evaluate.held_out(spec, cfg)
+        if any(row.label is None for row in held[name].examples):
+            raise UserError(f"eval.split: {cfg.eval.split} has no labels to measure by; use dev")
+        print(
+            f"data: {rows[name].note}; {len(rows[name].examples):,} to train on, "
+            f"{len(held[name].examples):,} to evaluate"
+        )
+        if spec.reward not in rewards.KINDS and cfg.method == "ppo":
+            rewards.load(spec.reward)
+    learner = LEARNERS[cfg.method](cfg, specs)
+    for spec in specs.values():
+        evaluate.require_fit(learner.model, spec, cfg)
+    tree = ""
+    if isinstance(learner.model, Policy):
+        tree = ", prefix tree" if learner.model.tree else ", plain path (one padded row a prompt)"
+    print(f"model: {cfg.model.name_or_path} on {learner.model.device}{tree}")
+    optimizer = optim.build_optimizer(cfg.optim, *learner.parameters())
     if folder is None:
         folder = checkpoint.claim(output or checkpoint.new_run_dir(), dump(cfg))
     print(f"run folder: {folder}", flush=True)
-    return Run(cfg, spec, folder, policy, optimizer, kl, rows.examples, eval_rows, rows.source)
+    source = "+".join(dict.fromkeys(found.source for found in rows.values()))
+    train_rows = {name: found.examples for name, found in rows.items()}
+    return Run(cfg, specs, folder, learner, optimizer, train_rows, held, source)
 
 
 def finish(run: Run, stop: checkpoint.StopRequest) -> bool:
-    """Write the adapter, evaluate base and tuned policy, draw the curves, print the table; False
+    """Write the adapter, evaluate base and tuned model, draw the curves, print the table; False
     where a stop came before the evaluation was over."""
-    cfg, folder, policy = run.cfg, run.folder, run.policy
-    name = resolve(cfg.model.name_or_path)
-    (folder / "adapter").mkdir(exist_ok=True)
-    head = dump_tensors(_weights(run)["value_head"])
-    checkpoint.atomic_write_bytes(folder / "adapter" / evaluate.VALUE_HEAD, head)
-    lora.save_adapter(policy.model, folder / "adapter", cfg.lora, name)  # its config.json is last
+    cfg, folder, learner = run.cfg, run.folder, run.learner
+    learner.save(folder)
 
-    def measure(title: str) -> dict[str, list[evaluate.Answer]]:
-        return evaluate.evaluate_all(
-            policy, run.spec, cfg, run.eval_rows, evaluate.DECODES, cfg.log.progress, title, stopped
-        )
-
-    def stopped() -> bool:
-        return bool(stop)
+    def measure(title: str) -> dict[str, dict[str, list[evaluate.Answer]]]:
+        return {
+            name: evaluate.evaluate_all(
+                learner.model, spec, cfg, run.held[name].examples, None, cfg.log.progress,
+                f"{title}: {spec.title}", lambda: bool(stop),
+            )
+            for name, spec in run.specs.items()
+        }  # fmt: skip
 
     after = measure("tuned")
-    before: dict[str, list[evaluate.Answer]] | None = None
-    if cfg.eval.before and not stop:
-        with lora.lora_disabled(policy.model):
+    before: dict[str, dict[str, list[evaluate.Answer]]] = {}
+    untrained = learner.base() if cfg.eval.before else None
+    if untrained is not None and not stop:
+        with untrained:
             before = measure("base")
-    if len(after["score"]) < len(run.eval_rows) or (
-        cfg.eval.before and (before is None or len(before["score"]) < len(run.eval_rows))
-    ):
+    if stop:
         return False
-    joined = evaluate.join(after["greedy"], after["score"])
-    evaluate.write_predictions(folder / "predictions.jsonl", joined)
-    summary: dict[str, Any] = {
-        "task": cfg.task,
-        "method": cfg.method,
-        "model": cfg.model.name_or_path,
+    measured = [
+        evaluate.Measured(spec, run.held[name], after[name], before.get(name))
+        for name, spec in run.specs.items()
+    ]
+    answers = [
+        evaluate.join(found["greedy"], found["score"]) if "score" in found else found["greedy"]
+        for found in after.values()
+    ]
+    flat = [answer for found in answers for answer in found]
+    evaluate.write_predictions(folder / "predictions.jsonl", flat, named=len(answers) > 1)
+    summary = evaluate.summarise(cfg, measured) | {
         "data": run.source,
-        "seed": cfg.seed,
-        "eval_split": cfg.eval.split,
-        "eval_rows": len(run.eval_rows),
-        "reward_before": mean_reward(run, before["sample"]) if before else None,
-        "before": evaluate.headline(before) if before else None,
-        "after": evaluate.headline(after),
-        "reports": {decode: evaluate.report(run.spec, cfg, rows) for decode, rows in after.items()},
+        "reward_before": mean_reward(run, before) if before and cfg.method == "ppo" else None,
         "train_samples": int(run.totals["samples"]),
+        "train_labels": int(run.totals["samples"]) // learner.samples,
+        "train_steps": run.step,
         "first_step_s": run.totals.get("first_step_s"),
         "train_s": run.totals["train_s"],
         "samples_per_s": run.totals["samples"] / max(run.totals["train_s"], 1e-9),
         "truncated_prompts": int(run.totals["truncated"]),
-        "truncated_eval_prompts": sum(row.cut for row in after["score"]),
         "bad_steps": int(run.totals["bad_steps"]),
         "wall_s": time.perf_counter() - run.started,
-        "peak_memory_mb": runlog.peak_memory_mb(policy.device),
+        "peak_memory_mb": runlog.peak_memory_mb(learner.model.device),
     }
     checkpoint.atomic_write_json(folder / "summary.json", summary)
     show(run, summary)
     return True
 
 
-def mean_reward(run: Run, answers: list[evaluate.Answer]) -> float:
-    """What these answers would earn, KL left out: the curve's starting height."""
-    scale = run.cfg.reward.scale
-    earned = [rewards.score(row.prediction, row.example.label or "", scale) for row in answers]
+def mean_reward(run: Run, found: dict[str, dict[str, list[evaluate.Answer]]]) -> float:
+    """What these sampled answers would earn, KL left out: the curve's starting height."""
+    earned = [
+        rewards.reward(
+            run.specs[name], row.example, row.prediction, row.response, run.cfg.reward.scale
+        )
+        for name, answers in found.items()
+        for row in answers["sample"]
+    ]
     return sum(earned) / len(earned)
 
 
 def show(run: Run, summary: dict[str, Any]) -> None:
     """The table of what was gained, and where everything is."""
-    bundled = run.source == "bundled"
-    data_name = f"bundled data, not {run.spec.title}" if bundled else run.spec.title
+    method = run.cfg.method.upper() if run.cfg.method != "encoder" else "Encoder"
+    names = []
+    for name, entry in summary["tasks"].items():
+        title = entry["title"]
+        names.append(f"bundled data, not {title}" if run.source == "bundled" else title)
+        figures = " and ".join(run.specs[name].metrics)
+        print(
+            f"\n{names[-1]}, {run.cfg.eval.split}: {figures} in percent, "
+            f"{entry['rows']:,} rows, seed {run.cfg.seed}"
+        )
+        print(runlog.results_table(entry["before"], entry["after"]))
+    if len(names) > 1:
+        print("\nMean over the tasks")
+        print(runlog.results_table(summary["before"], summary["after"]))
     print(
-        f"\n{data_name}, {run.cfg.eval.split}: accuracy in percent, "
-        f"{summary['eval_rows']:,} rows, seed {run.cfg.seed}"
-    )
-    print(runlog.results_table(summary["before"], summary["after"]))
-    print(
-        f"{summary['train_samples']:,} answers in {summary['train_s']:.0f} s "
+        f"{summary['train_samples']:,} {run.learner.unit} in {summary['train_s']:.0f} s "
         f"({summary['samples_per_s']:.1f} a second), {summary['wall_s']:.0f} s in all, "
         f"peak memory {summary['peak_memory_mb']:.0f} MB"
     )
     print(f"run folder: {run.folder}")
     if run.cfg.log.plot:
-        start = {"reward": summary["reward_before"]}
-        if summary["before"]:
-            start["accuracy"] = summary["before"]["greedy"]
-        drawn = runlog.draw_curves(
-            run.folder, f"PPO on {data_name}, seed {run.cfg.seed}", before=start
-        )
+        start: dict[str, float | None] = {"reward": summary["reward_before"]}
+        (first, *others) = run.specs.values()
+        if summary["before"] and not others and len(first.metrics) == 1:
+            start[first.metrics[0]] = summary["before"]["greedy"]
+        title = f"{method} on {', '.join(names)}, seed {run.cfg.seed}"
+        drawn = runlog.draw_curves(run.folder, title, before=start)
         hint = "not drawn, since matplotlib is missing: pip install -e '.[plot]'"
-        print(f"reward curve: {drawn or hint}")
+        print(f"curves: {drawn or hint}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,12 +17,14 @@ PACKAGE = "ppo_nlu"
 ROOMS = {
     "bottom": "__init__ errors strict_config config",
     "maths": "losses advantages",
-    "language": "tasks data prompts answers metrics rewards",
+    "language": "tasks archives download readers data prompts answers metrics rewards published "
+    "demonstrations mixture",
     "kernels": "kernels",
     "model": "ops torch_lora torch_logprobs lora model prefix_tree generate",
     "runtime": "checkpoint optim runlog distributed cli",
-    "algorithms": "rollout ppo sft encoder grpo reward_model",
-    "programs": "__main__ train evaluate predict export pretrain submit reproduce report",
+    "algorithms": "rollout ppo sft encoder learners grpo reward_model",
+    "programs": "__main__ data_program train evaluate predict export pretrain submit reproduce "
+    "grid results report report_tables report_plots document",
 }
 ALLOWED = {
     "bottom": "",

@@ -5,24 +5,19 @@ from __future__ import annotations
 import ast
 import gzip
 import hashlib
-import io
 import os
-import socket
 import stat
-import threading
-import time
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from ppo_nlu import data
+from ppo_nlu.archives import ARCHIVES
 from ppo_nlu.config import DataConfig
-from ppo_nlu.data import batch_indices, epoch_order, load_split, locate, read_inputs, read_tsv
+from ppo_nlu.data import batch_indices, epoch_order, load_split, locate, read_inputs
 from ppo_nlu.errors import UserError
+from ppo_nlu.readers import read_tsv
 from ppo_nlu.tasks import Example, Label, TaskSpec, bundled, get_task
 
 SST2 = get_task("sst2")
@@ -111,200 +106,10 @@ def _says(error: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         assert part in message, message
 
 
-# ---- downloads, from a server on this machine
-
-SUMS = {
-    name: (text.count("\n") - 1, hashlib.sha256(text.encode()).hexdigest())
-    for name, text in FILES.items()
-}
-
-
-def _zip(members: dict[str, str]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
-        for name, text in members.items():
-            bundle.writestr(name, text)
-    return buffer.getvalue()
-
-
-GOOD = _zip({f"SST-2/{name}": text for name, text in FILES.items()} | {"../evil.txt": "!"})
-Answer = Callable[[BaseHTTPRequestHandler], None]
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], str]]:
-    """Starts a server that answers every GET with the given function; returns its address."""
-    monkeypatch.setattr(data, "ARCHIVES", {"sst2": data.Archive("SST-2.zip", SUMS)})
-    servers = []
-
-    def start(respond: Answer) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.asked.append(self.path)  # type: ignore[attr-defined]
-                respond(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        server.asked = []  # type: ignore[attr-defined]
-        start.asked = server.asked  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/glue"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def _send(content: bytes, length: int | None = None) -> Answer:
-    def respond(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content) if length is None else length))
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return respond
-
-
-def _left(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
-@pytest.mark.parametrize("address", ["{}", "{}/", "{}/SST-2.zip"])
-def test_a_good_archive_is_kept_in_the_cache(tmp_path: Path, serve, address: str) -> None:
-    cache = tmp_path / "new" / "cache"
-    url = address.format(serve(_send(GOOD)))
-    cfg = DataConfig(cache=str(cache), url=url)
-    source = locate(SST2, cfg)
-    assert (source.kind, source.folder) == ("download", cache / "glue" / "SST-2")
-    assert _left(tmp_path) == [f"new/cache/glue/SST-2/{name}" for name in sorted(FILES)]
-    assert all((cache / "glue/SST-2" / n).read_text() == text for n, text in FILES.items())
-    assert locate(SST2, cfg).kind == "cache"
-    assert serve.asked == ["/glue/SST-2.zip"]
-    assert load_split(SST2, "dev", cfg).examples[0].label == "Positive"
-
-
-def _stall(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(5)
-
-
-def _stall_midway(handler: BaseHTTPRequestHandler) -> None:
-    _send(GOOD[:100], len(GOOD))(handler)
-    time.sleep(5)
-
-
-def _missing(handler: BaseHTTPRequestHandler) -> None:
-    handler.send_error(404)
-
-
-def _hang_up(handler: BaseHTTPRequestHandler) -> None:
-    handler.close_connection = True
-
-
-def _to_a_local_file(handler: BaseHTTPRequestHandler) -> None:
-    handler.send_response(302)
-    handler.send_header("Location", "file:///etc/hostname")
-    handler.end_headers()
-
-
-def _changed(**changed: str) -> bytes:
-    return _zip({f"SST-2/{n}": changed.get(n[:-4], text) for n, text in FILES.items()})
-
-
-# The first member's data begin at byte 45, behind 30 bytes of header and the name.
-BROKEN = GOOD[:45] + b"\xff" + GOOD[46:]
-RENAMED = GOOD.replace(b"train", b"drain", 1)
-FAILURES: dict[str, tuple[Answer, str]] = {
-    "cut off": (_send(GOOD[:-50], len(GOOD)), "cut off after"),
-    "no zip": (_send(b"<html>log in first</html>"), "not a zip file"),
-    "half a zip": (_send(GOOD[:-50]), "not a zip file"),
-    "damaged": (_send(BROKEN), "SST-2/train.tsv: Error -3"),
-    "renamed": (_send(RENAMED), "SST-2/train.tsv"),
-    "rows": (_send(_changed(dev=FILES["dev.tsv"] * 2)), "SST-2/dev.tsv has 3 rows, not 1"),
-    "sum": (_send(_changed(dev=FILES["dev.tsv"].replace("good", "bad!"))), "sha256"),
-    "member": (_send(_zip({"SST-2/train.tsv": FILES["train.tsv"]})), "no SST-2/dev.tsv"),
-    "404": (_missing, "404: Not Found"),
-    "hang up": (_hang_up, "without response"),
-    "silence": (_stall, "no answer within 0.3 s"),
-    "stall": (_stall_midway, "timed out"),
-    "redirect": (_to_a_local_file, "not allowed"),
-}
-
-
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_failed_download_leaves_nothing_and_the_stand_in_says_why(
-    tmp_path: Path, serve, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    if name in ("silence", "stall"):
-        monkeypatch.setattr(data, f"{'OPEN' if name == 'silence' else 'STALL'}_SECONDS", 0.3)
-    respond, reason = FAILURES[name]
-    cfg = DataConfig(cache=str(tmp_path), url=serve(respond), fallback="bundled")
-    start = time.monotonic()
-    source = locate(SST2, cfg)
-    assert time.monotonic() - start < 4  # the server would sleep for 5
-    assert (source.kind, source.folder) == ("bundled", None)
-    for part in ("stand-in", "not SST-2", "download failed", reason, cfg.url):
-        assert part in source.note
-    assert "\n" not in source.note
-    assert _left(tmp_path) == [] and os.listdir(tmp_path / "glue") == []
-    locate(SST2, cfg)
-    assert len(serve.asked) == 1  # one try a process
-
-
-def test_the_time_limits_are_short() -> None:
-    assert data.OPEN_SECONDS <= 3 and data.STALL_SECONDS <= 10
-
-
-def test_an_archive_without_end_is_given_up(
-    tmp_path: Path, serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data, "MAX_BYTES", 50)
-    cfg = DataConfig(cache=str(tmp_path), url=serve(_send(GOOD)), fallback="bundled")
-    assert "cannot be right" in locate(SST2, cfg).note
-    assert _left(tmp_path) == []
-
-
-def test_a_refused_connection_and_a_wrong_address_are_failures(tmp_path: Path) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # taken, but nobody listens
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(UserError) as error:
-            locate(SST2, DataConfig(cache=str(tmp_path), url=url))
-    _says(error, "data.path", "$PPO_NLU_DATA", str(tmp_path), "refused", "glue/SST-2", "fallback")
-    for url in ("nonsense", "http://[", "http://a b"):
-        cfg = DataConfig(cache=str(tmp_path), url=url, fallback="bundled")
-        assert "download failed" in locate(SST2, cfg).note
-
-
-def test_a_cache_that_cannot_be_used_is_a_failure(tmp_path: Path, serve) -> None:
-    url = serve(_send(GOOD))
-    (tmp_path / "file").write_text("x")
-    cfg = DataConfig(cache=str(tmp_path / "file"), url=url, fallback="bundled")
-    assert locate(SST2, cfg).kind == "bundled"
-    (tmp_path / "full/glue/SST-2/mine").mkdir(parents=True)  # no data, but not ours to remove
-    cfg = DataConfig(cache=str(tmp_path / "full"), url=url, fallback="bundled")
-    assert "in the way" in locate(SST2, cfg).note
-    assert _left(tmp_path) == ["file"] and (tmp_path / "full/glue/SST-2/mine").is_dir()
-
-
-def test_another_process_may_be_first(tmp_path: Path, serve) -> None:
-    def respond(handler: BaseHTTPRequestHandler) -> None:
-        _fill(tmp_path / "glue/SST-2")
-        _send(GOOD)(handler)
-
-    source = locate(SST2, DataConfig(cache=str(tmp_path), url=serve(respond)))
-    assert source.kind == "download" and len(_left(tmp_path)) == 3
-
-
 def test_a_task_without_archive_or_stand_in_asks_for_a_folder(tmp_path: Path) -> None:
     labels = (Label("Yes", "1"), Label("No", "0"))
-    other = TaskSpec(
-        "x", "X", "glue", "X", "", "{a}", ("a",), labels, "label", {"train": ("train.tsv",)}
-    )
+    files = {"train": ("train.tsv",)}
+    other = TaskSpec("x", "X", "glue", "X", "", "{a}", ("a",), labels, files=files)
     with pytest.raises(UserError) as error:
         locate(other, DataConfig(cache=str(tmp_path), fallback="bundled"))
     _says(error, "data.path", "no archive of X is known", "glue/X/")
@@ -316,13 +121,14 @@ def test_a_task_without_archive_or_stand_in_asks_for_a_folder(tmp_path: Path) ->
 def test_splits_are_read_by_header_with_their_ids(tmp_path: Path) -> None:
     cfg = DataConfig(path=str(_fill(tmp_path)))
     train, dev, test = (load_split(SST2, name, cfg).examples for name in SST2.files)
-    assert train[1] == Example("train-1", {"sentence": "not a fine film "}, "Negative")
-    assert dev == [Example("dev-0", {"sentence": 'it \'s "good" '}, "Positive")]
-    assert test[1] == Example("1", {"sentence": "not i ."}, None)
+    assert train[1] == Example("train-1", {"sentence": "not a fine film "}, "Negative", "sst2")
+    assert dev == [Example("dev-0", {"sentence": 'it \'s "good" '}, "Positive", "sst2")]
+    assert test[1] == Example("1", {"sentence": "not i ."}, None, "sst2", extra={"idx": 1})
     moved = "label\tx\tsentence\n0\t\tdull\n"
     _fill(tmp_path, dev=moved, test="sentence\tindex\nfine\t17\n")
     assert load_split(SST2, "dev", cfg).examples[0].label == "Negative"
-    assert load_split(SST2, "test", cfg).examples == [Example("17", {"sentence": "fine"}, None)]
+    seventeen = Example("17", {"sentence": "fine"}, None, "sst2", extra={"idx": 17})
+    assert load_split(SST2, "test", cfg).examples == [seventeen]
 
 
 def test_a_test_split_without_index_counts_and_labels_are_read(tmp_path: Path) -> None:
@@ -402,7 +208,8 @@ def test_the_stand_in_has_the_same_form(tmp_path: Path) -> None:
     assert dev.source == "bundled" and "stand-in" in dev.note
     sentence, value = bundled.splits()["dev"][3]
     assert value is not None
-    assert dev.examples[3] == Example("dev-3", {"sentence": sentence}, SST2.word_of(value))
+    label = SST2.word_of(value)
+    assert dev.examples[3] == Example("dev-3", {"sentence": sentence}, label, "sst2")
     assert test.examples[3].id == "3" and test.examples[3].label is None
 
 
@@ -415,7 +222,7 @@ def test_the_official_files(real_data: Path) -> None:
     assert [x.id for x in test.examples] == [str(n) for n in range(1821)]
     assert not any("left out" in d.note for d in (train, dev, test))
     folder = Path(train.source)
-    for name, (_, digest) in data.ARCHIVES["sst2"].files.items():
+    for name, (_, digest) in ARCHIVES["sst2"].files.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
 
 
@@ -516,7 +323,7 @@ def _read(path: Path, text: str | bytes) -> list[Example]:
 
 
 def _example(id_: str, sentence: str, label: str | None = None) -> Example:
-    return Example(id_, {"sentence": sentence}, label)
+    return Example(id_, {"sentence": sentence}, label, "sst2")
 
 
 @pytest.mark.parametrize(
@@ -551,7 +358,7 @@ def test_inputs_of_every_kind(
 @pytest.mark.parametrize(
     ("name", "text", "parts"),
     [
-        ("a.xlsx", "x", ["a.xlsx", ".txt, .csv, .tsv, .jsonl"]),
+        ("a.xlsx", "x", ["a.xlsx", ".txt, .csv, .tsv, .jsonl, .parquet"]),
         ("a.txt", "", ["no rows"]),
         ("a.txt", "fine\n\ndull\n", ["a.txt:2", "empty line"]),
         ("a.txt", b"fine\n\xff\n", ["a.txt:2", "UTF-8"]),
@@ -592,7 +399,7 @@ def test_inputs_stream_and_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_task_of_two_fields_takes_no_plain_text(tmp_path: Path) -> None:
-    pair = TaskSpec("p", "Pair", "glue", "P", "", "", ("a", "b"), SST2.labels, "label")
+    pair = TaskSpec("p", "Pair", "glue", "P", "", "", ("a", "b"), SST2.labels)
     (tmp_path / "x.txt").write_text("one\n")
     with pytest.raises(UserError, match=r"x\.txt: Pair has the fields a, b"):
         read_inputs(tmp_path / "x.txt", pair)
@@ -600,7 +407,18 @@ def test_a_task_of_two_fields_takes_no_plain_text(tmp_path: Path) -> None:
 
 def test_the_language_rooms_import_no_tensors() -> None:
     package = Path(data.__file__).parent
-    rooms = ("data.py", "prompts.py", "answers.py", "rewards.py", "metrics.py", "tasks/bundled.py")
+    rooms = (
+        "data.py",
+        "readers.py",
+        "download.py",
+        "archives.py",
+        "tasks/custom.py",
+        "prompts.py",
+        "answers.py",
+        "rewards.py",
+        "metrics.py",
+        "tasks/bundled.py",
+    )
     for name in rooms:
         names = set()
         for node in ast.walk(ast.parse((package / name).read_text())):

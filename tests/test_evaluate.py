@@ -173,9 +173,11 @@ def test_the_report_and_the_headline_count_unparsed_as_wrong() -> None:
     assert report["per_class"][neg]["recall"] == pytest.approx(1 / 3)
     assert report["per_class"][neg]["support"] == 3
     assert sum(report["predicted"].values()) == 5
-    assert evaluate.headline({"sample": rows}) == {"sample": 2 / 5, "unparsed": 2 / 5}
+    row = {"sample": 2 / 5, "greedy": None, "score": None, "unparsed": 2 / 5}
+    assert evaluate.headline({"sample": report}) == row
     scored = given((pos, pos), (pos, pos), (neg, neg), (neg, pos), (neg, neg))
-    assert evaluate.headline({"sample": rows, "score": scored})["unparsed"] == 2 / 5
+    both = {"score": evaluate.report(SPEC, cfg, scored), "sample": report}
+    assert evaluate.headline(both) == row | {"score": pytest.approx(4 / 5)}
     with pytest.raises(ValueError, match=r"eval\.split: row 0 has no label"):
         evaluate.report(SPEC, cfg, given((None, pos)))  # type: ignore[arg-type]
 
@@ -222,6 +224,7 @@ def test_the_program_on_a_run(finished_run: Path, tmp_path: Path, capsys) -> Non
     assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in both)
     assert {p.name for p in out.iterdir()} == {
         "report.json",
+        "summary.json",
         "predictions.jsonl",
         *(f"predictions-{decode}.jsonl" for decode in evaluate.DECODES),
     }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from ppo_nlu.answers import parse
-from ppo_nlu.prompts import STOP, answer, render
-from ppo_nlu.rewards import SCALES, score
-from ppo_nlu.tasks import TASKS, Label, TaskSpec, get_task
+from ppo_nlu.errors import UserError
+from ppo_nlu.prompts import OPENING, STOP, answer, gold_answer, render, turns
+from ppo_nlu.rewards import SCALES, RunningScale, load, reward, score
+from ppo_nlu.tasks import TASKS, Example, Label, Rating, TaskSpec, get_task
 
-SST2 = get_task("sst2")
+SST2, STSB, COPA = get_task("sst2"), get_task("stsb"), get_task("copa")
+FREE = TaskSpec("f", "F", "b", "F", "d", "{x}", ("x",), reward="f1")
 
 GOLDEN = """\
 System_prompt:
@@ -24,7 +26,7 @@ Assistant:
 
 def _spec(*words: str) -> TaskSpec:
     labels = tuple(Label(word, str(value)) for value, word in enumerate(words))
-    return TaskSpec("t", "T", "b", "T", "d", "{x}", ("x",), labels, "label")
+    return TaskSpec("t", "T", "b", "T", "d", "{x}", ("x",), labels)
 
 
 def test_the_prompt_is_this_text_to_the_letter() -> None:
@@ -128,3 +130,182 @@ def test_one_scale_is_an_affine_map_of_the_other() -> None:
 
 def test_the_stop_closes_every_answer_once() -> None:
     assert STOP == "</Judgement>" and answer("x").count(STOP) == 1 and answer("x").endswith(STOP)
+
+
+# ---- several examples, a reason first, chat ------------------------------------------------------
+
+FEW_SHOT = """\
+System_prompt:
+You rate how close two sentences are in meaning, from 0 (unrelated) to 5 (same meaning).
+The result you give should have the following form:
+<Judgement> {Insert only a decimal number between 0 and 5 here} </Judgement>
+Here are 2 examples.
+[Prompt:
+Now rate "A plane lands." against "A plane takes off.".
+Assistant:
+<Judgement> 2.5 </Judgement>]
+[Prompt:
+Now rate "x" against "x".
+Assistant:
+<Judgement> 5.0 </Judgement>]
+Prompt:
+Now rate "a" against "b".
+Assistant:
+<Judgement>"""
+SHOTS = (
+    Example("1", {"sentence1": "A plane lands.", "sentence2": "A plane takes off."}, "2.533"),
+    Example("2", {"sentence1": "x", "sentence2": "x "}, "5.000"),
+)
+
+
+def test_the_few_shot_prompt_is_this_text_to_the_letter() -> None:
+    assert render(STSB, {"sentence1": "a", "sentence2": "b"}, SHOTS) == FEW_SHOT
+
+
+def test_the_analysis_form_asks_for_the_reason_first() -> None:
+    text = render(SST2, {"sentence": "x"}, form="analysis")
+    assert "<Analysis> {Insert your reasoning here} </Analysis>\n<Judgement> {Insert only" in text
+    assert text.endswith("Assistant:\n<Analysis>")
+    reasoned = Example("1", {"sentence": "x"}, "Positive", extra={"rationale": "It is warm."})
+    written = gold_answer(SST2, reasoned, "analysis")
+    assert written == " It is warm. </Analysis>\n<Judgement> Positive </Judgement>"
+    assert parse(SST2, written, "analysis") == "Positive"
+    bare = answer("Positive", "analysis")
+    assert bare == " </Analysis>\n<Judgement> Positive </Judgement>"
+    assert parse(SST2, bare, "analysis") == "Positive"
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (" Not Negative at all. </Analysis> <Judgement> Positive </Judgement>", "Positive"),
+        (" Positive </Judgement>", None),  # no judgement was opened
+        (" so </Analysis><Judgement> Positive", None),
+        (" <Judgement> Negative <Judgement> Positive </Judgement>", "Positive"),  # the last
+    ],
+)
+def test_the_reason_is_not_the_answer(response: str, expected: str | None) -> None:
+    assert parse(SST2, response, "analysis") == expected
+
+
+def test_chat_turns_hold_the_same_text() -> None:
+    fields = {"sentence1": "a", "sentence2": "b"}
+    found = turns(STSB, fields, SHOTS)
+    assert [turn["role"] for turn in found] == ["system", *["user", "assistant"] * 2, "user"]
+    plain = render(STSB, fields, SHOTS)
+    for turn in found:
+        assert turn["content"] in plain
+    assert found[2]["content"] == "<Judgement> 2.5 </Judgement>"
+    assert OPENING == {"judgement": "<Judgement>", "analysis": "<Analysis>"}
+
+
+def test_what_a_row_asks_for_stands_in_the_description_too() -> None:
+    fields = {"premise": "p", "choice1": "{x}", "choice2": "b", "question": "effect"}
+    text = render(COPA, fields)
+    assert "pick the more likely effect." in text and "Now choose the effect." in text
+    assert 'First: "{x}"' in text
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (" 3.8 </Judgement>", "3.8"),
+        (" 5 </Judgement>", "5"),
+        (" .5 </Judgement>", ".5"),
+        (" +2.0, I think 3 </Judgement>", "+2.0"),  # the first counts
+        (" about 3.5/5 </Judgement>", "3.5"),
+        (" 3. </Judgement>", "3"),
+        (" -0.0 </Judgement>", "-0.0"),
+        (" 1e9 </Judgement>", None),
+        (" 1000000000 </Judgement>", None),
+        (" 5.1 </Judgement>", None),
+        (" -1 </Judgement>", None),
+        (" v2 </Judgement>", None),
+        (" 1.2.3 </Judgement>", None),
+        (" three </Judgement>", None),
+        (" nan </Judgement>", None),
+        (" 3.8", None),
+    ],
+)
+def test_numbers(response: str, expected: str | None) -> None:
+    assert parse(STSB, response) == expected
+
+
+def test_the_grid_of_a_rating() -> None:
+    assert STSB.words[:3] == ("0.0", "0.2", "0.4") and STSB.words[-1] == "5.0"
+    assert len(STSB.words) == 26
+    assert Rating(-1, 1, 0.5).grid == ("-1.0", "-0.5", "0.0", "0.5", "1.0")
+    assert all(parse(STSB, answer(word)) == word for word in STSB.words)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [("2.5", 2.5), ("5.0", 0.0), ("0", 0.0), (None, -2.5)],
+)
+def test_the_reward_of_a_rating_is_the_paper_s(prediction: str | None, expected: float) -> None:
+    # 2.5 - |y' - y|, and -2.5 without a number; the scale of label rewards has no part in it.
+    row = Example("1", {}, "2.500")
+    for scale in SCALES:
+        assert reward(STSB, row, prediction, "", scale) == expected
+
+
+# ---- free text and the user's own reward ---------------------------------------------------------
+
+
+def test_free_text_is_what_stands_before_the_tag() -> None:
+    assert parse(FREE, "  the Eiffel Tower \n</Judgement>") == "the Eiffel Tower"
+    assert parse(FREE, " </Judgement>") is None and parse(FREE, "Paris") is None
+    assert "Insert only a short answer here" in render(FREE, {"x": ""})
+
+
+def test_free_text_earns_token_f1_or_all_or_nothing() -> None:
+    row = Example("1", {"x": ""}, "the Eiffel Tower")
+    assert reward(FREE, row, "Eiffel tower!", "") == 1.0  # articles, case, punctuation
+    # "big Eiffel": 1 of 2 words right, 1 of 2 found: F1 = 1/2
+    assert reward(FREE, row, "big Eiffel", "") == pytest.approx(0.5)
+    assert reward(FREE, row, "big Eiffel", "", "code") == pytest.approx(0.0)
+    assert reward(FREE, row, None, "") == -1.0
+    exact = TaskSpec("f", "F", "b", "F", "d", "{x}", ("x",), reward="exact")
+    assert reward(exact, row, "Eiffel tower", "") == 1.0
+    assert reward(exact, row, "big Eiffel", "") == 0.0
+
+
+def test_a_reward_of_the_user_s_own(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(text, row):\n    return len(text) + 10 * (row['label'] == row['x'])\n"
+        "def bad(text, row):\n    return 'high'\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    row = Example("1", {"x": "g"}, "g")
+
+    def own(path: str) -> TaskSpec:
+        return TaskSpec("f", "F", "b", "F", "d", "{x}", ("x",), reward=path)
+
+    # The text before the tag, stripped; the row's fields and label.
+    assert reward(own("my_rewards:length"), row, "abc", " abc </Judgement> x") == 13.0
+    assert reward(own("my_rewards.length"), row, None, " ab") == 12.0
+    with pytest.raises(UserError, match="custom.reward: my_rewards:bad returned 'high'"):
+        reward(own("my_rewards:bad"), row, None, "")
+    for path, words in (
+        ("my_rewards:none", "cannot import"),
+        ("no_such_module:f", "cannot import"),
+        ("nonsense", "cannot import"),
+        ("my_rewards:number", "is no function"),
+    ):
+        with pytest.raises(UserError, match=f"custom.reward: .*{words}"):
+            load(path)
+
+
+def test_running_scale_is_mean_and_deviation_so_far() -> None:
+    scale, values = RunningScale(), [1.0, 0.0, -1.0, 1.0, 1.0]
+    for value in values:
+        scale.update("a", value)
+    scale.update("b", 2.5)
+    mean = sum(values) / 5
+    deviation = (sum((value - mean) ** 2 for value in values) / 5) ** 0.5
+    assert scale.apply("a", 1.0) == pytest.approx((1.0 - mean) / deviation)
+    assert scale.apply("b", 2.5) == 0.0  # one value has no deviation

@@ -50,7 +50,7 @@ def kl_of(cfg: Config) -> AdaptiveKL:
 
 def collect(policy: Policy, cfg: Config, step: int = 0) -> ppo.Batch:
     rows = tiny.examples(cfg.rollout.batch_size)
-    return ppo.collect(policy, tiny.SST2, cfg, kl_of(cfg), rows, step)[0]
+    return ppo.collect(policy, tiny.SPECS, cfg, kl_of(cfg), rows, step)[0]
 
 
 def forced(policy: Policy, cfg: Config, texts=ANSWERS) -> ppo.Batch:
@@ -399,7 +399,7 @@ def test_the_kl_coefficient_is_steered(target: float, adaptive: bool, factor: fl
     policy = tiny.policy()
     cfg = config(kl_target=target, kl_horizon=100, kl_adaptive=adaptive, kl_estimator="k2")
     kl = kl_of(cfg)
-    _, metrics = ppo.collect(policy, tiny.SST2, cfg, kl, tiny.examples(4), 0)
+    _, metrics = ppo.collect(policy, tiny.SPECS, cfg, kl, tiny.examples(4), 0)
     assert metrics["kl/coef"] == 0.2, "what this step used"
     assert kl.coef == pytest.approx(0.2 * factor)
 
@@ -410,7 +410,7 @@ def test_the_kl_of_the_coefficient_is_the_sum_over_an_answer() -> None:
     per_answer = float(probe.rollout.kl.sum(1).mean())
     cfg = replace(cfg, ppo=replace(cfg.ppo, kl_target=per_answer / 1.1))
     kl = kl_of(cfg)
-    _, metrics = ppo.collect(policy, tiny.SST2, cfg, kl, tiny.examples(4), 0)
+    _, metrics = ppo.collect(policy, tiny.SPECS, cfg, kl, tiny.examples(4), 0)
     assert metrics["kl/ref"] == pytest.approx(per_answer, rel=1e-5)
     assert kl.coef == pytest.approx(0.2 * (1 + 0.1 * 8 / 100), rel=1e-5)
 
@@ -420,7 +420,7 @@ def test_metrics_of_a_batch() -> None:
     ids = [policy.tokenizer.convert_tokens_to_ids(text.split()) for text in ANSWERS]
     with pytest.MonkeyPatch.context() as patch:
         tiny.force(patch, policy, ids)
-        batch, metrics = ppo.collect(policy, tiny.SST2, cfg, kl_of(cfg), tiny.examples(4), 0)
+        batch, metrics = ppo.collect(policy, tiny.SPECS, cfg, kl_of(cfg), tiny.examples(4), 0)
     mask = batch.rollout.mask
     assert metrics["reward/mean"] == pytest.approx(-1 / 8)  # 1, 0, 0, -1, -1, -1, 1, 0
     assert metrics["reward/std"] == pytest.approx(math.sqrt(5 / 8 - 1 / 64))
@@ -452,7 +452,7 @@ def test_the_legacy_preset_drives_an_update(tmp_path: Path) -> None:
     before = snapshot(policy)
     head = policy.value_head.parameters()
     optimizer = build_optimizer(cfg.optim, lora.lora_parameters(policy.model), head)
-    batch, metrics = ppo.collect(policy, tiny.SST2, cfg, kl_of(cfg), tiny.examples(16), 0)
+    batch, metrics = ppo.collect(policy, tiny.SPECS, cfg, kl_of(cfg), tiny.examples(16), 0)
     assert metrics["reward/mean"] >= -3 and batch.rollout.size == 16
     metrics = ppo.update(policy, optimizer, cfg, batch, 0)
     assert metrics["optim/steps"] == 4 and metrics["policy/first_ratio_gap"] < 1e-4
@@ -473,7 +473,7 @@ def test_it_learns_to_answer(name: str, lr: float) -> None:
     optimizer = build_optimizer(cfg.optim, lora.lora_parameters(policy.model), head)
     rows, kl, means = tiny.examples(8, "Positive"), kl_of(cfg), []
     for step in range(40):
-        batch, metrics = ppo.collect(policy, tiny.SST2, cfg, kl, rows, step)
+        batch, metrics = ppo.collect(policy, tiny.SPECS, cfg, kl, rows, step)
         ppo.update(policy, optimizer, cfg, batch, step)
         means.append(metrics["reward/mean"])
     assert means[0] < -0.7

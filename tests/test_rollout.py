@@ -26,7 +26,7 @@ def config(estimator: str = "k1", temperature: float = 1.0, **changes) -> Config
 
 
 def collected(policy: Policy, cfg: Config, step: int = 0) -> Rollout:
-    return collect_answers(policy, tiny.SST2, cfg, tiny.examples(4), step)
+    return collect_answers(policy, tiny.SPECS, cfg, tiny.examples(4), step)
 
 
 # ---- prompts --------------------------------------------------------------------------------
@@ -39,11 +39,11 @@ def length(policy: Policy, sentence: str) -> int:
 def test_a_prompt_that_fits_stays_as_it_is() -> None:
     policy = tiny.policy(shaken=False)
     text = "the film was long and slow"
-    text_out, ids, cut = fit_prompt(
+    fit = fit_prompt(
         policy, tiny.SST2, Example("1", {"sentence": text}, None), length(policy, text)
     )
-    assert text_out == render(tiny.SST2, {"sentence": text}) and not cut
-    assert ids == policy.encode(text_out)
+    assert fit.text == render(tiny.SST2, {"sentence": text}) and not fit.cut
+    assert fit.ids == policy.encode(fit.text)
 
 
 @pytest.mark.parametrize("model", ["tiny", "stories260K"])
@@ -55,8 +55,9 @@ def test_a_long_prompt_loses_the_end_of_its_sentence_only(model: str) -> None:
     kept = set()
     for longest in (*range(empty + 1, whole, 7), whole - 1):
         example = Example("1", {"sentence": sentence}, "Positive")
-        text, ids, cut = fit_prompt(policy, tiny.SST2, example, longest)
-        assert cut and len(ids) <= longest and ids == policy.encode(text)
+        fit = fit_prompt(policy, tiny.SST2, example, longest)
+        text, ids = fit.text, fit.ids
+        assert fit.cut and len(ids) <= longest and ids == policy.encode(text)
         assert text.startswith(form[0]) and text.endswith(form[1])
         body = text.removeprefix(form[0]).removesuffix(form[1])
         assert sentence.startswith(body)
@@ -70,10 +71,10 @@ def test_the_longest_field_is_cut() -> None:
     policy = tiny.policy(shaken=False)
     fields = {"short": "good film", "long": "the film was long and slow " * 5}
     whole = len(policy.encode(render(TWO_FIELDS, fields)))
-    text, ids, cut = fit_prompt(policy, TWO_FIELDS, Example("1", fields, None), whole - 12)
-    assert cut and len(ids) <= whole - 12
-    assert "\ngood film # the film was long and slow the film" in text
-    text, _, _ = fit_prompt(policy, TWO_FIELDS, Example("1", fields, None), whole - 29)
+    fit = fit_prompt(policy, TWO_FIELDS, Example("1", fields, None), whole - 12)
+    assert fit.cut and len(fit.ids) <= whole - 12
+    assert "\ngood film # the film was long and slow the film" in fit.text
+    text = fit_prompt(policy, TWO_FIELDS, Example("1", fields, None), whole - 29).text
     first, second = text.split("Prompt:\n")[1].split("\nAssistant")[0].split(" # ")
     assert 0 < len(first) < 10 and 0 < len(second) < 10, "then both in turn"
 
@@ -82,7 +83,7 @@ def test_a_form_that_does_not_fit_is_the_users_mistake() -> None:
     policy = tiny.policy(shaken=False)
     empty = length(policy, "")
     example = Example("1", {"sentence": "good film " * 40}, None)
-    assert len(fit_prompt(policy, tiny.SST2, example, empty)[1]) == empty
+    assert len(fit_prompt(policy, tiny.SST2, example, empty).ids) == empty
     with pytest.raises(UserError, match=f"data.max_prompt_tokens.*needs {empty} .*{empty - 1} are"):
         fit_prompt(policy, tiny.SST2, example, empty - 1)
 
@@ -139,7 +140,7 @@ def test_scores(scale, expected, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(reward=RewardConfig(scale))
     rollout = collect_answers(
         policy,
-        tiny.SST2,
+        tiny.SPECS,
         replace(cfg, rollout=RolloutConfig(4, 1, 4)),
         tiny.examples(4, "Positive"),
         0,

@@ -228,7 +228,7 @@ def test_a_signal_from_outside_saves_and_tells_how_to_go_on(
 
 
 STOPS: dict[str, Callable[[], tuple[Any, str, Callable[..., bool]]]] = {
-    "in a rollout": lambda: (ppo, "collect", lambda *a: a[-1] == 1),
+    "in a rollout": lambda: (ppo, "collect", lambda *a: a[5] == 1),
     "in an update": lambda: (ppo, "update", lambda *a: a[-1] == 1),
     "in a midway evaluation": lambda: (evaluate, "generate", lambda *a: True),
     "behind the checkpoint": lambda: (checkpoint, "prune", lambda *a: True),

@@ -31,6 +31,7 @@ from ppo_nlu.tasks import Example, get_task
 
 GIVEN = os.environ.get("PPO_NLU_DATA")  # read at import: the tests clear it
 SST2 = get_task("sst2")
+SPECS = {"sst2": SST2}
 TREE_KINDS = ("llama", "qwen2", "gpt2", "neox")
 SPLIT = Regex(r"</?Judgement>|\w+|[^\w\s]")
 FEW = ("Positive", "Negative", STOP, "<Judgement>", "film", "good", "bad", "a", "the")
@@ -129,7 +130,7 @@ def examples(count: int, label: str | None = None) -> list[Example]:
     texts = ("a good film", "a bad film", "the film was long and slow", "it was the best", "good")
     labels = ("Positive", "Negative")
     return [
-        Example(str(i), {"sentence": texts[i % len(texts)]}, label or labels[i % 2])
+        Example(str(i), {"sentence": texts[i % len(texts)]}, label or labels[i % 2], "sst2")
         for i in range(count)
     ]
 

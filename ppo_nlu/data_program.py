@@ -1,0 +1,219 @@
+"""Look at the data, or fetch it: `python -m ppo_nlu.data check [TASK...]` prints what is there, and
+`python -m ppo_nlu.data get TASK... [--output FOLDER]` downloads the official files into the cache,
+or into FOLDER in the layout glue/SST-2/, superglue/CB/. Both take `data.key=value`; a config file
+in place of a TASK stands for its tasks and its data section.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from heapq import nlargest
+from pathlib import Path
+
+from ppo_nlu import archives, cli, data, download, strict_config
+from ppo_nlu.config import Config, DataConfig, load_config
+from ppo_nlu.errors import UserError
+from ppo_nlu.prompts import render
+from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
+from ppo_nlu.tasks.custom import specs_of
+
+HEADER = ("task", "split", "file", "rows", "labels", "left out", "words", "tokens", "state")
+RIGHT = ("rows", "left out", "words", "tokens")  # columns of numbers
+TOKENIZER = Path(__file__).parent / "assets" / "tiny"
+LONGEST = 32  # tokens are counted in so many of a split's longest prompts, by letters
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program."""
+    parser = cli.Parser("python -m ppo_nlu.data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
+    checked = commands.add_parser("check", help="what is there, split by split")
+    checked.add_argument("words", nargs="*", metavar="TASK", help="default: every task")
+    fetched = commands.add_parser("get", help="download the official files")
+    fetched.add_argument("words", nargs="+", metavar="TASK")
+    fetched.add_argument("--output", type=Path, metavar="FOLDER", help="default: the cache")
+    fetched.add_argument(
+        "--unverified", action="store_true", help="take files whose sha256 is not the known one"
+    )
+    args = parser.parse_args(argv)
+    specs, cfg = _asked(args.words)
+    if args.command == "get":
+        return get(specs, cfg, args.output, not args.unverified)
+    return check(specs or list(TASKS.values()), cfg, named=bool(specs))
+
+
+def _asked(words: Sequence[str]) -> tuple[list[TaskSpec], DataConfig]:
+    """The tasks that are named, by themselves or by a config file, and the data section."""
+    files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    names = [word for word in words if "=" not in word and word not in files]
+    overrides = [word for word in words if "=" in word]
+    if len(files) > 1:
+        raise UserError(f"{files[1]}: one config file at a time; {files[0]} is given already")
+    if files:
+        cfg = load_config(files[0], overrides)
+        return [*specs_of(cfg).values(), *map(get_task, names)], cfg.data
+    given = strict_config.parse_overrides(overrides, Config)
+    said = {key: (strict_config.COMMAND_LINE, value) for key, value in given.items()}
+    any_task = {"task": ("", next(iter(TASKS)))}
+    cfg = strict_config.build(Config, any_task | said, strict_config.COMMAND_LINE)
+    return [get_task(name) for name in names], cfg.data
+
+
+# ---- check
+
+
+def check(specs: Iterable[TaskSpec], cfg: DataConfig, named: bool) -> int:
+    """Print a line for each split. A file that cannot be read is an error, and so is a task that is
+    absent altogether if it was named."""
+    table, sources, absent = [], [], []
+    for spec in specs:
+        source = _found(spec, cfg, named)
+        if source is None:
+            absent.append(spec.name)
+            continue
+        sources.append(source)
+        table += [_row(spec, split, source, cfg) for split in spec.files]
+    if not table:
+        raise UserError(
+            "data.path: no task is there; give data.path=FOLDER or $PPO_NLU_DATA, or fetch one: "
+            "python -m ppo_nlu.data get sst2"
+        )
+    for kind in dict.fromkeys(source.kind for source in sources):
+        print(f"{kind}: {_common([str(s.folder) for s in sources if s.kind == kind])}")
+    print(_aligned([HEADER, *table]))
+    print("words, tokens: of the longest prompt without examples; tokens of the bundled model")
+    if absent:
+        print(f"absent: {', '.join(absent)}")
+    return 0
+
+
+def _found(spec: TaskSpec, cfg: DataConfig, named: bool) -> data.Source | None:
+    try:
+        source = data.local(spec, cfg)
+    except UserError:
+        if named:
+            raise
+        return None
+    if source is None and named:
+        raise UserError(
+            f"data.path: no {spec.title} data in the cache {data.cache_root(cfg)}; give "
+            f"data.path=FOLDER, or fetch it: python -m ppo_nlu.data get {spec.name}"
+        )
+    return source
+
+
+def _common(folders: Sequence[str]) -> str:
+    """The folder that holds them all."""
+    parts = [Path(folder).parts for folder in dict.fromkeys(folders)]
+    same = [names[0] for names in zip(*parts, strict=False) if len(set(names)) == 1]
+    return str(Path(*same)) if same else "."
+
+
+def _row(spec: TaskSpec, split: str, source: data.Source, cfg: DataConfig) -> tuple[str, ...]:
+    if not data.has_split(spec, split, source):
+        name = spec.files[split][0]
+        return (spec.name, split, name, "-", "-", "-", "-", "-", "absent")
+    found = data.load_split(spec, split, cfg)
+    rows = found.examples
+    words = max(len(render(spec, row.fields).split()) for row in rows)
+    state = "partial" if found.partial else ""
+    return (
+        spec.name,
+        split,
+        found.file,
+        f"{len(rows):,}",
+        _balance(spec, rows),
+        f"{found.malformed:,}" if found.malformed else "",
+        f"{words:,}",
+        _tokens(spec, rows),
+        state,
+    )
+
+
+def _balance(spec: TaskSpec, rows: Sequence[Example]) -> str:
+    labels = [row.label for row in rows if row.label is not None]
+    if not labels:
+        return "unlabelled"
+    if spec.kind == "rating":
+        numbers = [float(label) for label in labels]
+        mean = sum(numbers) / len(numbers)
+        return f"{min(numbers):g} / {mean:.2f} / {max(numbers):g} (min/mean/max)"
+    if spec.kind == "text":
+        return f"{len(set(labels)):,} different texts"
+    counts = Counter(labels)
+    return ", ".join(f"{word} {counts[word]:,}" for word in spec.words)
+
+
+def _tokens(spec: TaskSpec, rows: Sequence[Example]) -> str:
+    count = _counter()
+    if count is None:
+        return "-"
+    long = nlargest(LONGEST, rows, key=lambda row: sum(map(len, row.fields.values())))
+    return f"{max(count(render(spec, row.fields)) for row in long):,}"
+
+
+@lru_cache(maxsize=1)
+def _counter() -> Callable[[str], int] | None:
+    """How many tokens of the bundled model a text has; None where its tokenizer is not there."""
+    if not (TOKENIZER / "tokenizer.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    return lambda text: len(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> str:
+    """The table as lines, without the columns that say nothing."""
+    columns = [column for column in zip(*table, strict=True) if any(column[1:])]
+    padded = []
+    for column in columns:
+        width, pad = max(map(len, column)), str.rjust if column[0] in RIGHT else str.ljust
+        padded.append([pad(cell, width) for cell in column])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded, strict=True))
+
+
+# ---- get
+
+
+def get(specs: Sequence[TaskSpec], cfg: DataConfig, output: Path | None, sums: bool) -> int:
+    """Fetch the official files of each task, and print where they are and how they were checked."""
+    if not specs:
+        raise UserError("get: no task is named; give one or more, such as sst2")
+    for spec in specs:
+        if spec.name not in archives.ARCHIVES:
+            known = ", ".join(archives.ARCHIVES)
+            raise UserError(f"get: no archive of {spec.title} is known; there is one of {known}")
+    root = data.cache_root(cfg) if output is None else output
+    for spec in specs:
+        print(_get(spec, cfg.url, root, sums), flush=True)
+    return 0
+
+
+def _get(spec: TaskSpec, url: str, root: Path, sums: bool) -> str:
+    folder = root / spec.benchmark / spec.folder
+    names = archives.ARCHIVES[spec.name].files
+    there = [name for name in names if (folder / name).is_file()]
+    if len(there) == len(names):
+        return f"{spec.title}: {folder} holds it already"
+    if folder.exists():
+        raise UserError(
+            f"--output: {folder} holds something already, but not the whole official set; "
+            "move it away or give another --output"
+        )
+    print(f"{spec.title}: fetching {archives.ARCHIVES[spec.name].name}", file=sys.stderr)
+    try:
+        fetched = download.fetch(spec, url, root, sums)
+    except download.DownloadError as error:
+        also = "; --unverified takes it all the same" if "sha256" in str(error) else ""
+        raise UserError(f"get: {spec.title}: {error}{also}") from error
+    unverified = ", ".join(fetched.unverified)
+    proved = f"not verified by checksum: {unverified}" if unverified else "verified by checksum"
+    return f"{spec.title}: {fetched.folder} ({proved})"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,320 @@
+"""The cells of a grid: which there are, what each is run with, and the folder that holds them.
+
+A cell is one method on one task (or a mixture of tasks) with one seed. `reproduce` runs them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ppo_nlu import checkpoint, results
+from ppo_nlu.config import Config, load_config
+from ppo_nlu.errors import UserError
+
+ASSETS = Path(__file__).parent / "assets" / "reproduce"
+FORMAT = 1
+MOST_SFT = 40  # sft-seconds: at most so many times the steps of sft-st
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the paper's tables: the family whose preset it takes, and what it does."""
+
+    family: str  # "": that of PPO, which evaluation shares; "_sft", "_encoder"
+    trains: bool = True
+    several: bool = False  # one run for all tasks
+    shots: int = 0
+
+
+# In the order in which they run: what is cheap or asked for by others comes first.
+METHODS = {
+    "zero-shot": Method("", trains=False),
+    "few-shot": Method("", trains=False, shots=5),
+    "encoder": Method("_encoder"),
+    "sft-st": Method("_sft"),
+    "ppo-st": Method(""),
+    "sft-seconds": Method("_sft"),
+    "sft-mt": Method("_sft", several=True),
+    "ppo-mt": Method("", several=True),
+}
+BUDGETS = {"tiny": 3840, "llama2-7b": 24000, "qwen2.5-7b": 24000, "mpt-7b": 24000}  # by preset
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a grid holds where the command line does not say."""
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...] = tuple(METHODS)
+    presets: tuple[str, ...] = ("tiny",)
+    mixed: tuple[str, ...] | None = None  # tasks of the multi-task runs; None = all
+    encoder: tuple[str, ...] | None = None  # tasks of the encoder; None = all
+
+
+GLUE = ("mnli", "mnli-mm", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "glue/rte", "wnli", "ax")
+SUPERGLUE = (
+    "boolq", "cb", "copa", "multirc", "record", "superglue/rte", "wic", "wsc", "ax-b", "ax-g",
+)  # fmt: skip
+GRIDS = {
+    "glue": Table(GLUE),
+    "superglue": Table(SUPERGLUE),
+    "backbones": Table(
+        ("stsb", "copa"),
+        ("zero-shot", "few-shot", "ppo-st"),
+        ("llama2-7b", "qwen2.5-7b", "mpt-7b"),
+    ),
+    "tiny": Table(
+        tasks=(
+            "sst2", "cola", "glue/rte", "mrpc", "stsb", "qnli", "mnli",
+            "boolq", "cb", "copa", "wic",
+        ),
+        mixed=("sst2", "cola", "mrpc", "qnli", "glue/rte"),
+        encoder=("sst2",),
+    ),
+}  # fmt: skip
+# Sets that are measured with the run of another task: they have no training rows of their own, or
+# those of that task (Wang et al., 2018 and 2019).
+MEASURED_WITH = {
+    "mnli-mm": "mnli",
+    "ax": "mnli",
+    "ax-b": "superglue/rte",
+    "ax-g": "superglue/rte",
+}
+OWN_KEYS = (
+    "task", "tasks", "method", "seed", "train.steps", "prompt.shots", "eval.before",
+    "model.name_or_path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A language model: its preset, and the model that takes the place of the preset's own."""
+
+    preset: str
+    model: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in names of cells and in tables."""
+        return self.model.rstrip("/").rsplit("/", 1)[-1] if self.model else self.preset
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid. `source` is the cell whose trained run is measured on another task."""
+
+    name: str
+    method: str
+    tasks: tuple[str, ...]
+    seed: int
+    backbone: Backbone
+    needs: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the grid lives and what all its cells share."""
+
+    folder: Path
+    benchmark: str
+    budget: int
+    overrides: tuple[str, ...] = ()
+
+    def cell_dir(self, name: str) -> Path:
+        """The run folder of a cell."""
+        return self.folder / "cells" / name
+
+    def config_of(self, cell: Cell) -> Path:
+        """The preset's file for the cell's method, as the grid was started with it."""
+        return self.folder / "configs" / f"{cell.backbone.preset}{METHODS[cell.method].family}.yaml"
+
+    def finished(self, name: str) -> bool:
+        """Whether the cell has left its summary."""
+        return (self.cell_dir(name) / "summary.json").is_file()
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """The summary of a finished cell."""
+        return results.read_json(self.cell_dir(name) / "summary.json")
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+def plan(
+    table: Table,
+    methods: Sequence[str],
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    backbones: Sequence[Backbone],
+) -> list[Cell]:
+    """All cells, seed after seed, so that a grid that was stopped has whole seeds."""
+    asked = [name for name in METHODS if name in methods]
+    cells: list[Cell] = []
+    for seed in seeds:
+        for method in asked:
+            for backbone in backbones:
+                prefix = f"{backbone.name}-" if len(backbones) > 1 else ""
+                cells += _cells(table, method, tasks, seed, backbone, f"{prefix}s{seed}")
+    return cells
+
+
+def _cells(
+    table: Table, method: str, tasks: Sequence[str], seed: int, backbone: Backbone, prefix: str
+) -> Iterator[Cell]:
+    kind = METHODS[method]
+
+    def name_of(names: Sequence[str], of: str = method) -> str:
+        return f"{prefix}-{of}-{'+'.join(name.replace('/', '-') for name in names)}"
+
+    if method == "encoder" and table.encoder is not None:
+        tasks = [name for name in tasks if name in table.encoder]
+    if not kind.trains:
+        for task in tasks:
+            yield Cell(name_of([task]), method, (task,), seed, backbone)
+        return
+    mixed = kind.several and table.mixed is not None
+    learned = [name for name in tasks if name not in MEASURED_WITH]
+    learned = [name for name in learned if not mixed or name in (table.mixed or ())]
+    if kind.several:
+        if len(learned) < 2:
+            return
+        whole = tuple(learned)
+        yield Cell(name_of(whole), method, whole, seed, backbone)
+    for task in () if kind.several else learned:
+        needs = (
+            tuple(name_of([task], of) for of in ("sft-st", "ppo-st"))
+            if method == "sft-seconds"
+            else ()
+        )
+        yield Cell(name_of([task]), method, (task,), seed, backbone, needs)
+    for task in tasks:
+        home = MEASURED_WITH.get(task)
+        if home in learned:
+            source = name_of(learned) if kind.several else name_of([str(home)])
+            yield Cell(name_of([task]), method, (task,), seed, backbone, (source,), source)
+
+
+# --- one cell -----------------------------------------------------------------------------------
+
+
+def batch_size(cell: Cell, cfg: Config) -> int:
+    """The labelled rows that one training step draws."""
+    family = METHODS[cell.method].family
+    if family == "_sft":
+        return cfg.sft.batch_size
+    return cfg.encoder.batch_size if family == "_encoder" else cfg.rollout.batch_size
+
+
+def sft_seconds_steps(sft: Mapping[str, Any], ppo: Mapping[str, Any]) -> tuple[int, str]:
+    """The SFT steps that take the seconds PPO took, and a note where they were capped.
+
+    steps = round(sft steps · (PPO's training seconds / SFT's training seconds)), from the
+    summaries of the two finished cells, at most 40 times the steps of SFT.
+    """
+    steps, ratio = int(sft["train_steps"]), float(ppo["train_s"]) / float(sft["train_s"])
+    if ratio > MOST_SFT:
+        note = f"capped at {MOST_SFT} x the steps of sft-st; equal seconds would be {ratio:.0f} x"
+        return MOST_SFT * steps, note
+    return max(1, round(steps * ratio)), ""
+
+
+def steps_of(grid: Grid, cell: Cell) -> tuple[int, str]:
+    """The training steps of a cell, and what is to be said about them."""
+    if cell.method == "sft-seconds":
+        sft, ppo = (grid.summary(name) for name in cell.needs)
+        return sft_seconds_steps(sft, ppo)
+    cfg = load_config(grid.config_of(cell), grid.overrides)
+    return math.ceil(grid.budget * len(cell.tasks) / batch_size(cell, cfg)), ""
+
+
+def command_of(grid: Grid, cell: Cell) -> tuple[list[str], str]:
+    """The command line of a cell, resuming its run where there is one, and a note."""
+    folder = grid.cell_dir(cell.name)
+    train = [sys.executable, "-m", "ppo_nlu.train"]
+    evaluate = [sys.executable, "-m", "ppo_nlu.evaluate"]
+    where = ["--output", str(folder)]
+    task = [f"task={cell.tasks[0]}"]
+    if cell.source:
+        alone = ["tasks=[]"] if METHODS[cell.method].several else []
+        return [*evaluate, str(grid.cell_dir(cell.source)), *task, *alone, *where], ""
+    said = [f"seed={cell.seed}"]
+    said += task if len(cell.tasks) == 1 else ["task=null", f"tasks=[{', '.join(cell.tasks)}]"]
+    if cell.backbone.model and cell.method != "encoder":
+        said.append(f"model.name_or_path={cell.backbone.model}")
+    config, method = str(grid.config_of(cell)), METHODS[cell.method]
+    if not method.trains:
+        said.append(f"prompt.shots={method.shots}")
+        return [*evaluate, config, *said, *grid.overrides, *where], ""
+    steps, note = steps_of(grid, cell)
+    if checkpoint.is_run_dir(folder):
+        return [*train, str(folder / "config.yaml"), "--resume", str(folder)], note
+    said += [f"train.steps={steps}", "eval.before=false"]
+    return [*train, config, *said, *grid.overrides, *where], note
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def settle(grid: Grid, cells: Sequence[Cell], backbones: Sequence[Backbone], command: str) -> None:
+    """Make the grid's folder, or check that it was started with the same settings; the plan grows
+    by the new cells. The presets are copied, so that they stay what they were."""
+    folder = grid.folder
+    configs = {}
+    for backbone in backbones:
+        for path in sorted(ASSETS.glob(f"{backbone.preset}*.yaml")):
+            if path.stem.split("_")[0] == backbone.preset:
+                configs[path.name] = path.read_text("utf-8")
+    now = {
+        "format": FORMAT,
+        "benchmark": grid.benchmark,
+        "models": [[b.name, b.preset, b.model] for b in backbones],
+        "budget": grid.budget,
+        "overrides": list(grid.overrides),
+    }
+    before = results.read_json(folder / "grid.json")
+    if not before:
+        if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+            raise UserError(f"--output {folder}: holds files of other kinds; name a new folder")
+        (folder / "configs").mkdir(parents=True, exist_ok=True)
+    else:
+        _require_same(folder, before, now)
+        for name, text in configs.items():
+            held = folder / "configs" / name
+            if held.is_file() and yaml.safe_load(held.read_text("utf-8")) != yaml.safe_load(text):
+                raise UserError(
+                    f"--output {folder}: was started with another version of the preset {name}; "
+                    "name a new folder"
+                )
+    for name, text in configs.items():
+        checkpoint.atomic_write_text(folder / "configs" / name, text)
+    planned = before.get("plan", {})
+    planned |= {
+        c.name: {
+            "method": c.method,
+            "tasks": list(c.tasks),
+            "seed": c.seed,
+            "model": c.backbone.name,
+        }
+        for c in cells
+    }
+    commands = before.get("commands", [])
+    commands = [*(line for line in commands if line != command), command]
+    grown = before | now | {"commands": commands, "plan": planned}
+    checkpoint.atomic_write_json(folder / "grid.json", grown)
+
+
+def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"--output {folder}: was started with another {key} "
+                f"({before.get(key)}, now {value}); give the same, or name a new folder"
+            )

@@ -1,0 +1,226 @@
+"""What the training loop asks of each method: a step on some rows, weights to keep, weights back.
+
+`ppo` and `sft` train LoRA on a causal language model, `encoder` a whole encoder. A new method is a
+class here and a line in `LEARNERS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as dump_tensors
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ppo_nlu import checkpoint, encoder, lora, ppo, sft
+from ppo_nlu.config import Config
+from ppo_nlu.losses import AdaptiveKL
+from ppo_nlu.model import Policy, load_policy, resolve
+from ppo_nlu.ppo import Metrics
+from ppo_nlu.rewards import RunningScale
+from ppo_nlu.tasks import Example, TaskSpec
+
+Groups = dict[str, dict[str, Tensor]]
+VALUE_HEAD = "value_head.safetensors"
+
+
+class Learner(ABC):
+    """One method at work on one model."""
+
+    model: Policy | encoder.Encoder  # what `evaluate` asks for answers
+    batch_size: int  # rows of a step
+    samples: int = 1  # answers that a step trains on, for each row
+    unit: str  # what a trained row is called in the summary line
+    remark: str | None = None  # something to tell after the last step
+    seen: Metrics  # what was known of the last step before its update
+    truncated = 0  # prompts cut so far in the last step
+
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec]):
+        self.cfg, self.specs = cfg, specs
+        self.seen = {}
+
+    @abstractmethod
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What trains at `optim.lr`, and what at `optim.value_lr`."""
+
+    @abstractmethod
+    def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
+        """Train on these rows; raises ppo.BadStep where something is not finite."""
+
+    @abstractmethod
+    def weights(self) -> Groups:
+        """The trained tensors by group, as a checkpoint keeps them."""
+
+    @abstractmethod
+    def restore(self, groups: Groups, place: str) -> None:
+        """Take trained tensors back; `place` is named in errors."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what a run hands over into its folder."""
+
+    def state(self) -> dict[str, Any]:
+        """Numbers beside the weights that a resumed run needs."""
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Take those numbers back."""
+
+    def base(self) -> AbstractContextManager[Any] | None:
+        """A region in which the model is the untrained one; None where there is no such thing."""
+        return None
+
+    def describe(self, index: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of the last step at these places, for a human to look at."""
+        return []
+
+
+class LoraLearner(Learner):
+    """The parts that PPO and SFT share: LoRA on a frozen causal language model."""
+
+    model: Policy
+
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec]):
+        super().__init__(cfg, specs)
+        self.model = load_policy(cfg)
+
+    def base(self) -> AbstractContextManager[Any]:
+        return lora.lora_disabled(self.model.model)
+
+    def weights(self) -> Groups:
+        return {"adapter": lora.state_dict(self.model.model)}
+
+    def restore(self, groups: Groups, place: str) -> None:
+        lora.load_state_dict(self.model.model, groups["adapter"], place)
+
+    def save(self, folder: Path) -> None:
+        name = resolve(self.cfg.model.name_or_path)
+        (folder / "adapter").mkdir(exist_ok=True)
+        lora.save_adapter(self.model.model, folder / "adapter", self.cfg.lora, name)
+
+
+class PPO(LoraLearner):
+    """Proximal policy optimisation with a critic."""
+
+    unit = "answers"
+
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec]):
+        super().__init__(cfg, specs)
+        self.batch_size = cfg.rollout.batch_size
+        self.samples = cfg.rollout.samples_per_prompt
+        self.kl = AdaptiveKL(cfg.ppo.kl_coef, cfg.ppo.kl_target, cfg.ppo.kl_horizon)
+        self.scale = RunningScale() if cfg.reward.normalise else None
+        self.batch: ppo.Batch | None = None
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        return lora.lora_parameters(self.model.model), list(self.model.value_head.parameters())
+
+    def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
+        # Answers, scores, KL-shaped rewards, advantages; then epochs of minibatch updates.
+        self.batch, self.seen = ppo.collect(
+            self.model, self.specs, self.cfg, self.kl, examples, step, self.scale
+        )
+        self.truncated = self.batch.rollout.truncated
+        metrics = ppo.update(self.model, optimizer, self.cfg, self.batch, step)
+        if step == 0:
+            exact = self.cfg.model.dtype == "float32"
+            self.remark = ppo.check_first_ratio(metrics["policy/first_ratio_gap"], exact)
+        return self.seen | metrics
+
+    def weights(self) -> Groups:
+        head = {k: v.detach().cpu() for k, v in self.model.value_head.state_dict().items()}
+        return super().weights() | {"value_head": head}
+
+    def restore(self, groups: Groups, place: str) -> None:
+        super().restore(groups, place)
+        self.model.value_head.load_state_dict(groups["value_head"])
+
+    def save(self, folder: Path) -> None:
+        (folder / "adapter").mkdir(exist_ok=True)
+        head = dump_tensors(self.weights()["value_head"])
+        checkpoint.atomic_write_bytes(folder / "adapter" / VALUE_HEAD, head)
+        super().save(folder)  # the adapter's own config is written last
+
+    def state(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl.coef, "reward_scale": self.scale and self.scale.seen}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.kl.coef = state["kl_coef"]
+        if self.scale is not None:
+            self.scale.seen = dict(state["reward_scale"])
+
+    def describe(self, index: Sequence[int]) -> list[dict[str, Any]]:
+        assert self.batch is not None
+        roll = self.batch.rollout
+        return [
+            {
+                "id": roll.examples[j].id,
+                "fields": roll.examples[j].fields,
+                "label": roll.examples[j].label,
+                "response": roll.responses[j],
+                "tokens": roll.answers[j],
+                "score": float(roll.scores[j]),
+                "logprobs": roll.logprobs[j].tolist(),
+                "advantages": self.batch.advantages[j].tolist(),
+            }
+            for j in index
+        ]
+
+
+class SFT(LoraLearner):
+    """Supervised fine-tuning on the right answers."""
+
+    unit = "rows"
+
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec]):
+        super().__init__(cfg, specs)
+        self.batch_size = cfg.sft.batch_size
+        self.rows: Sequence[Example] = ()
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        return lora.lora_parameters(self.model.model), []
+
+    def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
+        self.rows, self.seen = examples, {}
+        metrics = sft.update(self.model, self.specs, optimizer, self.cfg, examples, step)
+        self.truncated = int(metrics["answer/truncated_prompts"])
+        return metrics
+
+    def describe(self, index: Sequence[int]) -> list[dict[str, Any]]:
+        rows = [self.rows[j] for j in index]
+        return [{"id": row.id, "fields": row.fields, "label": row.label} for row in rows]
+
+
+class EncoderLearner(Learner):
+    """Fine-tuning of an encoder, the baseline."""
+
+    unit = "rows"
+    model: encoder.Encoder
+
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec]):
+        super().__init__(cfg, specs)
+        self.batch_size = cfg.encoder.batch_size
+        (spec,) = specs.values()
+        self.model = encoder.load(cfg, spec)
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        return [p for p in self.model.model.parameters() if p.requires_grad], []
+
+    def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
+        return encoder.step(self.model, optimizer, self.cfg, examples, step)
+
+    def weights(self) -> Groups:
+        return {"encoder": encoder.weights(self.model)}
+
+    def restore(self, groups: Groups, place: str) -> None:
+        encoder.load_weights(self.model, groups["encoder"])
+
+    def save(self, folder: Path) -> None:
+        encoder.save(self.model, folder / "encoder")
+
+
+LEARNERS: dict[str, type[Learner]] = {"ppo": PPO, "sft": SFT, "encoder": EncoderLearner}

@@ -1,0 +1,433 @@
+"""The report of a grid: `python -m ppo_nlu.report DIR [--output DIR]`.
+
+Writes report.html (one file that needs no other), report.md with its figures in report_files/, and
+rows.csv. What the numbers are is computed in `results`; here they are put into words and tables.
+Published numbers stand in groups of rows of their own and are never mixed with ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ppo_nlu import checkpoint, cli, published, report_plots
+from ppo_nlu import results as measured
+from ppo_nlu.document import (
+    Figure,
+    Folded,
+    Group,
+    Heading,
+    Items,
+    Part,
+    Table,
+    Text,
+    to_html,
+    to_markdown,
+)
+from ppo_nlu.report_plots import title_of
+from ppo_nlu.report_tables import (
+    DASH,
+    backbone_table,
+    benchmark_table,
+    between,
+    counted,
+    number,
+    other_table,
+    signed,
+)
+from ppo_nlu.results import DECODES, METHODS, Comparison, Results
+
+# --- the question -------------------------------------------------------------------------------
+
+WAYS = {
+    "sample": "when both answer with one sample at T=1",
+    "greedy": "when both decode greedily",
+    "score": "when the labels are scored",
+}
+
+
+def verdict(found: Comparison) -> str:
+    """Where the interval lies: above, below, or not distinguishable from."""
+    low, high = found.interval
+    return "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
+
+
+def sentence(condition: str, a: str, b: str, found: Mapping[str, Comparison]) -> str:
+    """What the three comparisons of a with b say, in words."""
+    clauses = [
+        f"{verdict(row)} {b} {WAYS[decode]} ({signed(row.difference)} points, 95 % interval "
+        f"{between(row.interval)})"
+        for decode, row in found.items()
+    ]
+    listed = clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])}, and {clauses[-1]}"
+    size = next(iter(found.values()))
+    pairs = f"{counted(size.tasks, 'task')}, {counted(size.pairs, 'pair')} of task and seed"
+    return f"**{condition}** ({pairs}), {a} is {listed}."
+
+
+def sharpening(a: str, b: str, found: Mapping[str, Comparison]) -> str:
+    """How much of the sampled difference greedy decoding leaves, and what sampling costs each."""
+    sampled, greedy = found["sample"], found["greedy"]
+    cost_a, cost_b = greedy.a - sampled.a, greedy.b - sampled.b
+    first = (
+        f"One sample in place of the greedy answer costs {b} {number(cost_b)} points and {a} "
+        f"{number(cost_a)}."
+    )
+    gap, kept = round(sampled.difference, 1), round(greedy.difference, 1)
+    if gap <= 0:
+        return f"{first} Under sampling {a} has no advantage that this could explain."
+    if kept >= gap:
+        return (
+            f"{first} So the advantage of {a} does not come from the sampling: it is no smaller "
+            "greedily."
+        )
+    if kept <= 0:
+        return (
+            f"{first} All of the {number(gap)} points that {a} is ahead under sampling are the "
+            f"sharper answer distribution: greedily it is not ahead ({signed(kept)})."
+        )
+    return (
+        f"{first} Of the {number(gap)} points that {a} is ahead under sampling, {number(kept)} are "
+        f"left when both decode greedily; the other {number(gap - kept)} are the sharper "
+        "distribution."
+    )
+
+
+QUESTIONS = (  # a, b, under what condition
+    ("ppo-st", "sft-st", "At equal numbers of labels"),
+    ("ppo-st", "sft-seconds", "At equal seconds of training"),
+    ("ppo-mt", "sft-mt", "One model for several tasks, at equal numbers of labels"),
+)
+
+
+def question(results: Results, figures: Mapping[str, Figure]) -> Iterator[Part]:
+    """PPO against SFT, the first thing to know."""
+    yield Heading("Is PPO better than SFT, or only sharper?")
+    yield Text(
+        "PPO from labels rewards sampled answers, so it also makes the answer distribution "
+        "sharper: at T=1 that alone raises the score, without knowing more. So every comparison "
+        "is made three times: with one **sampled** answer at T=1 (as the paper does), with the "
+        "**greedy** answer, and with the label that the model finds most likely (**scored**). "
+        "Both methods have the same prompt, label words and parser."
+    )
+    rows, sentences, first = [], [], None
+    for a, b, condition in QUESTIONS:
+        known = {d: measured.compare(results, a, b, d) for d in DECODES}
+        found = {d: row for d, row in known.items() if row is not None}
+        if not found:
+            continue
+        rival = METHODS["sft-st" if b == "sft-seconds" else b]
+        said = sentence(condition, METHODS[a], rival, found)
+        if {"sample", "greedy"} <= set(found):
+            said += f" {sharpening(METHODS[a], rival, found)}"
+        sentences.append(said)
+        first = first or (found if (a, b) == ("ppo-st", "sft-st") else None)
+        rows += [
+            [f"{METHODS[a]} vs {METHODS[b]}", DECODES[d], number(row.a), number(row.b),
+             signed(row.difference), between(row.interval), verdict(row), str(row.tasks),
+             str(row.pairs)]
+            for d, row in found.items()
+        ]  # fmt: skip
+    if not rows:
+        yield Text(
+            "Neither comparison can be made yet: it needs finished cells of PPO and of SFT.", True
+        )
+        return
+    for text in sentences:
+        yield Text(text, True)
+    head = ("comparison", "decoding", "PPO", "SFT", "difference", "95 % interval", "so PPO is",
+            "tasks", "pairs")  # fmt: skip
+    yield Table(head, [Group("", rows)], 2)
+    yield Text(
+        "Means over tasks of the mean over seeds, in points of a hundred (accuracy, the mean of "
+        "two metrics where a task has two, Matthews' and other correlations times 100). "
+        "Intervals: percentile bootstrap over pairs of task and seed, 10,000 resamples."
+    )
+    if first:
+        yield from _expected(first)
+    yield from _by_task(results)
+    if "sampled_greedy" in figures:
+        yield figures["sampled_greedy"]
+
+
+def _expected(found: Mapping[str, Comparison]) -> Iterator[Part]:
+    """The two things that are expected of PPO at equal labels."""
+    checks = []
+    if "sample" in found:
+        gap = found["sample"].difference
+        held = "holds" if gap > 0 else "**fails**"
+        checks.append(f"PPO-ST above SFT-ST with one sample at T=1: {held} ({signed(gap)})")
+    if "greedy" in found:
+        gap = found["greedy"].difference
+        held = "holds" if gap >= -1 else "**fails**"
+        checks.append(
+            f"PPO-ST not more than one point below SFT-ST when both are greedy: {held} "
+            f"({signed(gap)})"
+        )
+    yield Text("Expected at equal labels, on the mean over tasks:")
+    yield Items(checks)
+
+
+def _by_task(results: Results) -> Iterator[Part]:
+    """PPO - SFT for each task."""
+    pairs = [(a, b) for a, b, _ in QUESTIONS]
+    found = {
+        (a, b, d): row.by_task
+        for a, b in pairs
+        for d in DECODES
+        if (row := measured.compare(results, a, b, d)) is not None
+    }
+    present = [pair for pair in pairs if any(key[:2] == pair for key in found)]
+    head = [
+        "task",
+        *(f"{METHODS[a]} − {METHODS[b]}, {DECODES[d]}" for a, b in present for d in DECODES),
+    ]
+    tasks = [t for t in results.tasks() if any(t in row for row in found.values())]
+    keys = [(a, b, d) for a, b in present for d in DECODES]
+    gaps = {task: [found.get(key, {}).get(task) for key in keys] for task in tasks}
+    rows = [
+        [title_of(task), *(DASH if gap is None else signed(gap) for gap in row)]
+        for task, row in gaps.items()
+    ]
+    yield Folded("The difference, task by task", (Table(head, [Group("", rows)]),))
+
+
+# --- cost, curves, notes --------------------------------------------------------------------------
+
+
+def cost_part(results: Results) -> Iterator[Part]:
+    """Seconds of each method, and PPO over SFT."""
+    found = measured.costs(results)
+    if not found:
+        return
+    yield Heading("What it costs")
+    rows = [
+        [METHODS[c.method], str(c.runs), f"{c.labels:,.0f}", f"{c.steps:,.0f}", f"{c.per_step:.3f}",
+         f"{1000 * c.per_label:.1f}", f"{c.seconds:,.0f}", f"{c.wall:,.0f}"]
+        for c in found
+    ]  # fmt: skip
+    head = ("method", "runs", "labels a run", "steps a run", "seconds a step",
+            "milliseconds a label", "training seconds a run", "wall seconds a run")  # fmt: skip
+    yield Table(head, [Group("", rows)])
+    ratios = [
+        (f"{METHODS[a]} / {METHODS[b]}", measured.cost_ratio(results, a, b), a, b)
+        for a, b, _ in QUESTIONS
+    ]
+    body = [
+        [name, "equal seconds, by design" if b == "sft-seconds" else "equal labels",
+         f"{ratio[0]:.2f}", str(ratio[1]),
+         DASH if b == "sft-seconds" else f"{published.COST_RATIO:.2f}"]
+        for name, ratio, _, b in ratios
+        if ratio
+    ]  # fmt: skip
+    if body:
+        titles = ("training time", "at", "ratio, measured here", "pairs of runs",
+                "ratio, published (arXiv 2410.11020)")  # fmt: skip
+        yield Table(titles, [Group("", body)], 2)
+    jobs = sorted({str(row["jobs"]) for row in results.started.values() if row.get("jobs")})
+    if jobs:
+        yield Text(
+            f"Training seconds are without loading and evaluation, taken while {' or '.join(jobs)} "
+            "cells ran side by side on the machine."
+        )
+
+
+def curves(figures: Mapping[str, Figure]) -> Iterator[Part]:
+    """The figures, apart from that of the question."""
+    for title, names in (
+        ("Reward curves", ("reward_ppo_mt", "reward_ppo_st")),
+        ("What the models answer", ("confusion", "labels")),
+    ):
+        if found := [figures[name] for name in names if name in figures]:
+            yield Heading(title)
+            yield from found
+
+
+def notes(results: Results) -> Iterator[Part]:
+    """Everything that limits what the numbers say."""
+    yield Heading("What to know about these numbers")
+    partial = [
+        f"**{title_of(task)}**: "
+        f"{'; '.join(dict.fromkeys(text for row in rows if (text := row.note)))}"
+        for task in results.tasks()
+        if (rows := [row for row in results.pick(task=task) if row.entry.get("partial")])
+    ]
+    yield Heading("Tasks measured on partial data", 3)
+    yield Items(partial) if partial else Text("None: every task had its whole official files.")
+    capped = [f"{name}: {row['note']}" for name, row in results.started.items() if row.get("note")]
+    if capped:
+        yield Heading("Cells that could not be as long as they should", 3)
+        yield Items(capped)
+    yield Heading("Cells that failed or are missing", 3)
+    lost = [f"{name}: {row.get('error', '')}" for name, row in results.failures.items()]
+    lost += [f"{name}: not run yet" for name in results.missing]
+    yield Items(lost) if lost else Text("None.")
+    yield from unparsed_part(results)
+
+
+def unparsed_part(results: Results) -> Iterator[Part]:
+    """How many sampled answers name no label."""
+    rates = measured.unparsed_rates(results)
+    tasks = results.tasks()
+    rows = [
+        [METHODS[method], *(number(row.get(task)) for task in tasks)]
+        for method, row in rates.items()
+        if method != "encoder"
+    ]
+    if rows:
+        yield Heading("Answers that name no label", 3)
+        yield Text("Percent of the sampled answers; they count as wrong.")
+        yield Table(("method", *map(title_of, tasks)), [Group("", rows)])
+
+
+def intervals(results: Results) -> Iterator[Part]:
+    """Every cell with the bootstrap interval over its rows."""
+    rows = []
+    for task in results.tasks():
+        for method in results.methods():
+            for row in results.pick(method, task):
+                cells = []
+                for decode in DECODES:
+                    report, value = row.report(decode), row.value(decode)
+                    edges = (report or {}).get("interval")
+                    inner = f" [{100 * edges[0]:.1f}, {100 * edges[1]:.1f}]" if edges else ""
+                    cells.append(number(value) + inner)
+                labels = row.summary.get("train_samples")
+                seconds = row.summary.get("train_s")
+                model = [row.model] if len(results.models()) > 1 else []
+                rows.append(
+                    [title_of(task), METHODS[method], *model, str(row.seed), *cells,
+                     str(row.entry.get("rows", DASH)), f"{labels:,}" if labels else DASH,
+                     f"{seconds:,.0f}" if seconds else DASH]
+                )  # fmt: skip
+    head = ["task", "method", *(["model"] if len(results.models()) > 1 else []), "seed",
+            *(f"{title} [95 %]" for title in DECODES.values()), "rows", "labels",
+            "seconds"]  # fmt: skip
+    yield Heading("Every cell, with its own interval")
+    yield Text(
+        "The task's score (the mean of its metrics) and its 95 % bootstrap interval over the "
+        "evaluation rows: how sure one cell is of itself. The spread over seeds is in the tables "
+        "above."
+    )
+    yield Folded(f"All {len(rows)} rows", (Table(head, [Group("", rows)], 2),))
+
+
+def about(results: Results) -> Iterator[Part]:
+    """The head: what was run."""
+    grid = results.grid
+    cells = len(results.grid.get("plan", {}))
+    seeds = sorted({row.seed for row in results.scores})
+    limits = sorted({int(row.entry.get("rows", 0)) for row in results.scores})
+    used = [row for row in results.scores if row.method != "encoder"]
+    names = {row.model: row.summary.get("model", "") for row in used}
+    models = ", ".join(f"`{name}` ({model})" for name, model in names.items()) or DASH
+    yield Text(
+        f"**{counted(len(results.tasks()), 'task')}, {counted(len(results.methods()), 'method')}, "
+        f"{counted(len(seeds), 'seed')}** ({', '.join(map(str, seeds)) or DASH}): "
+        f"{len(results.summaries)} of {counted(cells, 'cell')} finished, "
+        f"{len(results.failures)} failed. Model: {models}. Labels a task and run: "
+        f"{grid.get('budget', 0):,}. "
+        f"Evaluation rows a task: {limits[0]:,} to {limits[-1]:,}."
+        if limits
+        else "No cell has finished yet."
+    )
+    spent = sum(float(row.get("seconds") or 0) for row in results.started.values())
+    elapsed = float(grid.get("elapsed_s") or 0)
+    yield Text(
+        f"Wall time {_hours(elapsed)}; the cells took {_hours(spent)} together. The command:"
+    )
+    yield Items([f"`{command}`" for command in grid.get("commands", [])])
+    where = {
+        f"{row.get('device')}, torch {row.get('torch')}, transformers {row.get('transformers')}"
+        + (f", commit {row['commit']}" if row.get("commit") else "")
+        for row in results.started.values()
+    }
+    if where:
+        yield Text(f"Run on: {'; '.join(sorted(where))}.")
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def words() -> Iterator[Part]:
+    """The methods in a line each."""
+    yield Folded(
+        "The methods and decodings in a line each",
+        (
+            Items(
+                [
+                    "**zero-shot**, **few-shot (5)**: the untuned model with the task's prompt, "
+                    "without and with five worked examples.",
+                    "**SFT-ST**: supervised fine-tuning (LoRA) on one task. **SFT-ST, equal "
+                    "seconds**: the same with as many steps as fit into the training time of PPO "
+                    "on that task and seed.",
+                    "**PPO-ST**: PPO (LoRA and a value head) on one task, from the untuned "
+                    "model, with the parsed answer as reward.",
+                    "**SFT-MT**, **PPO-MT**: one model for several tasks, with their labels "
+                    "together.",
+                    "**encoder**: an encoder with a classification head, fine-tuned; it has no "
+                    "answers to sample.",
+                    "**sampled**: one answer at T=1, as in the paper. **greedy**: the most "
+                    "likely token each time. **scored**: the label with the highest probability "
+                    "of the whole answer, no text is generated.",
+                ]
+            ),
+        ),
+    )
+
+
+def document(results: Results, figures: Mapping[str, Figure], drawn: bool) -> list[Part]:
+    """The whole report."""
+    parts: list[Part] = [*about(results), *words()]
+    if not drawn:
+        parts.append(
+            Text("There are no figures, since matplotlib is missing: pip install matplotlib.")
+        )
+    parts += question(results, figures)
+    for benchmark in published.COLUMNS:
+        parts += benchmark_table(results, benchmark)
+    parts += [
+        *backbone_table(results),
+        *other_table(results),
+        *cost_part(results),
+        *curves(figures),
+    ]
+    return [*parts, *notes(results), *intervals(results)]
+
+
+# --- the program --------------------------------------------------------------------------------
+
+
+def write(folder: Path, output: Path) -> int:
+    """Write the report of a grid's folder to `output`; returns the exit code."""
+    found = measured.load(folder)
+    drawn = report_plots.available()
+    figures = report_plots.draw_all(found) if drawn else {}
+    parts = document(found, figures, drawn)
+    title = f"ppo_nlu: the {found.grid.get('benchmark', '')} grid"
+    output.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        (output / "report_files").mkdir(exist_ok=True)
+        checkpoint.atomic_write_bytes(output / "report_files" / f"{name}.png", figure.png)
+    checkpoint.atomic_write_text(output / "report.html", to_html(title, parts))
+    checkpoint.atomic_write_text(output / "report.md", to_markdown(title, parts))
+    measured.write_rows(found, output)
+    print(f"report: {output / 'report.html'} (and report.md, rows.csv)")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program."""
+    parser = cli.Parser("python -m ppo_nlu.report", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what ppo_nlu.reproduce wrote")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: DIR itself")
+    args = parser.parse_args(argv)
+    return write(args.folder, args.output or args.folder)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

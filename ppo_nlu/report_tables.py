@@ -1,0 +1,174 @@
+"""Numbers as text, and the paper's tables 1 to 3: ours, and the published ones below them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ppo_nlu import published
+from ppo_nlu import results as measured
+from ppo_nlu.document import Group, Heading, Part, Table, Text
+from ppo_nlu.metrics import PAPER_METRICS
+from ppo_nlu.report_plots import title_of
+from ppo_nlu.results import DECODES, METHODS, Results, Spread, spread
+
+DASH = "–"
+OURS = "measured here (evaluation rows; mean ± standard deviation over seeds)"
+
+
+# --- numbers as text ------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """One decimal; a dash for None."""
+    return DASH if value is None else f"{value:.1f}"
+
+
+def signed(value: float) -> str:
+    """One decimal with its sign, which -0.0 has not."""
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def with_sd(found: Spread | None) -> str:
+    """mean ± sd; without the sd for one seed."""
+    if found is None:
+        return DASH
+    return number(found.mean) + (f" ± {found.sd:.1f}" if found.sd is not None else "")
+
+
+def between(interval: Sequence[float]) -> str:
+    """An interval of points."""
+    return f"{signed(interval[0])} to {signed(interval[1])}"
+
+
+def counted(count: int, thing: str) -> str:
+    """`3 seeds`, `1 seed`."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+# --- the paper's tables ---------------------------------------------------------------------------
+
+NUMBERS = {"glue": 1, "superglue": 2}
+NAMES = {"glue": "GLUE", "superglue": "SuperGLUE"}
+METRIC_NAMES = {
+    "accuracy": "acc", "f1": "F1", "mcc": "MCC", "spearman": "Spearman", "pearson": "Pearson",
+    "macro_f1": "F1", "f1a": "F1a", "em": "EM", "record_f1": "F1", "record_em": "EM",
+    "gender_parity": "parity",
+}  # fmt: skip
+
+
+def column_title(task: str) -> str:
+    """A task and the metrics the paper shows for it."""
+    shown = "/".join(METRIC_NAMES.get(name, name) for name in PAPER_METRICS.get(task, ()))
+    title = title_of(task).partition(" (")[0]
+    return f"{title} ({shown})" if shown else title
+
+
+def paper_cell(
+    results: Results, method: str, task: str, decode: str, model: str | None = None
+) -> str:
+    """Our numbers of the paper's metrics for a task, mean ± sd over seeds."""
+    rows = results.pick(method, task, model)
+    found = [spread([row.metric(decode, name) for row in rows]) for name in PAPER_METRICS[task]]
+    return DASH if None in found else " / ".join(with_sd(each) for each in found)
+
+
+def benchmark_table(results: Results, benchmark: str) -> Iterator[Part]:
+    """Table 1 (GLUE) or 2 (SuperGLUE), ours and the published one below it."""
+    columns = published.COLUMNS[benchmark]
+    if len(results.models()) > 1 or not any(results.pick(task=task) for task in columns):
+        return
+    yield Heading(f"Table {NUMBERS[benchmark]}: {NAMES[benchmark]}")
+    rows = []
+    for method in results.methods():
+        for decode in DECODES:
+            cells = [paper_cell(results, method, task, decode) for task in columns]
+            if any(cell != DASH for cell in cells):
+                rows.append([METHODS[method], DECODES[decode], _seeds(results, method, columns),
+                             *cells, *_averages(results, benchmark, method, decode)])  # fmt: skip
+    theirs = [
+        [METHODS.get(method, method), "sampled" if method in METHODS else DASH, DASH,
+         *(_published_cell(row.get(task)) for task in (*columns, "average")), DASH, DASH]
+        for method, row in published.TABLES[benchmark].items()
+    ]  # fmt: skip
+    head = ("method", "decoding", "seeds", *map(column_title, columns), "average: paper",
+            "average: official", "mean of the tasks present (how many)")  # fmt: skip
+    groups = [Group(OURS, rows), Group(published.SOURCE, theirs, foreign=True)]
+    yield Table(head, groups, 2)
+    yield Text(
+        "The columns have the metrics of the paper. `average: paper` is the plain mean of its "
+        "columns "
+        + ("(without WNLI and AX)" if benchmark == "glue" else "(without AX-b and AX-g)")
+        + ", `average: official` the leaderboard's; each needs every task of it, and a dash means "
+        "that one is missing. Then the mean of the tasks present stands in their place: it can "
+        "be compared between our rows with the same tasks, and not with an average of the "
+        "paper. Ours is another model on other rows (dev, not test) with other numbers of "
+        "labels: the published rows are a reference, no rival. "
+        "The BERT rows are those that the paper cites."
+        "The BERT rows are those that the paper cites."
+    )
+
+
+def _published_cell(values: Sequence[float] | None) -> str:
+    return DASH if values is None else " / ".join(number(value) for value in values)
+
+
+def _seeds(results: Results, method: str, tasks: Sequence[str]) -> str:
+    counts = {len(rows) for task in tasks if (rows := results.pick(method, task))}
+    return str(max(counts)) if len(counts) == 1 else f"{min(counts)}–{max(counts)}"
+
+
+def _averages(results: Results, benchmark: str, method: str, decode: str) -> list[str]:
+    whole = [
+        with_sd(measured.averages(results, benchmark, method, decode, style))
+        for style in ("paper", "official")
+    ]
+    present = measured.mean_of_present(results, method, decode, published.COLUMNS[benchmark])
+    return [*whole, f"{with_sd(present[0])} ({present[1]})" if present else DASH]
+
+
+def other_table(results: Results) -> Iterator[Part]:
+    """Tasks of neither benchmark, by their own metrics' mean."""
+    others = [t for t in results.tasks() if not any(t in c for c in published.COLUMNS.values())]
+    if not others:
+        return
+    yield Heading("Other tasks")
+    rows = [
+        [METHODS[method], DECODES[decode],
+         *(with_sd(spread([row.value(decode) for row in results.pick(method, task)]))
+           for task in others)]
+        for method in results.methods()
+        for decode in DECODES
+    ]  # fmt: skip
+    yield Table(("method", "decoding", *map(title_of, others)), [Group(OURS, rows)], 2)
+
+
+def backbone_table(results: Results) -> Iterator[Part]:
+    """Table 3: STS-B and COPA by language model."""
+    tasks = ("stsb", "copa")
+    rows = []
+    for model in results.models():
+        for method in results.methods():
+            for decode in DECODES:
+                cells = [paper_cell(results, method, task, decode, model) for task in tasks]
+                if method != "encoder" and any(cell != DASH for cell in cells):
+                    rows.append([model, METHODS[method], DECODES[decode], *cells])
+    if not rows:
+        return
+    theirs = [
+        [
+            model,
+            METHODS.get(method, method),
+            "sampled" if method in METHODS else DASH,
+            *map(number, row[model]),
+        ]
+        for model in published.BACKBONE_COLUMNS
+        for method, row in published.BACKBONES.items()
+        if model in row
+    ]
+    yield Heading("Table 3: language models")
+    source = published.SOURCE.replace(", Llama-2-7B", "")
+    yield Table(
+        ("model", "method", "decoding", *map(column_title, tasks)),
+        [Group(OURS, rows), Group(source, theirs, foreign=True)],
+        3,
+    )

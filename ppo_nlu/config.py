@@ -179,7 +179,6 @@ class SFTConfig:
     batch_size: int = number(24, min=1)  # rows per optimizer step
     micro_batch_size: int = number(0, min=0)  # rows per forward (memory only); 0 = batch_size
     loss: str = one_of("completion", "completion", "all")  # on the answer, or on the prompt too
-    labels: str = one_of("gold", "gold", "random")  # random: any allowed answer, to teach the form
 
 
 @dataclass(frozen=True)

@@ -279,6 +279,11 @@ def joined(spec: TaskSpec, example: Example) -> str:
     return " ".join(example.fields[name] for name in spec.fields)
 
 
+def saw_labels(model: str) -> bool:
+    """Whether a model is the bundled one, or was made from it and says so by the list beside it."""
+    return model == "bundled" or (expand(model) / SEEN_LABELS.name).is_file()
+
+
 def exclusions() -> set[str]:
     """The sentences, normalised, whose labels the bundled model saw before any run of ours."""
     if not SEEN_LABELS.is_file():

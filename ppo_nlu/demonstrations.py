@@ -45,7 +45,8 @@ def of(spec: TaskSpec, cfg: Config) -> tuple[Example, ...]:
         return ()
     key = repr((spec, cfg.prompt, cfg.data, cfg.custom, cfg.seed, cfg.model.name_or_path))
     if key not in _chosen:
-        rows = data.train_examples(spec, cfg.data, cfg.model.name_or_path == "bundled").examples
+        seen = data.saw_labels(cfg.model.name_or_path)
+        rows = data.train_examples(spec, cfg.data, seen).examples
         count = cfg.prompt.shots + SPARE
         _chosen[key] = tuple(choose(rows, count, cfg.prompt.balanced, cfg.seed))
     return _chosen[key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ METHODS = {
     "sft-mt": Method("_sft", several=True),
     "ppo-mt": Method("", several=True),
 }
+# Comes before all others where a preset has a file for it: it teaches a base that does not know it
+# the form of the answers, without a label, and all others take the model it makes.
+FORM = "form"
 BUDGETS = {"tiny": 3840, "llama2-7b": 24000, "qwen2.5-7b": 24000, "mpt-7b": 24000}  # by preset
 
 
@@ -108,7 +111,8 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. `source` is the cell whose trained run is measured on another task."""
+    """One run of the grid. `source` is the cell whose trained run is measured on another task,
+    `start` the one whose model this one takes."""
 
     name: str
     method: str
@@ -117,6 +121,12 @@ class Cell:
     backbone: Backbone
     needs: tuple[str, ...] = ()
     source: str = ""
+    start: str = ""
+
+    @property
+    def awaits(self) -> tuple[str, ...]:
+        """The cells that must be finished before this one."""
+        return (*self.needs, self.start) if self.start else self.needs
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ class Grid:
 
     def config_of(self, cell: Cell) -> Path:
         """The preset's file for the cell's method, as the grid was started with it."""
-        return self.folder / "configs" / f"{cell.backbone.preset}{METHODS[cell.method].family}.yaml"
+        return self.folder / "configs" / f"{cell.backbone.preset}{family_of(cell)}.yaml"
 
     def finished(self, name: str) -> bool:
         """Whether the cell has left its summary."""
@@ -164,6 +174,32 @@ def plan(
                 prefix = f"{backbone.name}-" if len(backbones) > 1 else ""
                 cells += _cells(table, method, tasks, seed, backbone, f"{prefix}s{seed}")
     return cells
+
+
+def with_form(cells: Sequence[Cell]) -> list[Cell]:
+    """The same cells behind those that teach their backbones the form of the tasks, where a preset
+    has such; only what starts from a language model starts from them."""
+    language = [cell for cell in cells if not cell.source and cell.method != "encoder"]
+    backbones = list(dict.fromkeys(cell.backbone for cell in cells))
+    forms: dict[Backbone, Cell] = {}
+    for backbone in backbones:
+        tasks = [task for cell in language if cell.backbone == backbone for task in cell.tasks]
+        learned = tuple(task for task in dict.fromkeys(tasks) if task not in MEASURED_WITH)
+        if learned and (ASSETS / f"{backbone.preset}_{FORM}.yaml").is_file():
+            name = f"{backbone.name}-{FORM}" if len(backbones) > 1 else FORM
+            forms[backbone] = Cell(name, FORM, learned, 0, backbone)
+    started = [
+        replace(cell, start=forms[cell.backbone].name)
+        if cell in language and cell.backbone in forms
+        else cell
+        for cell in cells
+    ]
+    return [*forms.values(), *started]
+
+
+def family_of(cell: Cell) -> str:
+    """What the preset's file for the cell has behind its name."""
+    return f"_{FORM}" if cell.method == FORM else METHODS[cell.method].family
 
 
 def _cells(
@@ -207,7 +243,7 @@ def _cells(
 
 def batch_size(cell: Cell, cfg: Config) -> int:
     """The labelled rows that one training step draws."""
-    family = METHODS[cell.method].family
+    family = family_of(cell)
     if family == "_sft":
         return cfg.sft.batch_size
     return cfg.encoder.batch_size if family == "_encoder" else cfg.rollout.batch_size
@@ -247,9 +283,14 @@ def command_of(grid: Grid, cell: Cell) -> tuple[list[str], str]:
         return [*evaluate, str(grid.cell_dir(cell.source)), *task, *alone, *where], ""
     said = [f"seed={cell.seed}"]
     said += task if len(cell.tasks) == 1 else ["task=null", f"tasks=[{', '.join(cell.tasks)}]"]
-    if cell.backbone.model and cell.method != "encoder":
+    if cell.backbone.model and cell.method != "encoder" and not cell.start:
         said.append(f"model.name_or_path={cell.backbone.model}")
-    config, method = str(grid.config_of(cell)), METHODS[cell.method]
+    if cell.start:
+        said.append(f"model.name_or_path={grid.cell_dir(cell.start) / 'model'}")
+    config = str(grid.config_of(cell))
+    if cell.method == FORM:
+        return [sys.executable, "-m", "ppo_nlu.teach_form", config, *said, *grid.overrides, *where], ""
+    method = METHODS[cell.method]
     if not method.trains:
         said.append(f"prompt.shots={method.shots}")
         return [*evaluate, config, *said, *grid.overrides, *where], ""
@@ -270,7 +311,7 @@ def settle(grid: Grid, cells: Sequence[Cell], backbones: Sequence[Backbone], com
     configs = {}
     for backbone in backbones:
         for path in sorted(ASSETS.glob(f"{backbone.preset}*.yaml")):
-            if path.stem.split("_")[0] == backbone.preset:
+            if path.stem.partition("_")[0] == backbone.preset:
                 configs[path.name] = path.read_text("utf-8")
     now = {
         "format": FORMAT,

@@ -186,7 +186,7 @@ class SFT(LoraLearner):
 
     def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
         self.rows, self.seen = examples, {}
-        metrics = sft.update(self.model, self.specs, optimizer, self.cfg, examples, step)
+        metrics = sft.update(self.model, self.specs, optimizer, self.cfg, examples)
         self.truncated = int(metrics["answer/truncated_prompts"])
         return metrics
 

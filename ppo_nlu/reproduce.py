@@ -38,6 +38,7 @@ from ppo_nlu.grid import (
     command_of,
     plan,
     settle,
+    with_form,
 )  # fmt: skip
 from ppo_nlu.tasks import get_task
 
@@ -93,7 +94,7 @@ class Runner:
         for cell in list(self.waiting):
             if len(self.running) >= self.jobs:
                 return
-            missing = [name for name in cell.needs if not self.grid.finished(name)]
+            missing = [name for name in cell.awaits if not self.grid.finished(name)]
             coming = {other.name for other in self.waiting} | set(self.running)
             if not missing:
                 self.waiting.remove(cell)
@@ -378,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
         if value < 1:
             raise UserError(f"{flag}: {value} is less than 1")
     grid = Grid(folder, args.benchmark, budget, tuple(args.overrides))
-    cells = plan(table, methods, tasks, seeds, backbones)
+    cells = with_form(plan(table, methods, tasks, seeds, backbones))
     if not cells:
         raise UserError("--methods, --tasks: no cell is left; a mixture needs two tasks or more")
     if args.dry_run:

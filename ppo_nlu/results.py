@@ -123,6 +123,8 @@ def load(folder: Path) -> Results:
         if not summary:
             continue
         summaries[name] = (cell, summary)
+        if cell["method"] not in METHODS:  # what only prepares the others
+            continue
         for task, entry in summary.get("tasks", {}).items():
             scores.append(
                 Score(

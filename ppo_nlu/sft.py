@@ -7,9 +7,7 @@ Label words, parser and prompts are those of PPO, so the two can be compared.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch.optim import Optimizer
 
@@ -31,15 +29,12 @@ def update(
     optimizer: Optimizer,
     cfg: Config,
     examples: Sequence[Example],
-    step: int,
 ) -> Metrics:
     """One optimizer step on these rows; raises BadStep where loss or gradient is not finite.
 
     The loss is summed over micro-batches and divided by the count of all trained tokens, so the
     size of the micro-batches changes nothing but memory.
     """
-    if cfg.sft.labels == "random":
-        examples = with_random_labels(specs, examples, cfg.seed, step)
     rows, cut, dropped = [], 0, 0
     for example in examples:
         prompt, answer, fit = targets(policy, specs[example.task], cfg, example)
@@ -68,23 +63,6 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return metrics
-
-
-def with_random_labels(
-    specs: Mapping[str, TaskSpec], examples: Sequence[Example], seed: int, step: int
-) -> list[Example]:
-    """The same rows with an allowed answer drawn evenly in place of the gold one.
-
-    They teach a base that does not know it the form of an answer, and nothing about the labels.
-    """
-    uniform = random.Random(f"ppo_nlu random labels {seed} {step}").random
-    drawn = []
-    for example in examples:
-        words = specs[example.task].words
-        if not words:
-            raise UserError(f"sft.labels: {example.task} has no list of answers to draw from")
-        drawn.append(replace(example, label=words[int(uniform() * len(words))]))
-    return drawn
 
 
 def targets(

@@ -214,10 +214,10 @@ def restore(run: Run) -> None:
 def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     """Read the data, load the model, make the run folder (or take that of a resumed run)."""
     specs = specs_of(cfg)
-    bundled = cfg.model.name_or_path == "bundled" and cfg.method != "encoder"
+    seen = data.saw_labels(cfg.model.name_or_path) and cfg.method != "encoder"
     rows, held = {}, {}
     for name, spec in specs.items():
-        rows[name] = data.train_examples(spec, cfg.data, bundled)
+        rows[name] = data.train_examples(spec, cfg.data, seen)
         held[name] = evaluate.held_out(spec, cfg)
         if any(row.label is None for row in held[name].examples):
             raise UserError(f"eval.split: {cfg.eval.split} has no labels to measure by; use dev")

@@ -332,7 +332,8 @@ def test_a_share_of_train_is_dev(tmp_path: Path) -> None:
     assert [row.id for row in found["dev"]][:2] != ["dev-0", "dev-1"]  # places in the file
     more = _shared(tmp_path, texts[::-1] + [f"new {n}" for n in range(100)])
     assert sides["dev"] <= {row.fields["text"] for row in more["dev"]}
-    assert sides["dev"] <= {row.fields["text"] for row in _shared(tmp_path, texts, 0.3)["dev"]}
+    larger = {row.fields["text"] for row in _shared(tmp_path, texts, 0.3)["dev"]}
+    assert sides["dev"] <= larger and abs(len(larger) - 600) < 5 * 20.5
 
 
 def test_rows_of_the_same_text_stay_together(tmp_path: Path) -> None:

@@ -549,6 +549,7 @@ def test_the_first_rows_keep_groups_whole() -> None:
     alone = [replace(row, group="") for row in rows]
     assert [len(data.first(alone, limit)) for limit in (0, 3, 6, 9)] == [6, 3, 6, 6]
     assert data.first([], 3) == []
+    assert data.first([rows[0], *alone], 3) == [rows[0], *alone[:2]]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -570,7 +571,7 @@ def test_rows_to_predict_by_the_official_columns(tmp_path: Path) -> None:
     assert list(read_inputs(path, get_task("mnli"))) == [Example("5", fields, "Neutral", "mnli")]
     (tmp_path / "a.jsonl").write_text('{"sentence1": "A", "sentence2": "B"}\n')
     assert next(read_inputs(tmp_path / "a.jsonl", get_task("ax-b"))).fields == fields
-    path.write_text("sentence1\tpremise\thypothesis\nx\tA\tB\n")  # its own name wins
+    path.write_text("premise\tsentence1\thypothesis\nA\tx\tB\n")  # its own name wins
     assert next(read_inputs(path, get_task("mnli"))).fields == fields
     path.write_text("sentence1\tsentence2\tscore\nA\tB\t4.2\n")
     assert next(read_inputs(path, get_task("stsb"))).label == "4.2"

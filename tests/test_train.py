@@ -115,7 +115,7 @@ def _half(path: Path, data: bytes) -> None:
 # In the order in which a run of four steps comes to them; each kill but the first finds the
 # checkpoint of an earlier step.
 MOMENTS: dict[str, Callable[[], None]] = {
-    "in the rollout of step 1": lambda: _die_at(ppo, "collect", lambda *a: a[-1] == 0),
+    "in the rollout of step 1": lambda: _die_at(ppo, "collect", lambda *a: a[5] == 0),
     "in the second epoch of step 2": lambda: _die_at(
         ppo, "seeded", lambda *a: a[0] == "update" and a[2:] == (1, 1)
     ),
@@ -135,7 +135,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
         checkpoint, "_remove", lambda path: path.name == "step_000001"
     ),
     "in the evaluation of step 4": lambda: _die_at(
-        evaluate, "evaluate_all", lambda policy, spec, cfg, rows, decodes, *a: len(decodes) == 1
+        evaluate, "evaluate_all", lambda policy, spec, cfg, rows, decodes, *a: decodes == ("greedy",)
     ),
     "at the end, half an adapter written": lambda: _die_at(lora, "save_adapter", lambda *a: True),
     "at the end, before the summary": lambda: _die_at(

@@ -1,0 +1,181 @@
+"""Teach a base the form of answers: `python -m ppo_nlu.teach_form CONFIG --output FOLDER`.
+
+For bases that were never tuned to follow instructions, such as the bundled one: PPO learns from
+answers that the model gives, and a word it never says earns nothing. All weights are trained on the
+tasks' prompts, each with an answer in the right form and no label behind it: where the base mostly
+answers in form already, its own sampled answers, so that it keeps what it knows; elsewhere a word
+drawn evenly from the allowed ones. FOLDER/model is the taught model, for `model.name_or_path`.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ppo_nlu import checkpoint, cli, data, mixture, optim, prefix_tree, runlog
+from ppo_nlu.answers import parse
+from ppo_nlu.config import Config, load_config
+from ppo_nlu.errors import UserError
+from ppo_nlu.generate import Sampling, generate
+from ppo_nlu.model import Policy, ValueHead, check_words, choose_path, load_base
+from ppo_nlu.prompts import answer
+from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
+from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks.custom import specs_of
+
+PROBED = 64  # rows of a task that tell whether the base knows its form
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; returns the exit code."""
+    started = time.perf_counter()
+    parser = cli.Parser("python -m ppo_nlu.teach_form", description=__doc__)
+    parser.add_argument("config", metavar="CONFIG", help="tasks, data, optim, train.steps, sft")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    args = parser.parse_intermixed_args(argv)
+    cfg = load_config(args.config, args.overrides)
+    folder: Path = args.output
+    if (folder / "summary.json").exists():
+        raise UserError(f"--output {folder}: holds a finished run; name a new folder")
+    specs = specs_of(cfg)
+    if free := [name for name, spec in specs.items() if not spec.words]:
+        raise UserError(f"tasks: {free[0]} has no list of answers to teach; leave it out")
+    seen = data.saw_labels(cfg.model.name_or_path)
+    rows = {name: data.train_examples(spec, cfg.data, seen).examples for name, spec in specs.items()}
+    torch.manual_seed(cfg.seed)
+    policy = _load(cfg)
+    for spec in specs.values():
+        check_words(policy, spec, cfg.prompt)
+    print(f"model: {cfg.model.name_or_path} on {policy.device}; {len(specs)} tasks", flush=True)
+    probes = {name: found[:PROBED] for name, found in rows.items()}
+    before = unparsed(policy, specs, cfg, probes)
+    teach(policy, specs, cfg, rows, [name for name in specs if before[name] < 0.5])
+    after = unparsed(policy, specs, cfg, probes)
+    for name in specs:
+        print(f"{name}: unparsed {100 * before[name]:.0f} % before, {100 * after[name]:.0f} % after")
+    _save(policy, folder / "model", seen)
+    wall = time.perf_counter() - started
+    taught = cfg.train.steps * cfg.sft.batch_size
+    checkpoint.atomic_write_json(
+        folder / "summary.json",
+        {
+            "task": "+".join(specs),
+            "method": "form",
+            "model": cfg.model.name_or_path,
+            "seed": cfg.seed,
+            "unparsed_before": before,
+            "unparsed_after": after,
+            "train_samples": taught,
+            "wall_s": wall,
+            "peak_memory_mb": runlog.peak_memory_mb(policy.device),
+        },
+    )
+    print(f"{taught:,} prompts, no label read, {wall:.0f} s; written: {folder / 'model'}")
+    return 0
+
+
+def _load(cfg: Config) -> Policy:
+    """The base with all its weights to train, and no LoRA."""
+    model, tokenizer = load_base(cfg.model)
+    policy = Policy(model, tokenizer, ValueHead(1, "linear"), cfg.model)
+    policy.tree = choose_path(policy, cfg.model.path)
+    model.requires_grad_(True)
+    return policy
+
+
+def teach(
+    policy: Policy,
+    specs: Mapping[str, TaskSpec],
+    cfg: Config,
+    rows: Mapping[str, list[Example]],
+    known: Sequence[str],
+) -> None:
+    """Train all weights on answers in form; those of the `known` tasks are the base's own."""
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = optim.build_optimizer(cfg.optim, parameters)
+    own = {name: _own_answers(policy, specs[name], cfg, rows[name]) for name in known}
+    with runlog.Progress(cfg.train.steps, 0, cfg.log.progress) as progress:
+        for step in range(cfg.train.steps):
+            batch = mixture.batch(dict(rows), cfg.mixture, cfg.sft.batch_size, step, cfg.seed)
+            uniform = random.Random(f"ppo_nlu form {cfg.seed} {step}").random
+            prompts, answers = [], []
+            for row in batch:
+                words = specs[row.task].words
+                word = own.get(row.task, {}).get(row.id) or words[int(uniform() * len(words))]
+                prompt, target = _target(policy, specs[row.task], cfg, row, word)
+                prompts.append(prompt)
+                answers.append(target)
+            hidden, _ = policy.hidden(prompts, answers)
+            targets = torch.tensor([t for a in answers for t in a], device=policy.device)
+            loss = cross_entropy(policy.logits(hidden), targets)
+            loss.backward()
+            optim.clip_gradients(parameters, cfg.optim.max_grad_norm)
+            optim.set_lr(optimizer, optim.learning_rate(cfg.optim, step, cfg.train.steps))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.update(len(batch))
+
+
+def _target(
+    policy: Policy, spec: TaskSpec, cfg: Config, row: Example, word: str
+) -> tuple[list[int], list[int]]:
+    longest = longest_prompt(policy, cfg, cfg.rollout.max_new_tokens)
+    fit = fit_prompt(policy, spec, row, longest, cfg.prompt)
+    whole = policy.encode(fit.text + answer(word, cfg.prompt.form))
+    start = prefix_tree.common(fit.ids, whole)
+    return whole[:start], whole[start:]
+
+
+def _answered(
+    policy: Policy, spec: TaskSpec, cfg: Config, rows: Sequence[Example]
+) -> dict[str, str | None]:
+    """One sampled answer to each row, parsed, by the row's id."""
+    found: dict[str, str | None] = {}
+    longest = longest_prompt(policy, cfg, cfg.rollout.max_new_tokens)
+    for start in range(0, len(rows), cfg.eval.batch_size):
+        part = rows[start : start + cfg.eval.batch_size]
+        prompts = [fit_prompt(policy, spec, row, longest, cfg.prompt).ids for row in part]
+        draw = seeded("form", cfg.seed, spec.name, start)
+        drawn = generate(policy, prompts, cfg.rollout.max_new_tokens, Sampling(), generator=draw)
+        for row, reply in zip(part, drawn.rows, strict=True):
+            found[row.id] = parse(spec, policy.decode(reply), cfg.prompt.form)
+    return found
+
+
+def _own_answers(
+    policy: Policy, spec: TaskSpec, cfg: Config, rows: Sequence[Example]
+) -> dict[str, str | None]:
+    """The base's own answers to as many rows as the training will ask about."""
+    share = cfg.train.steps * cfg.sft.batch_size // max(len(cfg.names), 1)
+    return _answered(policy, spec, cfg, rows[:share])
+
+
+def unparsed(
+    policy: Policy, specs: Mapping[str, TaskSpec], cfg: Config, rows: Mapping[str, list[Example]]
+) -> dict[str, float]:
+    """The share of sampled answers that name no allowed word, by task."""
+    shares = {}
+    for name, spec in specs.items():
+        found = _answered(policy, spec, cfg, rows[name]).values()
+        shares[name] = sum(word is None for word in found) / len(found)
+    return shares
+
+
+def _save(policy: Policy, folder: Path, seen: bool) -> None:
+    """A Hugging Face folder; with the list of rows whose labels the base has seen, if it has."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    if seen:
+        shutil.copyfile(data.SEEN_LABELS, folder / data.SEEN_LABELS.name)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

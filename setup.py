@@ -45,6 +45,7 @@ setup(
         "bench": ["matplotlib", "peft", "trl==1.16.0", "liger-kernel==0.8.5"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
+        "parquet": ["pyarrow"],
         "test": [
             "pytest",
             "pytest-xdist",

@@ -203,7 +203,9 @@ def _is_divided(spec: TaskSpec, folder: Path) -> bool:
 
 def has_split(spec: TaskSpec, split: str, source: Source) -> bool:
     """Whether the place has the split's rows, so that `load_split` will read them."""
-    if source.folder is None or isinstance(spec, CustomSpec):
+    if isinstance(spec, CustomSpec):
+        return split in spec.files or (split == "dev" and "train" in spec.files)
+    if source.folder is None:
         return split in spec.files
     divided = split != "test" and _is_divided(spec, source.folder)
     return _split_file(spec, "dev" if divided else split, source.folder) is not None

@@ -75,19 +75,25 @@ def check(specs: Iterable[TaskSpec], cfg: DataConfig, named: bool) -> int:
             absent.append(spec.name)
             continue
         sources.append(source)
-        table += [_row(spec, split, source, cfg) for split in spec.files]
+        splits = dict.fromkeys(["train", "dev", *spec.files]) if _own(spec) else spec.files
+        table += [_row(spec, split, source, cfg) for split in splits]
     if not table:
         raise UserError(
             "data.path: no task is there; give data.path=FOLDER or $PPO_NLU_DATA, or fetch one: "
             "python -m ppo_nlu.data get sst2"
         )
-    for kind in dict.fromkeys(source.kind for source in sources):
+    for kind in dict.fromkeys(source.kind for source in sources if source.kind != "custom"):
         print(f"{kind}: {_common([str(s.folder) for s in sources if s.kind == kind])}")
     print(_aligned([HEADER, *table]))
     print("words, tokens: of the longest prompt without examples; tokens of the bundled model")
     if absent:
         print(f"absent: {', '.join(absent)}")
     return 0
+
+
+def _own(spec: TaskSpec) -> bool:
+    """Whether it is the user's task, whose dev rows may be a share of train."""
+    return spec.benchmark == "custom"
 
 
 def _found(spec: TaskSpec, cfg: DataConfig, named: bool) -> data.Source | None:

@@ -110,6 +110,8 @@ def base_name(cfg: Config) -> str:
 
 def _final_adapter(run: Path) -> Path:
     source = run / "adapter"
+    if (run / "encoder").is_dir():
+        raise UserError(f"{run}: an encoder has no adapter; {run}/encoder is its Hugging Face folder")
     if not source.is_dir():
         raise UserError(f"{run} has no adapter/ (is the run finished?); try --checkpoint last")
     return source

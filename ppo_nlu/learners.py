@@ -128,7 +128,9 @@ class PPO(LoraLearner):
         metrics = ppo.update(self.model, optimizer, self.cfg, self.batch, step)
         if step == 0:
             exact = self.cfg.model.dtype == "float32"
-            self.remark = ppo.check_first_ratio(metrics["policy/first_ratio_gap"], exact)
+            remarks = [ppo.check_first_ratio(metrics["policy/first_ratio_gap"], exact)]
+            remarks.append(check_form(self.seen["answer/unparsed"]))
+            self.remark = "\n".join(remark for remark in remarks if remark) or None
         return self.seen | metrics
 
     def weights(self) -> Groups:
@@ -169,6 +171,17 @@ class PPO(LoraLearner):
             }
             for j in index
         ]
+
+
+def check_form(unparsed: float) -> str | None:
+    """What to say where the base hardly ever gives an answer in form: nothing to learn from."""
+    if unparsed < 0.9:
+        return None
+    return (
+        f"warning: {100 * unparsed:.0f} % of the first answers name no allowed answer, so PPO has "
+        "little to learn from; take an instruction-tuned model, start from an SFT run (init_from), "
+        "or teach this one the form: python -m ppo_nlu.teach_form"
+    )
 
 
 class SFT(LoraLearner):

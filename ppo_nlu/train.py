@@ -337,7 +337,7 @@ def show(run: Run, summary: dict[str, Any]) -> None:
         title = f"{method} on {', '.join(names)}, seed {run.cfg.seed}"
         drawn = runlog.draw_curves(run.folder, title, before=start)
         hint = "not drawn, since matplotlib is missing: pip install -e '.[plot]'"
-        print(f"curves: {drawn or hint}")
+        print(f"{'reward curve' if run.cfg.method == 'ppo' else 'curves'}: {drawn or hint}")
 
 
 def main(argv: list[str] | None = None) -> int:

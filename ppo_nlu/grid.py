@@ -268,6 +268,10 @@ def steps_of(grid: Grid, cell: Cell) -> tuple[int, str]:
         sft, ppo = (grid.summary(name) for name in cell.needs)
         return sft_seconds_steps(sft, ppo)
     cfg = load_config(grid.config_of(cell), grid.overrides)
+    if cell.method == "encoder":
+        preset = yaml.safe_load(grid.config_of(cell).read_text("utf-8"))
+        if "steps" in preset.get("train", {}):
+            return cfg.train.steps, "the preset's own number of steps, not the budget of labels"
     return math.ceil(grid.budget * len(cell.tasks) / batch_size(cell, cfg)), ""
 
 

@@ -47,7 +47,7 @@ METHODS = {
 # Comes before all others where a preset has a file for it: it teaches a base that does not know it
 # the form of the answers, without a label, and all others take the model it makes.
 FORM = "form"
-BUDGETS = {"tiny": 3840, "llama2-7b": 24000, "qwen2.5-7b": 24000, "mpt-7b": 24000}  # by preset
+BUDGETS = {"tiny": 672, "llama2-7b": 24000, "qwen2.5-7b": 24000, "mpt-7b": 24000}  # by preset
 
 
 @dataclass(frozen=True)
@@ -176,16 +176,18 @@ def plan(
     return cells
 
 
-def with_form(cells: Sequence[Cell]) -> list[Cell]:
-    """The same cells behind those that teach their backbones the form of the tasks, where a preset
-    has such; only what starts from a language model starts from them."""
+def with_form(cells: Sequence[Cell], table: Table) -> list[Cell]:
+    """The same cells behind those that teach their backbones the form of the table's tasks, where a
+    preset has such and its own model is taken; language models alone start from them."""
     language = [cell for cell in cells if not cell.source and cell.method != "encoder"]
     backbones = list(dict.fromkeys(cell.backbone for cell in cells))
     forms: dict[Backbone, Cell] = {}
     for backbone in backbones:
-        tasks = [task for cell in language if cell.backbone == backbone for task in cell.tasks]
-        learned = tuple(task for task in dict.fromkeys(tasks) if task not in MEASURED_WITH)
-        if learned and (ASSETS / f"{backbone.preset}_{FORM}.yaml").is_file():
+        asked = [task for cell in language if cell.backbone == backbone for task in cell.tasks]
+        known = [task for task in [*table.tasks, *asked] if task not in MEASURED_WITH]
+        learned = tuple(dict.fromkeys(known))
+        there = (ASSETS / f"{backbone.preset}_{FORM}.yaml").is_file()
+        if asked and there and backbone.model is None:
             name = f"{backbone.name}-{FORM}" if len(backbones) > 1 else FORM
             forms[backbone] = Cell(name, FORM, learned, 0, backbone)
     started = [
@@ -272,7 +274,10 @@ def steps_of(grid: Grid, cell: Cell) -> tuple[int, str]:
         preset = yaml.safe_load(grid.config_of(cell).read_text("utf-8"))
         if "steps" in preset.get("train", {}):
             return cfg.train.steps, "the preset's own number of steps, not the budget of labels"
-    return math.ceil(grid.budget * len(cell.tasks) / batch_size(cell, cfg)), ""
+    labels, size = grid.budget * len(cell.tasks), batch_size(cell, cfg)
+    steps = math.ceil(labels / size)
+    over = steps * size - labels
+    return steps, f"{over} labels over the budget, to fill the last batch" if over else ""
 
 
 def command_of(grid: Grid, cell: Cell) -> tuple[list[str], str]:

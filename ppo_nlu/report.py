@@ -332,6 +332,17 @@ def about(results: Results) -> Iterator[Part]:
         if limits
         else "No cell has finished yet."
     )
+    for _, summary in results.preparations():
+        before, after = summary["unparsed_before"].values(), summary["unparsed_after"].values()
+        yield Text(
+            "The base did not know the form of these tasks' answers. Before all else it was taught "
+            f"the form on {summary['train_samples']:,} prompts, without a label "
+            "(`ppo_nlu.teach_form`): on the mean over tasks "
+            f"{100 * sum(before) / len(before):.0f} % of its sampled answers named no allowed word "
+            f"before, {100 * sum(after) / len(after):.0f} % after. The model so made is the "
+            "untuned one of all rows below, and zero-shot is its score; the worked examples of "
+            "few-shot prompts are new to it."
+        )
     spent = sum(float(row.get("seconds") or 0) for row in results.started.values())
     elapsed = float(grid.get("elapsed_s") or 0)
     yield Text(

@@ -104,7 +104,6 @@ def benchmark_table(results: Results, benchmark: str) -> Iterator[Part]:
         "paper. Ours is another model on other rows (dev, not test) with other numbers of "
         "labels: the published rows are a reference, no rival. "
         "The BERT rows are those that the paper cites."
-        "The BERT rows are those that the paper cites."
     )
 
 

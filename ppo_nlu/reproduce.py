@@ -4,7 +4,7 @@ Each cell of a grid (see `grid`) is a process of its own, `python -m ppo_nlu.tra
 ppo_nlu.evaluate`, whose run folder is kept under cells/. A finished cell is never run again, an
 unfinished one is resumed, a failed one does not stop the others: the same command goes on where it
 was stopped. At the end `ppo_nlu.report` draws the tables. Equal labels: a training cell sees
-`--budget` labelled rows of each of its tasks.
+`--budget` labelled rows for each of its tasks.
 """
 
 from __future__ import annotations
@@ -352,9 +352,12 @@ def check_overrides(overrides: Sequence[str]) -> None:
 def whole(texts: Sequence[str]) -> list[int]:
     """The seeds as numbers."""
     try:
-        return [int(text) for text in texts]
+        seeds = [int(text) for text in texts]
     except ValueError:
         raise UserError(f"--seeds: {' '.join(texts)} are no whole numbers") from None
+    if seeds and min(seeds) < 0:
+        raise UserError(f"--seeds: {min(seeds)} is below 0; give numbers from 0")
+    return seeds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -379,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
         if value < 1:
             raise UserError(f"{flag}: {value} is less than 1")
     grid = Grid(folder, args.benchmark, budget, tuple(args.overrides))
-    cells = with_form(plan(table, methods, tasks, seeds, backbones))
+    cells = with_form(plan(table, methods, tasks, seeds, backbones), table)
     if not cells:
         raise UserError("--methods, --tasks: no cell is left; a mixture needs two tasks or more")
     if args.dry_run:

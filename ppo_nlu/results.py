@@ -105,6 +105,10 @@ class Results:
         names = {row.task for row in self.scores}
         return [name for name in TASKS if name in names] + sorted(names - set(TASKS))
 
+    def preparations(self) -> list[tuple[Json, Json]]:
+        """Cell and summary of what came before all methods: the teaching of a base's form."""
+        return [pair for pair in self.summaries.values() if pair[0]["method"] not in METHODS]
+
     def models(self) -> list[str]:
         """The language models, in their order."""
         return list(dict.fromkeys(row.model for row in self.scores if row.method != "encoder"))

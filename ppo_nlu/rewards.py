@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from ppo_nlu.errors import UserError
-from ppo_nlu.metrics import token_f1
+from ppo_nlu.metrics import best_match, exact, token_f1
 from ppo_nlu.prompts import STOP
 from ppo_nlu.tasks import Example, TaskSpec
 
@@ -52,8 +52,8 @@ def reward(
     if spec.reward in KINDS:
         if prediction is None:
             return exceptional
-        close = token_f1(prediction, gold)
-        return wrong + (right - wrong) * (close if spec.reward == "f1" else float(close == 1.0))
+        near = best_match(token_f1 if spec.reward == "f1" else exact, prediction, example)
+        return wrong + (right - wrong) * near
     row = {**example.fields, "id": example.id, "label": gold}
     return _checked(spec, load(spec.reward)(response.partition(STOP)[0].strip(), row))
 

@@ -9,6 +9,7 @@ drawn evenly from the allowed ones. FOLDER/model is the taught model, for `model
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import sys
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.config, args.overrides)
     folder: Path = args.output
-    if (folder / "summary.json").exists():
-        raise UserError(f"--output {folder}: holds a finished run; name a new folder")
+    if folder.is_file() or (folder / "summary.json").exists():
+        raise UserError(f"--output {folder}: is a file or a finished run; name a new folder")
     specs = specs_of(cfg)
     if free := [name for name, spec in specs.items() if not spec.words]:
         raise UserError(f"tasks: {free[0]} has no list of answers to teach; leave it out")
@@ -101,10 +102,14 @@ def teach(
     """Train all weights on answers in form; those of the `known` tasks are the base's own."""
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = optim.build_optimizer(cfg.optim, parameters)
-    own = {name: _own_answers(policy, specs[name], cfg, rows[name]) for name in known}
+    size, seed = cfg.sft.batch_size, cfg.seed
+    batches = [mixture.batch(rows, cfg.mixture, size, k, seed) for k in range(cfg.train.steps)]
+    own = {}
+    for name in known:
+        asked = {row.id: row for batch in batches for row in batch if row.task == name}
+        own[name] = _answered(policy, specs[name], cfg, list(asked.values()))
     with runlog.Progress(cfg.train.steps, 0, cfg.log.progress) as progress:
-        for step in range(cfg.train.steps):
-            batch = mixture.batch(dict(rows), cfg.mixture, cfg.sft.batch_size, step, cfg.seed)
+        for step, batch in enumerate(batches):
             uniform = random.Random(f"ppo_nlu form {cfg.seed} {step}").random
             prompts, answers = [], []
             for row in batch:
@@ -117,7 +122,11 @@ def teach(
             targets = torch.tensor([t for a in answers for t in a], device=policy.device)
             loss = cross_entropy(policy.logits(hidden), targets)
             loss.backward()
-            optim.clip_gradients(parameters, cfg.optim.max_grad_norm)
+            norm = optim.clip_gradients(parameters, cfg.optim.max_grad_norm)
+            if not math.isfinite(float(norm)):
+                raise UserError(
+                    f"optim.lr: the gradient of step {step + 1} is not finite; lower optim.lr"
+                )
             optim.set_lr(optimizer, optim.learning_rate(cfg.optim, step, cfg.train.steps))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -148,14 +157,6 @@ def _answered(
         for row, reply in zip(part, drawn.rows, strict=True):
             found[row.id] = parse(spec, policy.decode(reply), cfg.prompt.form)
     return found
-
-
-def _own_answers(
-    policy: Policy, spec: TaskSpec, cfg: Config, rows: Sequence[Example]
-) -> dict[str, str | None]:
-    """The base's own answers to as many rows as the training will ask about."""
-    share = cfg.train.steps * cfg.sft.batch_size // max(len(cfg.names), 1)
-    return _answered(policy, spec, cfg, rows[:share])
 
 
 def unparsed(

@@ -271,6 +271,7 @@ def test_free_text_earns_token_f1_or_all_or_nothing() -> None:
     exact = TaskSpec("f", "F", "b", "F", "d", "{x}", ("x",), reward="exact")
     assert reward(exact, row, "Eiffel tower", "") == 1.0
     assert reward(exact, row, "big Eiffel", "") == 0.0
+    assert reward(exact, row, "tower Eiffel", "") == 0.0  # the same words in another order
 
 
 def test_a_reward_of_the_user_s_own(tmp_path, monkeypatch) -> None:

@@ -31,9 +31,10 @@ from ppo_nlu.strict_config import (
 )
 
 __all__ = [
-    "METHODS", "METHOD_DEFAULTS", "PRESETS", "Config", "CustomConfig", "DataConfig", "EncoderConfig",
-    "EvalConfig", "LogConfig", "LoraConfig", "MixtureConfig", "ModelConfig", "OptimConfig",
-    "PPOConfig", "PromptConfig", "RewardConfig", "RolloutConfig", "SFTConfig", "TrainConfig",
+    "METHODS", "METHOD_DEFAULTS", "PRESETS", "Config", "CustomConfig", "DataConfig",
+    "EncoderConfig", "EvalConfig", "LogConfig", "LoraConfig", "MixtureConfig", "ModelConfig",
+    "OptimConfig", "PPOConfig", "PromptConfig", "RewardConfig", "RolloutConfig", "SFTConfig",
+    "TrainConfig",
     "below_one", "diff", "dump", "load_config", "load_dataclass", "number", "one_of",
     "parse_overrides", "positive", "save_config", "share", "to_dict",
 ]  # fmt: skip
@@ -202,9 +203,9 @@ class OptimConfig:
     beta2: float = below_one(0.95)  # adamw only
     eps: float = positive(1e-5)  # adamw only
     max_grad_norm: float = number(1.0, min=0)  # gradients are scaled down to it; 0 = off
-    schedule: str = one_of("cosine", "cosine", "constant")  # after the warm-up
+    schedule: str = one_of("cosine", "cosine", "linear", "constant")  # after the warm-up
     warmup: float = share(0.1)  # share of the updates spent climbing to lr; 0 = off
-    min_lr_ratio: float = share(0.1)  # cosine ends at this share of lr
+    min_lr_ratio: float = share(0.1)  # cosine and linear end at this share of lr
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,11 @@ def _conflicts(cfg: Config) -> Iterator[tuple[str, str]]:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.model.device):
         problem = "is not a device; use auto, cpu, cuda, cuda:<number> or mps"
         yield "model.device", f"{cfg.model.device!r} {problem}"
+    if cfg.prompt.form == "analysis" and cfg.rollout.max_new_tokens < 32:
+        problem = (
+            f"{cfg.rollout.max_new_tokens} tokens hold no reason and an answer; give 64 or more"
+        )
+        yield "rollout.max_new_tokens", problem
     if cfg.lora.targets == []:
         yield "lora.targets", "is empty; use all-linear, attention, or module name endings"
 
@@ -366,6 +372,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "optim.beta2": 0.999,
         "optim.eps": 1e-6,
         "optim.weight_decay": 0.01,
+        "optim.schedule": "linear",
         "optim.min_lr_ratio": 0.0,
     },
 }

@@ -156,6 +156,7 @@ def cache_root(data_cfg: DataConfig) -> Path:
 # ---- reading splits
 
 
+WHOLE = ("AX.tsv", "msr_paraphrase_test.txt")  # other names of whole official files
 TRAIN_ON = {"ax": "mnli", "ax-b": "superglue/rte", "ax-g": "superglue/rte"}
 
 
@@ -179,7 +180,8 @@ def load_split(spec: TaskSpec, split: str, data_cfg: DataConfig) -> Dataset:
         raise UserError(f"{source.folder}: no {split} split; {spec.files[split][0]} is not there")
     rows = read_split(spec, found, path)
     examples = _quarter(rows.examples, split) if divided else rows.examples
-    partial = divided or path.name.removesuffix(".gz") != spec.files[split][0]
+    named = path.name.removesuffix(".gz")
+    partial = divided or (named != spec.files[split][0] and named not in WHOLE)
     told = f"{split} is only a part of the official set: {path.name}, {len(examples):,} rows"
     if divided:
         told = (
@@ -239,6 +241,8 @@ def _load_custom(spec: CustomSpec, split: str) -> Dataset:
         key = split if split in ("train", "dev", "test") else "test"
         raise UserError(f"custom.{key}: {spec.name} has no {split} split; give a file")
     path = expand(spec.files[name][0])
+    if not path.is_file():
+        raise UserError(f"custom.{name}: there is no file {path}; give its path, or put it there")
     rows = read_split(spec, name, path).examples
     note = f"{spec.title} from {path}"
     if shared:

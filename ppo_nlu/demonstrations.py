@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ppo_nlu import data
-from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
 
 if TYPE_CHECKING:
     from ppo_nlu.config import Config
@@ -26,8 +27,7 @@ def choose(rows: Sequence[Example], count: int, balanced: bool, seed: int) -> li
         return [rows[place] for place in order[:count]]
     queues: dict[str, list[Example]] = {}
     for place in order:
-        label = rows[place].label or ""
-        queues.setdefault(label.partition(".")[0], []).append(rows[place])
+        queues.setdefault(_class(rows[place].label or ""), []).append(rows[place])
     uniform = random.Random(f"ppo_nlu shots {seed}").random
     chosen: list[Example] = []
     while len(chosen) < count and queues:
@@ -39,14 +39,23 @@ def choose(rows: Sequence[Example], count: int, balanced: bool, seed: int) -> li
     return chosen
 
 
+def _class(label: str) -> str:
+    try:
+        return str(math.floor(float(label)))
+    except ValueError:
+        return label
+
+
 def of(spec: TaskSpec, cfg: Config) -> tuple[Example, ...]:
-    """The worked examples of a run's prompts and some spare ones, from the training rows."""
+    """The worked examples of a run's prompts and some spare ones, from the training rows; for a
+    diagnostic set those of the task it belongs to."""
     if not cfg.prompt.shots:
         return ()
     key = repr((spec, cfg.prompt, cfg.data, cfg.custom, cfg.seed, cfg.model.name_or_path))
     if key not in _chosen:
         seen = data.saw_labels(cfg.model.name_or_path)
-        rows = data.train_examples(spec, cfg.data, seen).examples
+        source = get_task(data.TRAIN_ON.get(spec.name, spec.name)) if spec.name in TASKS else spec
+        rows = data.train_examples(source, cfg.data, seen).examples
         count = cfg.prompt.shots + SPARE
         _chosen[key] = tuple(choose(rows, count, cfg.prompt.balanced, cfg.seed))
     return _chosen[key]
@@ -55,14 +64,9 @@ def of(spec: TaskSpec, cfg: Config) -> tuple[Example, ...]:
 _chosen: dict[str, tuple[Example, ...]] = {}  # a run asks many times
 
 
-def text(spec: TaskSpec, example: Example) -> str:
-    """A row's fields as one normalised text, by which two rows count as the same."""
-    return data.normalise(" ".join(example.fields.get(name, "") for name in spec.fields))
-
-
 def shown_to(
     spec: TaskSpec, example: Example, pool: Sequence[Example], count: int
 ) -> list[Example]:
     """The first `count` of the pool that are not the row itself."""
-    own = text(spec, example)
-    return [shot for shot in pool if text(spec, shot) != own][:count]
+    own = data.normalise(data.joined(spec, example))
+    return [shot for shot in pool if data.normalise(data.joined(spec, shot)) != own][:count]

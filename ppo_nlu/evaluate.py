@@ -27,6 +27,7 @@ from ppo_nlu.config import Config, load_config
 from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
+from ppo_nlu.learners import VALUE_HEAD
 from ppo_nlu.model import Policy, check_words, load_policy
 from ppo_nlu.prompts import answer
 from ppo_nlu.rollout import Fitted, fit_prompt, longest_prompt, seeded
@@ -34,7 +35,6 @@ from ppo_nlu.tasks import TASKS, Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 
 DECODES = ("sample", "greedy", "score")
-VALUE_HEAD = "value_head.safetensors"
 T = TypeVar("T")
 
 
@@ -256,7 +256,7 @@ def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def encoder_folder(run_dir: str | Path) -> Path:
     """Where a run of method `encoder` leaves its model."""
-    return Path(run_dir) / "encoder"
+    return Path(run_dir) / encoder.FOLDER
 
 
 def load_trained(cfg: Config, run_dir: str | Path) -> Policy | Encoder:
@@ -264,7 +264,7 @@ def load_trained(cfg: Config, run_dir: str | Path) -> Policy | Encoder:
     if cfg.method == "encoder":
         return encoder.load_saved(cfg, specs_of(cfg)[cfg.names[0]], encoder_folder(run_dir))
     adapter = Path(run_dir) / "adapter"
-    policy = load_policy(cfg)
+    policy = load_policy(replace(cfg, init_from=None))  # the run's own adapter is whole
     lora.load_adapter(policy.model, adapter)
     if cfg.method != "ppo":
         return policy  # no critic was trained
@@ -385,9 +385,8 @@ def main(argv: list[str] | None = None) -> int:
     cfg = replace(cfg, eval=replace(cfg.eval, split=args.split or cfg.eval.split))
     specs, split = specs_of(cfg), cfg.eval.split
     label = "+".join(name.replace("/", "-") for name in specs)
-    output = require_own(
-        args.output or (target / f"eval-{split}" if is_run else Path(f"eval-{label}-{split}"))
-    )
+    default = target / f"eval-{split}" if is_run else Path(f"eval-{label}-{split}")
+    output = require_own(args.output or default, specs)
     held = {name: held_out(spec, cfg) for name, spec in specs.items()}
     for rows in held.values():
         print(f"data: {rows.note}; {split}: {len(rows.examples):,} rows", flush=True)
@@ -406,7 +405,6 @@ def main(argv: list[str] | None = None) -> int:
         method = "few-shot" if cfg.prompt.shots else "zero-shot"
         summary = summarise(cfg, measured) | {
             "method": cfg.method if is_run else method,
-            "train_samples": 0,
             "wall_s": time.perf_counter() - started,
             "peak_memory_mb": runlog.peak_memory_mb(policy.device),
         }
@@ -459,13 +457,13 @@ def _tell(one: Measured, cfg: Config, folder: Path) -> None:
     atomic_write_json(folder / "report.json", place | reports)
 
 
-def require_own(output: Path) -> Path:
+def require_own(output: Path, tasks: Iterable[str] = ()) -> Path:
     """The folder for the results: new, empty, or that of an earlier evaluation."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
     names = [path.name for path in output.iterdir()] if output.is_dir() else []
     own = (".tmp-", "predictions", "report.json", "summary.json")
-    plain = {name.replace("/", "-") for name in TASKS}
+    plain = {name.replace("/", "-") for name in (*TASKS, *tasks)}
     if any(not name.startswith(own) and name not in plain for name in names):
         raise UserError(f"--output {output}: holds files of other kinds; name a new folder")
     return output

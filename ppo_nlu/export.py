@@ -111,7 +111,9 @@ def base_name(cfg: Config) -> str:
 def _final_adapter(run: Path) -> Path:
     source = run / "adapter"
     if (run / "encoder").is_dir():
-        raise UserError(f"{run}: an encoder has no adapter; {run}/encoder is its Hugging Face folder")
+        raise UserError(
+            f"{run}: an encoder has no adapter; {run}/encoder is its Hugging Face folder"
+        )
     if not source.is_dir():
         raise UserError(f"{run} has no adapter/ (is the run finished?); try --checkpoint last")
     return source
@@ -200,7 +202,7 @@ def _appearing(output: Path) -> Iterator[Path]:
 
 def _facts(cfg: Config) -> dict[str, str]:
     return {
-        "task": cfg.task,
+        "task": "+".join(cfg.names),
         "method": cfg.method,
         "base": base_name(cfg),
         "dtype": cfg.model.dtype,

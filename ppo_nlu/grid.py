@@ -70,7 +70,7 @@ GRIDS = {
     "superglue": Table(SUPERGLUE),
     "backbones": Table(
         ("stsb", "copa"),
-        ("zero-shot", "few-shot", "ppo-st"),
+        ("zero-shot", "few-shot", "sft-st", "ppo-st", "sft-seconds"),
         ("llama2-7b", "qwen2.5-7b", "mpt-7b"),
     ),
     "tiny": Table(
@@ -298,7 +298,15 @@ def command_of(grid: Grid, cell: Cell) -> tuple[list[str], str]:
         said.append(f"model.name_or_path={grid.cell_dir(cell.start) / 'model'}")
     config = str(grid.config_of(cell))
     if cell.method == FORM:
-        return [sys.executable, "-m", "ppo_nlu.teach_form", config, *said, *grid.overrides, *where], ""
+        return [
+            sys.executable,
+            "-m",
+            "ppo_nlu.teach_form",
+            config,
+            *said,
+            *grid.overrides,
+            *where,
+        ], ""
     method = METHODS[cell.method]
     if not method.trains:
         said.append(f"prompt.shots={method.shots}")

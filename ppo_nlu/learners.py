@@ -69,6 +69,7 @@ class Learner(ABC):
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Take those numbers back."""
+        return
 
     def base(self) -> AbstractContextManager[Any] | None:
         """A region in which the model is the untrained one; None where there is no such thing."""
@@ -233,7 +234,7 @@ class EncoderLearner(Learner):
         encoder.load_weights(self.model, groups["encoder"])
 
     def save(self, folder: Path) -> None:
-        encoder.save(self.model, folder / "encoder")
+        encoder.save(self.model, folder / encoder.FOLDER)
 
 
 LEARNERS: dict[str, type[Learner]] = {"ppo": PPO, "sft": SFT, "encoder": EncoderLearner}

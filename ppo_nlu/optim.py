@@ -58,7 +58,7 @@ def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
 
     With W = round(warmup * total_steps): (step + 1) / W while step < W; then, for `cosine`,
     m + (1 - m)(1 + cos(pi p)) / 2 with m = min_lr_ratio and p running from 0 at step W to 1 at
-    the last step; for `constant`, 1.
+    the last step; for `linear`, m + (1 - m)(1 - p); for `constant`, 1.
     """
     warmup_steps = round(cfg.warmup * total_steps)
     if step < warmup_steps:
@@ -66,6 +66,8 @@ def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
     if cfg.schedule == "constant":
         return 1.0
     progress = min((step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1), 1.0)
+    if cfg.schedule == "linear":
+        return cfg.min_lr_ratio + (1.0 - cfg.min_lr_ratio) * (1.0 - progress)
     cosine = (1.0 + math.cos(math.pi * progress)) / 2.0
     return cfg.min_lr_ratio + (1.0 - cfg.min_lr_ratio) * cosine
 

@@ -306,23 +306,21 @@ _ABSENT = "pronouns not in their text, left unmarked"
 def mark(text: str, phrase: str, index: int) -> tuple[str, str]:
     """The text with the phrase at the whitespace token `index` marked *so*.
 
-    Where it is not there, the nearest occurrence in whole words is marked. The second value says
-    which it was: "exact", "moved", or "absent" (nothing is marked).
+    Where it is not there, in whatever case, the nearest occurrence in whole words is marked, one in
+    the phrase's own case before all others. The second value says which it was: "exact", "moved",
+    or "absent" (nothing is marked).
     """
     starts = [token.start() for token in re.finditer(r"\S+", text)]
     words = r"\s+".join(map(re.escape, phrase.split()))
-    best: tuple[int, int, int] | None = None  # distance in tokens, span
-    for flags in (0, re.IGNORECASE):
-        for match in re.finditer(rf"(?<!\w){words}(?!\w)", text, flags) if words else ():
-            token = sum(start <= match.start() for start in starts) - 1
-            found = (abs(token - index), match.start(), match.end())
-            best = min(best, found) if best else found
-        if best:
-            break
-    if best is None:
+    found = []
+    for match in re.finditer(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE) if words else ():
+        token = sum(start <= match.start() for start in starts) - 1
+        other_case = match[0].split() != phrase.split()
+        found.append((token != index, other_case, abs(token - index), match.start(), match.end()))
+    if not found:
         return text, "absent"
-    distance, start, end = best
-    return f"{text[:start]}*{text[start:end]}*{text[end:]}", "moved" if distance else "exact"
+    moved, _, _, start, end = min(found)
+    return f"{text[:start]}*{text[start:end]}*{text[end:]}", "moved" if moved else "exact"
 
 
 def _ax(spec: TaskSpec, split: str, path: Path) -> Split:
@@ -351,6 +349,8 @@ def _custom(spec: TaskSpec, split: str, path: Path) -> Split:
         if row.get(spec.rationale):
             extra["rationale"] = row[spec.rationale]
         fields = {name: row[name] for name in spec.fields}
+        if spec.reward not in ("label", "rating", "exact", "f1"):
+            extra["row"] = dict(row)  # the user's own function may ask for any column
         examples.append(Example(id_, fields, gold(spec, value, where), extra=extra))
     if not examples:
         raise UserError(f"{path}: there are no rows")

@@ -77,6 +77,8 @@ def sharpening(a: str, b: str, found: Mapping[str, Comparison]) -> str:
     gap, kept = round(sampled.difference, 1), round(greedy.difference, 1)
     if gap <= 0:
         return f"{first} Under sampling {a} has no advantage that this could explain."
+    if sampled.interval[0] <= 0:
+        return f"{first} The sampled difference may be chance: its interval holds 0."
     if kept >= gap:
         return (
             f"{first} So the advantage of {a} does not come from the sampling: it is no smaller "
@@ -293,7 +295,7 @@ def intervals(results: Results) -> Iterator[Part]:
                     edges = (report or {}).get("interval")
                     inner = f" [{100 * edges[0]:.1f}, {100 * edges[1]:.1f}]" if edges else ""
                     cells.append(number(value) + inner)
-                labels = row.summary.get("train_samples")
+                labels = row.summary.get("train_labels")
                 seconds = row.summary.get("train_s")
                 model = [row.model] if len(results.models()) > 1 else []
                 rows.append(
@@ -380,8 +382,8 @@ def words() -> Iterator[Part]:
                     "model, with the parsed answer as reward.",
                     "**SFT-MT**, **PPO-MT**: one model for several tasks, with their labels "
                     "together.",
-                    "**encoder**: an encoder with a classification head, fine-tuned; it has no "
-                    "answers to sample.",
+                    "**encoder**: an encoder with a classification head, fine-tuned; sampled is "
+                    "one draw from the probabilities of its classes.",
                     "**sampled**: one answer at T=1, as in the paper. **greedy**: the most "
                     "likely token each time. **scored**: the label with the highest probability "
                     "of the whole answer, no text is generated.",

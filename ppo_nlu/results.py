@@ -50,7 +50,7 @@ class Score:
     started: Json  # where and with what the cell ran
 
     def report(self, decode: str) -> Json | None:
-        """The report under one way of decoding; None where there is none, as for an encoder."""
+        """The report under one way of decoding; None where there is none."""
         found = self.entry.get("reports", {}).get(decode)
         return found if isinstance(found, dict) else None
 
@@ -178,8 +178,8 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean difference a - b over tasks, its 95 % interval over (task, seed) pairs, and both means;
-    points of a hundred."""
+    """Mean difference a - b over tasks, its 95 % interval over tasks and their seeds, and both
+    means; points of a hundred."""
 
     a: float
     b: float
@@ -196,7 +196,8 @@ def compare(
     """Method a against method b on the (model, task, seed) that both have; None where none is.
 
     Every task counts the same, however many seeds it has; the interval is the percentile bootstrap
-    of that mean over pairs drawn with replacement.
+    of that mean over tasks drawn with replacement, and of each over its seeds: the seeds of one
+    task share what is particular to the task, so they are no independent draws.
     """
     first, second = (
         {(row.model, row.task, row.seed): row.value(decode) for row in results.pick(method)}
@@ -214,17 +215,30 @@ def compare(
     weights = np.array([1 / tasks.count(task) for task in tasks])
     means = weights @ table / weights.sum()
     gaps = table[:, 0] - table[:, 1]
-    drawn = np.random.default_rng(0).integers(0, len(keys), (resamples, len(keys)))
-    resampled = (weights[drawn] * gaps[drawn]).sum(1) / weights[drawn].sum(1)
-    low, high = np.quantile(resampled, (0.025, 0.975)).tolist()
-    by_task = {
-        task: float(np.mean([g for g, t in zip(gaps, tasks, strict=True) if t == task]))
+    of_task = {
+        task: np.array([g for g, t in zip(gaps, tasks, strict=True) if t == task])
         for task in dict.fromkeys(tasks)
     }
+    by_task = {task: float(found.mean()) for task, found in of_task.items()}
+    low, high = np.quantile(_resampled(list(of_task.values()), resamples), (0.025, 0.975)).tolist()
     return Comparison(
         float(means[0]), float(means[1]), float(means[0] - means[1]), (low, high), len(keys),
         len(by_task), by_task,
     )  # fmt: skip
+
+
+def _resampled(of_task: Sequence[np.ndarray], resamples: int) -> np.ndarray:
+    """Means over tasks drawn with replacement, each over as many draws of its own seeds."""
+    draw = np.random.default_rng(0)
+    means = np.stack(
+        [
+            found[draw.integers(0, len(found), (resamples, len(of_task), len(found)))].mean(2)
+            for found in of_task
+        ]
+    )  # (tasks, resamples, places): a task may be drawn at several places, each with seeds anew
+    picked = draw.integers(0, len(of_task), (resamples, len(of_task)))
+    rows, places = np.indices(picked.shape)
+    return means[picked, rows, places].mean(1)
 
 
 def averages(
@@ -287,7 +301,7 @@ def costs(results: Results) -> list[Cost]:
         if rows:
             labels, steps, seconds, wall = (
                 [float(row.get(key) or 0) for row in rows]
-                for key in ("train_samples", "train_steps", "train_s", "wall_s")
+                for key in ("train_labels", "train_steps", "train_s", "wall_s")
             )
             mean = statistics.fmean
             found.append(
@@ -356,7 +370,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
                     for decode, table in values.items()
                     for name, value in table.items()
                 ),
-                "train_samples": summary.get("train_samples", ""),
+                "train_labels": summary.get("train_labels", 0),
                 "train_steps": summary.get("train_steps", ""),
                 "train_s": _number(summary.get("train_s"), 1),
                 "wall_s": _number(summary.get("wall_s"), 1),

@@ -54,7 +54,7 @@ def reward(
             return exceptional
         near = best_match(token_f1 if spec.reward == "f1" else exact, prediction, example)
         return wrong + (right - wrong) * near
-    row = {**example.fields, "id": example.id, "label": gold}
+    row = {**example.extra.get("row", {}), **example.fields, "id": example.id, "label": gold}
     return _checked(spec, load(spec.reward)(response.partition(STOP)[0].strip(), row))
 
 
@@ -70,12 +70,13 @@ def _checked(spec: TaskSpec, value: Any) -> float:
 def load(path: str) -> Reward:
     """The user's own `(text, row) -> float` from `package.module:function`.
 
-    `text` is the response before the closing tag; `row` holds the row's fields, `id` and `label`.
+    `text` is the response before the closing tag; `row` holds the columns of the file, `id` and
+    `label`.
     """
     module, _, name = path.rpartition(":" if ":" in path else ".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's file makes of its import
         raise UserError(
             f"custom.reward: cannot import {path!r} ({error}); give {' or '.join(KINDS)}, "
             "or package.module:function of a file in the current directory or an installed package"

@@ -6,14 +6,14 @@ Each run answers the test rows of its own tasks; a run of MNLI also those of MNL
 SuperGLUE's RTE also those of AX-b and AX-g. Answers are kept in the run folder, so a second call
 is quick. A test file needs an answer in every row: where the model gave none, the most frequent
 training label stands in (`--fallback majority`), or a random one. Label scoring always gives one
-(`--decode score`), and lets ReCoRD pick the entity that fits best; otherwise the first that was
-answered Yes is taken. A set that is not whole is refused. The same answers give the same zip to
-the byte.
+(`--decode score`); ReCoRD is always scored, since its entity is chosen by P(Yes) - P(No). A set
+that is not whole is refused. The same answers give the same zip to the byte.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import math
@@ -152,6 +152,9 @@ def _new_file(output: Path) -> Path:
     return output
 
 
+SAME_ANSWERS = ("data.path", "data.cache", "log.", "eval.batch_size")  # overrides without a say
+
+
 # ---- who answers what ------------------------------------------------------------------------
 
 
@@ -162,17 +165,20 @@ class Run:
     folder: Path
     cfg: Config
     specs: dict[str, TaskSpec]
+    overrides: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: str, overrides: Sequence[str]) -> Run:
         """The run of a folder; a UserError where it has not finished."""
         cfg = evaluate.run_config(folder, overrides)
-        return cls(Path(folder), cfg, specs_of(cfg))
+        return cls(Path(folder), cfg, specs_of(cfg), tuple(overrides))
 
     def answers_folder(self, task: str) -> Path:
-        """Where its answers to a task's test rows are kept, by `ppo_nlu.evaluate` too."""
-        folder = self.folder / "eval-test"
-        return folder if list(self.specs) == [task] else folder / task.replace("/", "-")
+        """Where its answers to a task's test rows are kept: other overrides, another folder."""
+        asked = sorted(text for text in self.overrides if not text.startswith(SAME_ANSWERS))
+        digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
+        folder = self.folder / (f"submit-{digest}" if asked else "submit")
+        return folder / task.replace("/", "-")
 
     @property
     def trained_at(self) -> float:
@@ -295,11 +301,13 @@ def answered(parts: Sequence[Part], decode: str) -> Iterator[tuple[Part, list[Gi
     for part in parts:
         if part.run is not holder:
             holder, policy = part.run, None
-        path = part.run.answers_folder(part.spec.name) / f"predictions-{decode}.jsonl"
+        # An entity is chosen by P(Yes) - P(No), which only scoring gives.
+        how = "score" if part.spec.reader == "record" else decode
+        path = part.run.answers_folder(part.spec.name) / f"predictions-{how}.jsonl"
         given = kept(path, part)
         if given is None:
             policy = policy or evaluate.load_trained(part.run.cfg, part.run.folder)
-            given = ask(policy, part, path, decode)
+            given = ask(policy, part, path, how)
         yield part, given
 
 

@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     if free := [name for name, spec in specs.items() if not spec.words]:
         raise UserError(f"tasks: {free[0]} has no list of answers to teach; leave it out")
     seen = data.saw_labels(cfg.model.name_or_path)
-    rows = {name: data.train_examples(spec, cfg.data, seen).examples for name, spec in specs.items()}
+    rows = {
+        name: data.train_examples(spec, cfg.data, seen).examples for name, spec in specs.items()
+    }
     torch.manual_seed(cfg.seed)
     policy = _load(cfg)
     for spec in specs.values():
@@ -61,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     teach(policy, specs, cfg, rows, [name for name in specs if before[name] < 0.5])
     after = unparsed(policy, specs, cfg, probes)
     for name in specs:
-        print(f"{name}: unparsed {100 * before[name]:.0f} % before, {100 * after[name]:.0f} % after")
+        print(
+            f"{name}: unparsed {100 * before[name]:.0f} % before, {100 * after[name]:.0f} % after"
+        )
     _save(policy, folder / "model", seen)
     wall = time.perf_counter() - started
     taught = cfg.train.steps * cfg.sft.batch_size

@@ -34,6 +34,9 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "data.path",
+    "custom.train",
+    "custom.dev",
+    "custom.test",
 )
 
 

@@ -23,8 +23,8 @@ ROOMS = {
     "model": "ops torch_lora torch_logprobs lora model prefix_tree generate",
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "rollout ppo sft encoder learners grpo reward_model",
-    "programs": "__main__ data_program train evaluate predict export pretrain teach_form submit reproduce "
-    "grid results report report_tables report_plots document",
+    "programs": "__main__ data_program train evaluate predict export pretrain teach_form submit "
+    "reproduce grid results report report_tables report_plots document",
 }
 ALLOWED = {
     "bottom": "",

@@ -62,7 +62,12 @@ FILE_ERRORS = [
     ("lr: 1", 2, "lr", ["unknown key", "did you mean optim.lr?"]),
     ("ppo: {lr: 1}", 2, "ppo.lr", ["did you mean optim.lr?"]),
     ("seed: 1\nppo:\n  clipp: 1", 4, "ppo.clipp", ["did you mean ppo.clip?"]),
-    ("train: {batch_size: 1}", 2, "train.batch_size", ["rollout.batch_size or sft.batch_size or encoder.batch_size or eval.batch_size?"]),
+    (
+        "train: {batch_size: 1}",
+        2,
+        "train.batch_size",
+        ["rollout.batch_size or sft.batch_size or encoder.batch_size or eval.batch_size?"],
+    ),
     ("optm: {lr: 1}", 2, "optm", ["did you mean optim?"]),
     ("methd: ppo", 2, "methd", ["did you mean method?"]),
     ("lora: {zzz: 1}", 2, "lora.zzz", ["known keys: lora.r, lora.alpha"]),
@@ -174,7 +179,9 @@ def test_a_wrong_override_names_the_command_line(
 
 def test_files_that_cannot_be_read(tmp_path: Path, write: Write) -> None:
     path = write("seed: 1\n")
-    assert message(path) == f"{path}: task: is missing; add `task: ...`, or `tasks: [...]` for several"
+    assert (
+        message(path) == f"{path}: task: is missing; add `task: ...`, or `tasks: [...]` for several"
+    )
     assert message(write("")).startswith(f"{path}: task: is missing")
     assert message(write("- task")).startswith(f"{path}: expected `key: value`")
     assert (
@@ -451,7 +458,7 @@ def test_every_field_has_its_line_of_explanation() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_the_shipped_configs_load(path: Path) -> None:
     cfg = load_config(path)
-    assert cfg.task
+    assert cfg.names
     if path.name == "sst2.yaml":
         assert (cfg.task, cfg.method, cfg.data.fallback) == ("sst2", "ppo", "bundled")
 

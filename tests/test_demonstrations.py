@@ -18,7 +18,9 @@ MNLI, STSB = get_task("mnli"), get_task("stsb")
 def rows(count: int) -> list[Example]:
     """Nine Positive to one Negative."""
     return [
-        Example(f"r{i}", {"sentence": f"film {i}"}, "Negative" if i % 10 == 9 else "Positive", "sst2")
+        Example(
+            f"r{i}", {"sentence": f"film {i}"}, "Negative" if i % 10 == 9 else "Positive", "sst2"
+        )
         for i in range(count)
     ]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("SST-2", "CoLA"):
         (tmp_path / "glue" / name).mkdir(parents=True)
     for split, rows in (("train", 40), ("dev", 12)):
-        sst2 = ["sentence\tlabel", *(f"film {split} number {i} is long \t{i % 2}" for i in range(rows))]
+        sst2 = [
+            "sentence\tlabel",
+            *(f"film {split} number {i} is long \t{i % 2}" for i in range(rows)),
+        ]
         cola = [f"x\t{int(i % 3 > 0)}\t\tBill {split} sang {i} songs." for i in range(rows)]
         (tmp_path / "glue" / "SST-2" / f"{split}.tsv").write_text("\n".join(sst2) + "\n")
         (tmp_path / "glue" / "CoLA" / f"{split}.tsv").write_text("\n".join(cola) + "\n")
@@ -74,7 +78,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (path,) = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("encoder/*.safetensors")]
+    (path,) = [
+        *folder.glob("adapter/adapter_model.safetensors"),
+        *folder.glob("encoder/*.safetensors"),
+    ]
     return load_file(path)
 
 
@@ -112,7 +119,9 @@ def test_every_method_resumes_to_the_last_bit(
     def timeless(path: Path) -> list[dict[str, Any]]:
         return [{k: v for k, v in row.items() if "time/" not in k} for row in lines(path)]
 
-    assert timeless(folder / "whole" / "metrics.jsonl") == timeless(folder / "cut" / "metrics.jsonl")
+    assert timeless(folder / "whole" / "metrics.jsonl") == timeless(
+        folder / "cut" / "metrics.jsonl"
+    )
 
 
 def test_several_tasks_have_rewards_tables_and_predictions_of_their_own(
@@ -157,6 +166,11 @@ def test_sft_counts_its_labels_and_leaves_an_adapter_for_ppo(folder: Path) -> No
     assert first["kl/ref"] == pytest.approx(0, abs=1e-4)
     before = read(folder / "ppo" / "summary.json")["before"]
     assert before["score"] == summary["after"]["score"]
+    # The finished run is whole without the one it started from.
+    shutil.rmtree(folder / "sft")
+    assert cli.run(evaluate.main, ["ppo", "--output", "again"]) == 0
+    again = read(folder / "again" / "summary.json")["after"]
+    assert again == read(folder / "ppo" / "summary.json")["after"]
 
 
 def test_an_encoder_is_evaluated_and_answers_like_any_other_run(folder: Path) -> None:
@@ -178,6 +192,15 @@ def test_few_shot_evaluation_shows_the_rows_of_training_and_says_what_it_is(fold
         arguments = [str(config), f"prompt.shots={shots}", "--output", method]
         assert cli.run(evaluate.main, arguments) == 0
         assert read(folder / method / "summary.json")["method"] == method
+    # A diagnostic set shows rows of the task it belongs to.
+    (folder / "glue" / "MNLI").mkdir()
+    (folder / "glue" / "AX").mkdir()
+    head = "sentence1\tsentence2\tgold_label\n"
+    rows = "".join(f"p {i}\th {i}\tneutral\n" for i in range(8))
+    (folder / "glue" / "MNLI" / "train.tsv").write_text(head + rows)
+    full = "Premise\tHypothesis\tLabel\r\na\tb\tentailment\r\nc\td\tneutral\r\n"
+    (folder / "glue" / "AX" / "diagnostic-full.tsv").write_text(full)
+    assert cli.run(evaluate.main, [str(config), "task=ax", "prompt.shots=2"]) == 0
     many = [str(config), "prompt.shots=2", "data.max_prompt_tokens=120", "--output", "tight"]
     assert cli.run(evaluate.main, many) == 0
     assert read(folder / "tight" / "summary.json")["dropped_eval_shots"] > 0

@@ -45,7 +45,9 @@ def test_one_pass_holds_the_stated_share_of_each_task(
 
 def test_a_capped_task_sees_its_other_rows_in_the_next_pass() -> None:
     cfg = MixtureConfig("capped", 20)
-    drawn = [row.id for step in range(2 * 35) for row in mixture.batch(rows(SIZES), cfg, 1, step, 0)]
+    drawn = [
+        row.id for step in range(2 * 35) for row in mixture.batch(rows(SIZES), cfg, 1, step, 0)
+    ]
     seen = Counter(name for name in drawn if name.startswith("a"))
     assert seen == {f"a{i}": 1 for i in range(40)}  # 20 + 20 of 40, none twice
 

@@ -179,6 +179,13 @@ def test_ends_of_the_schedule() -> None:
     assert learning_rate(OptimConfig(warmup=0.29), 27, 100) == pytest.approx(28 / 29)
 
 
+def test_linear_falls_evenly_to_its_end() -> None:
+    """12 steps, warm-up 2: 1/2, 1, then from 1 (step 2) evenly to 0.1 (step 11), 0.1 a step."""
+    cfg = OptimConfig(schedule="linear", warmup=2 / 12, min_lr_ratio=0.1)
+    found = [learning_rate(cfg, step, 12) for step in range(12)]
+    assert found == pytest.approx([0.5, 1.0, *(1 - 0.1 * i for i in range(10))])
+
+
 def test_constant_is_constant_after_the_warm_up() -> None:
     cfg = OptimConfig(schedule="constant", warmup=0.2)
     assert [learning_rate(cfg, step, 10) for step in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]

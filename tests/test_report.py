@@ -78,7 +78,7 @@ def made_summary(
     if method == "encoder":
         for entry in entries.values():
             entry["reports"] = {"score": entry["reports"]["score"]}
-    costs = {"train_samples": 3840 * len(tasks), "train_steps": 60, "train_s": 0.0, "wall_s": 8.0}
+    costs = {"train_labels": 3840 * len(tasks), "train_steps": 60, "train_s": 0.0, "wall_s": 8.0}
     costs["train_s"] = {"sft-st": 30.0, "sft-mt": 150.0, "ppo-mt": 300.0}.get(method, 60.0)
     found = {"method": method, "seed": seed, "model": model, "tasks": entries}
     return found | (costs if trains else {"wall_s": 5.0})
@@ -191,6 +191,19 @@ def test_the_interval_is_that_of_a_bootstrap(tmp_path: Path) -> None:
     assert found is not None and found.interval == pytest.approx((10, 10))
 
 
+def test_seeds_of_one_task_are_no_independent_draws(tmp_path: Path) -> None:
+    """Two tasks with differences 0 and 10 and no spread over three seeds: as with two draws, the
+    interval is 0 to 10; six independent pairs would give 1.7 to 8.3."""
+    tasks, seeds = ("cb", "copa"), (0, 1, 2)
+    folder = made_grid(tmp_path / "g", "tiny", ("sft-st", "ppo-st"), tasks, seeds)
+    set_scores(folder, {("sft-st", t, s): {"greedy": 0.5} for t in tasks for s in seeds})
+    ahead = {"cb": 0.5, "copa": 0.6}
+    set_scores(folder, {("ppo-st", t, s): {"greedy": ahead[t]} for t in tasks for s in seeds})
+    found = results.compare(results.load(folder), "ppo-st", "sft-st", "greedy")
+    assert found is not None and found.pairs == 6
+    assert found.interval == pytest.approx((0, 10))
+
+
 def comparison(a: float, b: float, low: float, high: float) -> results.Comparison:
     return results.Comparison(a, b, a - b, (low, high), 33, 11, {})
 
@@ -201,6 +214,7 @@ def comparison(a: float, b: float, low: float, high: float) -> results.Compariso
         ((70, 65, 3, 7), (71, 71, -1, 1), "All of the 5.0 points"),
         ((70, 65, 3, 7), (73, 71, 1, 3), "Of the 5.0 points .* 2.0 are left .* the other 3.0"),
         ((70, 65, 3, 7), (78, 71, 5, 9), "does not come from the sampling"),
+        ((66, 65, -3, 5), (71, 71, -1, 1), "may be chance"),
         ((60, 65, -7, -3), (66, 71, -7, -3), "no advantage that this could explain"),
     ],
 )
@@ -405,7 +419,7 @@ def test_rows_are_one_for_each_cell_and_task(whole: Path) -> None:
     assert row["greedy"] == row["sample"] or float(row["sample"]) < float(row["greedy"])
     assert abs(float(row["sample"]) - report_of["sample"]["score"]) < 5e-5
     assert "greedy f1" in row["metrics"] and "greedy accuracy" in row["metrics"]
-    assert (row["commit"], row["threads"], row["train_samples"]) == ("v0-12-gabcdef", "1", "3840")
+    assert (row["commit"], row["threads"], row["train_labels"]) == ("v0-12-gabcdef", "1", "3840")
     partial = {r["task"] for r in rows if r["partial"] == "yes"}
     assert partial == {"qnli", "mnli", "boolq"}
     assert not any("/home" in value for r in rows for value in r.values())

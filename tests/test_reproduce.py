@@ -59,7 +59,7 @@ def summary(method: str, task: str, seed: int, score: float = 0.5, **more: Any) 
         "reports": {"sample": rows, "greedy": rows, "score": rows},
     }  # fmt: skip
     return {
-        "task": task, "method": method, "seed": seed, "model": "bundled", "train_samples": 96,
+        "task": task, "method": method, "seed": seed, "model": "bundled", "train_labels": 96,
         "train_steps": 4, "train_s": 2.0, "wall_s": 3.0, "tasks": {task: entry}, **more,
     }  # fmt: skip
 

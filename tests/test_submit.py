@@ -54,7 +54,7 @@ class World:
         (folder / "adapter").mkdir()
         (folder / "adapter" / lora.CONFIG_FILE).write_text("{}")
         for task, given in (answers or {}).items():
-            self.keep(folder, task, given, own=tasks == (task,))
+            self.keep(folder, task, given)
         return folder
 
     def keep(
@@ -62,20 +62,20 @@ class World:
         folder: Path,
         task: str,
         given: Sequence[str | None],
-        own: bool = False,
         probabilities: Sequence[Any] = (),
         decode: str = "greedy",
     ) -> Path:
         """Write answers down as an evaluation does; test rows are made up if there are none."""
         rows = self.splits.setdefault((task, "test"), numbered(task, len(given)))
-        place = folder / "eval-test" if own else folder / "eval-test" / task.replace("/", "-")
+        place = folder / "submit" / task.replace("/", "-")
         place.mkdir(parents=True, exist_ok=True)
         scored = probabilities or [None] * len(given)
         made = [
             evaluate.Answer(row, word, "", by_word)
             for row, word, by_word in zip(rows, given, scored, strict=True)
         ]
-        path = place / f"predictions-{decode}.jsonl"
+        how = "score" if TASKS[task].reader == "record" else decode
+        path = place / f"predictions-{how}.jsonl"
         evaluate.write_predictions(path, made)
         return path
 
@@ -249,7 +249,7 @@ def test_label_scores_pick_the_entity(world: World) -> None:
     sure = [0.1, 0.2, 0.3, 0.9, 0.95, 0.7]
     words = ["No", "No", "No", "Yes", "Yes", "Yes"]
     scored = [{"Yes": p, "No": 1 - p} for p in sure]
-    world.keep(run, "record", words, own=True, probabilities=scored, decode="score")
+    world.keep(run, "record", words, probabilities=scored, decode="score")
     path = submitted("superglue", [run], "--allow-partial", "--decode", "score")
     entities = [json.loads(row)["label"] for row in unzipped(path)["ReCoRD.jsonl"].splitlines()]
     assert entities == ["Göran", "Lee"]
@@ -512,8 +512,8 @@ def test_the_model_is_asked_once_and_for_what_is_not_kept(
     assert sorted(model.asked) == [("cola", 4), ("mnli", 3), ("sst2", 1)]
     assert files["MNLI-m.tsv"].endswith(b"2\tentailment\n")
     assert files["AX.tsv"].endswith(b"1\tneutral\n")
-    assert (runs[0] / "eval-test" / "predictions-greedy.jsonl").is_file()
-    assert (runs[1] / "eval-test" / "cola" / "predictions-greedy.jsonl").is_file()
+    assert (runs[0] / "submit" / "mnli" / "predictions-greedy.jsonl").is_file()
+    assert (runs[1] / "submit" / "cola" / "predictions-greedy.jsonl").is_file()
     again = submitted("glue", runs, "--allow-partial", name="again.zip")
     assert unzipped(again) == files and len(model.loads) == 2
 
@@ -553,7 +553,7 @@ def test_answers_that_do_not_fit_are_not_used(
 ) -> None:
     model = Model(monkeypatch)
     run = world.run("c", "cola", answers={"cola": ["No", "No", "No"]})
-    spoil(run / "eval-test" / "predictions-greedy.jsonl")
+    spoil(run / "submit" / "cola" / "predictions-greedy.jsonl")
     files = unzipped(submitted("glue", [run], "--allow-partial"))
     assert model.asked == [("cola", 3)]
     assert files["CoLA.tsv"] == b"index\tprediction\n0\t1\n1\t1\n2\t1\n"
@@ -591,7 +591,7 @@ def test_a_real_run_end_to_end(
     assert rows[0] == "index\tprediction"
     assert [row.split("\t")[0] for row in rows[1:]] == [str(i) for i in range(len(rows) - 1)]
     assert {row.split("\t")[1] for row in rows[1:]} <= {"0", "1"}
-    kept = (run / "eval-test" / "predictions-greedy.jsonl").read_text().splitlines()
+    kept = (run / "submit" / "sst2" / "predictions-greedy.jsonl").read_text().splitlines()
     lost = sum(json.loads(row)["prediction"] is None for row in kept)
     assert len(kept) == len(rows) - 1
     filled = f", {lost:,} unparsed answers filled (random)" if lost else ""
@@ -660,7 +660,7 @@ def test_files_of_the_official_shape_are_read_and_answered(task: str, tmp_path: 
     run = world.run("run", task)
     cfg = load_config(run / "config.yaml", [f"data.path={tmp_path}"])
     world.splits[task, "test"] = data.load_split(TASKS[task], "test", cfg.data).examples
-    world.keep(run, task, words, own=True)
+    world.keep(run, task, words)
     benchmark = TASKS[task].benchmark
     files = unzipped(submitted(benchmark, [run], "--allow-partial", f"data.path={tmp_path}"))
     assert files == {name: expected}

@@ -135,7 +135,9 @@ MOMENTS: dict[str, Callable[[], None]] = {
         checkpoint, "_remove", lambda path: path.name == "step_000001"
     ),
     "in the evaluation of step 4": lambda: _die_at(
-        evaluate, "evaluate_all", lambda policy, spec, cfg, rows, decodes, *a: decodes == ("greedy",)
+        evaluate,
+        "evaluate_all",
+        lambda policy, spec, cfg, rows, decodes, *a: decodes == ("greedy",),
     ),
     "at the end, half an adapter written": lambda: _die_at(lora, "save_adapter", lambda *a: True),
     "at the end, before the summary": lambda: _die_at(

@@ -58,7 +58,8 @@ MR = replace(
     title="MR",
     benchmark="extra",
     folder="MR",
-    files={"train": ("train.tsv", "train.no_sst2_devtest.tsv"), "dev": ("dev.tsv",)},
+    files={"train": ("train.tsv",), "dev": ("dev.tsv", "train.no_sst2_devtest.tsv")},
+    divide_dev=True,
 )
 
 TASKS = (SNLI, SIGA_NLI, AG_NEWS, MR)

@@ -1,4 +1,4 @@
-"""The GLUE tasks (Wang et al., 2018): one row each. The wording of the prompts is this project's."""
+"""The GLUE tasks (Wang et al., 2018): one row each. The wording of the prompts is our own."""
 
 from ppo_nlu.tasks.spec import Label, Rating, TaskSpec
 
@@ -69,7 +69,7 @@ MRPC = TaskSpec(
     labels=YES_NO,
     label_column="Quality",
     files={
-        "train": ("train.tsv", "train.own_split.tsv", "msr_paraphrase_train.txt"),
+        "train": ("train.tsv", "train.own_split.tsv"),
         "dev": ("dev.tsv", "dev.own_split.tsv"),
         "test": ("test.tsv", "msr_paraphrase_test.txt"),
     },

@@ -1,4 +1,4 @@
-"""What a task is: its texts, prompt, answers, reward, metrics and files. A task is a row in a table."""
+"""What a task is: texts, prompt, answers, reward, metrics and files. A task is a row in a table."""
 
 from __future__ import annotations
 

@@ -80,9 +80,7 @@ RECORD = TaskSpec(
     title="ReCoRD",
     benchmark="superglue",
     folder="ReCoRD",
-    description=(
-        "You check if a news statement, completed with a name, agrees with the article."
-    ),
+    description=("You check if a news statement, completed with a name, agrees with the article."),
     query='Article: "{passage}". Statement: "{statement}". Now judge the statement.',
     fields=("passage", "statement"),
     labels=(Label("Yes", "1"), Label("No", "0")),
@@ -128,9 +126,7 @@ WSC = TaskSpec(
     title="WSC",
     benchmark="superglue",
     folder="WSC",
-    description=(
-        "You resolve a pronoun. The task is to decide if it stands for the given phrase."
-    ),
+    description=("You resolve a pronoun. The task is to decide if it stands for the given phrase."),
     query='Text: "{text}". Now judge if *{span2_text}* means "{span1_text}".',
     fields=("text", "span2_text", "span1_text"),
     labels=(Label("Yes", "true"), Label("No", "false")),

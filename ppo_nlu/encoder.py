@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from ppo_nlu.checkpoint import atomic_write_bytes
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.model import BUNDLED, DTYPES, _hub_answers, _reason, pick_device
+from ppo_nlu.model import BUNDLED, DTYPES, hub_answers, pick_device, reason_of
 from ppo_nlu.optim import clip_gradients
 from ppo_nlu.ppo import BadStep, Metrics, chunks
 from ppo_nlu.rollout import seeded
@@ -254,7 +254,7 @@ def load_saved(cfg: Config, spec: TaskSpec, folder: str | Path) -> Encoder:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_trust(cfg))
     except Exception as error:  # whatever a broken folder makes of the library
-        raise UserError(f"{folder}: its tokenizer cannot be read ({_reason(error)})") from error
+        raise UserError(f"{folder}: its tokenizer cannot be read ({reason_of(error)})") from error
     with _drawing(torch.device("cpu"), "encoder start", cfg.seed):
         model = _blank(cfg, config)
     _take(model, _read_weights(folder), True, str(folder / WEIGHTS))
@@ -310,7 +310,7 @@ def _options(cfg: Config) -> dict[str, Any]:
     if not path.is_dir() and (name.startswith(("/", ".")) or name.count("/") > 1):
         raise UserError(f"model.name_or_path: there is no folder {path}; check the path")
     if not path.is_dir():
-        options["local_files_only"] = not _hub_answers(name)
+        options["local_files_only"] = not hub_answers(name)
     return options
 
 
@@ -375,7 +375,7 @@ def _trust(cfg: Config) -> dict[str, Any]:
 def _cannot_load(cfg: Config, error: Exception) -> UserError:
     return UserError(
         f"model.name_or_path: cannot load {cfg.model.name_or_path!r} as an encoder "
-        f"({_reason(error)}); give a folder with config.json, weights and tokenizer, or the name "
+        f"({reason_of(error)}); give a folder with config.json, weights and tokenizer, or the name "
         "of an encoder on the hub"
     )
 
@@ -386,7 +386,7 @@ def _read_config(cfg: Config, folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, **_trust(cfg))
     except Exception as error:
-        raise UserError(f"{folder}: its config.json cannot be read ({_reason(error)})") from error
+        raise UserError(f"{folder}: its config.json cannot be read ({reason_of(error)})") from error
 
 
 def _stored_answers(config: Any) -> list[str]:

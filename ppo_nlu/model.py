@@ -220,7 +220,7 @@ def load_base(cfg: ModelConfig) -> tuple[Any, Any]:
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"model.name_or_path: there is no folder {path}; check the path")
     else:
-        options["local_files_only"] = not _hub_answers(name)
+        options["local_files_only"] = not hub_answers(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -233,7 +233,7 @@ def load_base(cfg: ModelConfig) -> tuple[Any, Any]:
         )
     except Exception as error:  # whatever a broken folder makes of the library
         raise UserError(
-            f"model.name_or_path: cannot load {cfg.name_or_path!r} ({_reason(error)}); give a "
+            f"model.name_or_path: cannot load {cfg.name_or_path!r} ({reason_of(error)}); give a "
             "folder with config.json, weights and tokenizer, or a model name of the hub"
         ) from error
     model, info = loaded
@@ -247,7 +247,7 @@ def load_base(cfg: ModelConfig) -> tuple[Any, Any]:
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def _hub_answers(name: str) -> bool:
+def hub_answers(name: str) -> bool:
     """One try: without it the library repeats each file's request for half a minute."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
@@ -261,7 +261,7 @@ def _hub_answers(name: str) -> bool:
     return True
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first line of what the library says."""
     if isinstance(error, pickle.UnpicklingError):
         return "its weights are a pickle of more than tensors; ask for safetensors"

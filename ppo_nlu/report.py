@@ -144,7 +144,7 @@ def question(results: Results, figures: Mapping[str, Figure]) -> Iterator[Part]:
     yield Text(
         "Means over tasks of the mean over seeds, in points of a hundred (accuracy, the mean of "
         "two metrics where a task has two, Matthews' and other correlations times 100). "
-        "Intervals: percentile bootstrap over pairs of task and seed, 10,000 resamples."
+        "Intervals: percentile bootstrap over tasks and the seeds of each, 10,000 resamples."
     )
     if first:
         yield from _expected(first)

@@ -292,6 +292,7 @@ def test_what_is_missing_in_the_config_is_told(folder: Path, capsys) -> None:
         (["tasks=[sst2, cola]"], "keep one of the two"),
         (["task=null", "tasks=[sst2, sst2]"], "names a task twice"),
         (["task=null", "tasks=[sst2, cola]", "method=encoder"], "one head"),
+        (["prompt.form=analysis"], "hold no reason"),
         (["task=rte"], "glue/rte or superglue/rte"),
         (["task=nope"], "unknown task"),
     ):

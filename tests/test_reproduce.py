@@ -139,7 +139,8 @@ def command(tmp_path: Path, method: str, tasks: list[str], **more: Any) -> list[
 
 @pytest.mark.parametrize(
     ("method", "steps"),
-    [("ppo-st", 16), ("sft-st", 42), ("encoder", 32)],  # ceil(1000 / 64), / 24, / 32
+    # ceil(1000 / 32), ceil(1000 / 24); the encoder's are those of its preset
+    [("ppo-st", 32), ("sft-st", 42), ("encoder", 1000)],
 )
 def test_equal_labels(tmp_path: Path, method: str, steps: int) -> None:
     said = command(tmp_path, method, ["sst2"])
@@ -203,7 +204,12 @@ def test_sft_seconds_reads_the_cells_of_its_task_and_seed(tmp_path: Path) -> Non
 @pytest.mark.parametrize("path", sorted(ASSETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_presets_load(path: Path) -> None:
     cfg = load_config(path)
-    assert cfg.method == {"sft": "sft", "encoder": "encoder"}.get(path.stem.split("_")[-1], "ppo")
+    assert cfg.method == {"sft": "sft", "form": "sft", "encoder": "encoder"}.get(
+        path.stem.split("_")[-1], "ppo"
+    )
+    if path.stem.endswith("_form"):  # for teach_form, which reads `sft.batch_size` only
+        assert set(cfg.tasks) == set(GRIDS["tiny"].tasks)
+        return
     if not path.stem.startswith("tiny") and cfg.method != "encoder":
         # arXiv 2410.11020: learning rate, LoRA rank, batches, epochs, optimizers
         assert (cfg.optim.lr, cfg.lora.r, cfg.model.dtype) == (9e-6, 16, "bfloat16")

@@ -12,8 +12,8 @@ import torch
 from ppo_nlu import lora, sft
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, PromptConfig, RolloutConfig, SFTConfig
+from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.prompts import OPENING, render
-from ppo_nlu.rollout import collect_answers
 from ppo_nlu.tasks import TASKS, Example
 
 CFG = Config(task="sst2", method="sft", rollout=RolloutConfig(4, 1, 4))
@@ -72,11 +72,15 @@ def test_micro_batches_change_memory_only(size: int) -> None:
 def test_a_batch_is_learnt_by_heart_and_then_answered() -> None:
     policy, rows = tiny.policy(shaken=False), tiny.examples(4)
     optimizer = torch.optim.AdamW(lora.lora_parameters(policy.model), lr=2e-2)
-    for _ in range(200):
-        metrics = sft.update(policy, tiny.SPECS, optimizer, CFG, rows)
-    assert metrics["answer/likelihood"] > 0.9
-    rollout = collect_answers(policy, tiny.SPECS, CFG, rows, 0)
-    assert rollout.predictions == [row.label for row in rows]
+    first = sft.update(policy, tiny.SPECS, optimizer, CFG, rows)
+    for _ in range(60):
+        last = sft.update(policy, tiny.SPECS, optimizer, CFG, rows)
+    # The frozen head of this random model bounds the likelihood.
+    assert first["answer/likelihood"] < 0.05 and last["answer/likelihood"] > 0.7
+    prompts = [policy.encode(render(tiny.SST2, row.fields)) for row in rows]
+    drawn = generate(policy, prompts, 4, Sampling(greedy=True))
+    said = [parse(tiny.SST2, policy.decode(reply)) for reply in drawn.rows]
+    assert said == [row.label for row in rows]
 
 
 @pytest.mark.parametrize("form", ["judgement", "analysis"])
@@ -87,7 +91,7 @@ def test_what_is_taught_is_what_the_evaluator_reads(name: str, form: str) -> Non
     spec, policy = TASKS[name], tiny.pretrained("stories260K")
     fields = dict.fromkeys(spec.fields, "a word")
     style = PromptConfig(form=form)
-    cfg = replace(CFG, task=name, prompt=style, rollout=RolloutConfig(4, 1, 16))
+    cfg = replace(CFG, task=name, prompt=style, rollout=RolloutConfig(4, 1, 32))
     cfg = replace(cfg, data=replace(cfg.data, max_prompt_tokens=400))
     for word in spec.words:
         prompt, answer, _ = sft.targets(policy, spec, cfg, Example("1", fields, word, name))

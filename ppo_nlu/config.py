@@ -284,8 +284,6 @@ def _conflicts(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "task", "is missing; add `task: ...`, or `tasks: [...]` for several"
     if cfg.task is not None and cfg.tasks:
         yield "tasks", "is given beside task; keep one of the two"
-    if len(set(cfg.tasks)) < len(cfg.tasks):
-        yield "tasks", f"{cfg.tasks} names a task twice; name each once"
     if cfg.method == "encoder" and cfg.tasks:
         yield "tasks", "an encoder has one head for one task; give `task: ...`"
     full = "training needs the log-probabilities of the full distribution"

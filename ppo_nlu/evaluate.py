@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +28,7 @@ from ppo_nlu.config import Config, load_config
 from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
-from ppo_nlu.learners import VALUE_HEAD
-from ppo_nlu.model import Policy, check_words, load_policy
+from ppo_nlu.model import VALUE_HEAD, Policy, check_words, load_policy
 from ppo_nlu.prompts import answer
 from ppo_nlu.rollout import Fitted, fit_prompt, longest_prompt, seeded
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
@@ -185,8 +185,11 @@ def _by_score(
     return answers
 
 
-def report(spec: TaskSpec, cfg: Config, answers: Sequence[Answer]) -> dict[str, Any]:
-    """The task's metrics with the interval of their mean, histogram and unparsed rate."""
+def report(
+    spec: TaskSpec, answers: Sequence[Answer], resamples: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """The task's metrics, histogram and unparsed rate; with `resamples` the interval of the mean
+    of the metrics."""
     if missing := [row.example.id for row in answers if row.example.label is None]:
         raise UserError(f"eval.split: row {missing[0]} has no label; use --split dev")
     return metrics.report(
@@ -194,8 +197,8 @@ def report(spec: TaskSpec, cfg: Config, answers: Sequence[Answer]) -> dict[str, 
         [row.example for row in answers],
         [row.prediction for row in answers],
         [row.probabilities for row in answers],
-        cfg.eval.bootstrap,
-        cfg.seed,
+        resamples,
+        seed,
     )
 
 
@@ -314,14 +317,22 @@ class Measured:
     rows: data.Dataset
     after: dict[str, list[Answer]]
     before: dict[str, list[Answer]] | None = None
+    resamples: int = 0
+    seed: int = 0
 
-    def entry(self, cfg: Config) -> dict[str, Any]:
+    @cached_property
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """The report of each way of decoding, with its interval."""
+        return {
+            decode: report(self.spec, rows, self.resamples, self.seed)
+            for decode, rows in self.after.items()
+        }
+
+    def entry(self) -> dict[str, Any]:
         """The task's part of a summary.json."""
-        reports = {decode: report(self.spec, cfg, rows) for decode, rows in self.after.items()}
         base = None
         if self.before is not None:
-            quick = replace(cfg, eval=replace(cfg.eval, bootstrap=0))
-            base = {name: report(self.spec, quick, rows) for name, rows in self.before.items()}
+            base = {decode: report(self.spec, rows) for decode, rows in self.before.items()}
         return {
             "title": self.spec.title,
             "data": self.rows.source,
@@ -329,15 +340,15 @@ class Measured:
             "partial": self.rows.partial,
             "rows": len(self.rows.examples),
             "before": headline(base) if base else None,
-            "after": headline(reports),
-            "reports": reports,
+            "after": headline(self.reports),
+            "reports": self.reports,
         }
 
 
 def summarise(cfg: Config, measured: Sequence[Measured]) -> dict[str, Any]:
     """What a summary.json says of the evaluation; over several tasks `before` and `after` are
     means of the tasks' scores."""
-    entries = {one.spec.name: one.entry(cfg) for one in measured}
+    entries = {one.spec.name: one.entry() for one in measured}
     before = [entry["before"] for entry in entries.values() if entry["before"]]
     summary: dict[str, Any] = {
         "task": "+".join(entries),
@@ -399,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         decodes = (args.decode,) if args.decode else decodes_of(spec)
         found = _answered(policy, spec, cfg, held[name].examples, decodes, folder)
-        measured.append(Measured(spec, held[name], found))
+        measured.append(Measured(spec, held[name], found, None, cfg.eval.bootstrap, cfg.seed))
         _tell(measured[-1], cfg, folder)
     if all(row.label is not None for rows in held.values() for row in rows.examples):
         method = "few-shot" if cfg.prompt.shots else "zero-shot"
@@ -450,11 +461,10 @@ def _tell(one: Measured, cfg: Config, folder: Path) -> None:
     if any(row.label is None for row in one.rows.examples):
         print(f"{one.spec.title}: no scores, since {cfg.eval.split} has rows without a label")
         return
-    reports = {decode: report(one.spec, cfg, rows) for decode, rows in one.after.items()}
-    for decode, row in reports.items():
+    for decode, row in one.reports.items():
         print_report(f"{one.spec.title}, {decode}", row)
     place = {"data": one.rows.source, "split": cfg.eval.split}
-    atomic_write_json(folder / "report.json", place | reports)
+    atomic_write_json(folder / "report.json", place | one.reports)
 
 
 def require_own(output: Path, tasks: Iterable[str] = ()) -> Path:

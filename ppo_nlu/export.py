@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from ppo_nlu import checkpoint, cli, lora
 from ppo_nlu.config import Config, load_config
 from ppo_nlu.errors import UserError
-from ppo_nlu.model import load_base, resolve
+from ppo_nlu.model import VALUE_HEAD, load_base, resolve
 
-VALUE_HEAD = "value_head.safetensors"
 # Texts on which the merged model must agree with the policy; of each the last 64 tokens.
 PROBES = (
     "The film is good, and long.",

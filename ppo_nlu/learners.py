@@ -19,13 +19,12 @@ from torch.optim import Optimizer
 from ppo_nlu import checkpoint, encoder, lora, ppo, sft
 from ppo_nlu.config import Config
 from ppo_nlu.losses import AdaptiveKL
-from ppo_nlu.model import Policy, load_policy, resolve
+from ppo_nlu.model import VALUE_HEAD, Policy, load_policy, resolve
 from ppo_nlu.ppo import Metrics
 from ppo_nlu.rewards import RunningScale
 from ppo_nlu.tasks import Example, TaskSpec
 
 Groups = dict[str, dict[str, Tensor]]
-VALUE_HEAD = "value_head.safetensors"
 
 
 class Learner(ABC):

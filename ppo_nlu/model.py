@@ -20,6 +20,7 @@ from ppo_nlu.prefix_tree import Tokens
 from ppo_nlu.prompts import OPENING, STOP, answer, render
 from ppo_nlu.tasks import TaskSpec
 
+VALUE_HEAD = "value_head.safetensors"  # beside the adapter
 BUNDLED = Path(__file__).resolve().parent / "assets" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ppo_nlu.errors import UserError
-from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
 
 MALFORMED = "malformed"
 NO_GOLD = "without a gold label"
@@ -349,7 +349,7 @@ def _custom(spec: TaskSpec, split: str, path: Path) -> Split:
         if row.get(spec.rationale):
             extra["rationale"] = row[spec.rationale]
         fields = {name: row[name] for name in spec.fields}
-        if spec.reward not in ("label", "rating", "exact", "f1"):
+        if spec.reward not in REWARD_KINDS:
             extra["row"] = dict(row)  # the user's own function may ask for any column
         examples.append(Example(id_, fields, gold(spec, value, where), extra=extra))
     if not examples:

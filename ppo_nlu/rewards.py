@@ -12,11 +12,10 @@ from typing import Any
 from ppo_nlu.errors import UserError
 from ppo_nlu.metrics import best_match, exact, token_f1
 from ppo_nlu.prompts import STOP
-from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
 
 # (right, wrong, no answer): the paper's text, and its released code, which is 2 * paper - 1.
 SCALES = {"paper": (1.0, 0.0, -1.0), "code": (1.0, -1.0, -3.0)}
-KINDS = ("label", "rating", "exact", "f1")
 Reward = Callable[[str, Mapping[str, Any]], float]
 
 
@@ -49,7 +48,7 @@ def reward(
     if spec.reward == "label":
         return score(prediction, gold, scale)
     right, wrong, exceptional = SCALES[scale]
-    if spec.reward in KINDS:
+    if spec.reward in REWARD_KINDS:
         if prediction is None:
             return exceptional
         near = best_match(token_f1 if spec.reward == "f1" else exact, prediction, example)
@@ -78,7 +77,7 @@ def load(path: str) -> Reward:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the user's file makes of its import
         raise UserError(
-            f"custom.reward: cannot import {path!r} ({error}); give {' or '.join(KINDS)}, "
+            f"custom.reward: cannot import {path!r} ({error}); give {' or '.join(REWARD_KINDS)}, "
             "or package.module:function of a file in the current directory or an installed package"
         ) from error
     if not callable(found):

@@ -150,10 +150,10 @@ def collect_answers(
     KL to the reference."""
     roll = cfg.rollout
     longest = longest_prompt(policy, cfg, roll.max_new_tokens)
+    shots = {name: demonstrations.of(spec, cfg) for name, spec in specs.items()}
     fitted = [
-        fit_prompt(policy, spec, example, longest, cfg.prompt, demonstrations.of(spec, cfg))
-        for example in examples
-        for spec in [specs[example.task]]
+        fit_prompt(policy, specs[row.task], row, longest, cfg.prompt, shots[row.task])
+        for row in examples
     ]
     prompts = [fit.ids for fit in fitted]
     drawn = generate(

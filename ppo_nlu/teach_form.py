@@ -15,18 +15,18 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from ppo_nlu import checkpoint, cli, data, mixture, optim, prefix_tree, runlog
+from ppo_nlu import checkpoint, cli, data, mixture, optim, runlog, sft
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.model import Policy, ValueHead, check_words, choose_path, load_base
-from ppo_nlu.prompts import answer
 from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
@@ -119,7 +119,8 @@ def teach(
             for row in batch:
                 words = specs[row.task].words
                 word = own.get(row.task, {}).get(row.id) or words[int(uniform() * len(words))]
-                prompt, target = _target(policy, specs[row.task], cfg, row, word)
+                wanted = replace(row, label=word)
+                prompt, target, _ = sft.targets(policy, specs[row.task], cfg, wanted)
                 prompts.append(prompt)
                 answers.append(target)
             hidden, _ = policy.hidden(prompts, answers)
@@ -135,16 +136,6 @@ def teach(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.update(len(batch))
-
-
-def _target(
-    policy: Policy, spec: TaskSpec, cfg: Config, row: Example, word: str
-) -> tuple[list[int], list[int]]:
-    longest = longest_prompt(policy, cfg, cfg.rollout.max_new_tokens)
-    fit = fit_prompt(policy, spec, row, longest, cfg.prompt)
-    whole = policy.encode(fit.text + answer(word, cfg.prompt.form))
-    start = prefix_tree.common(fit.ids, whole)
-    return whole[:start], whole[start:]
 
 
 def _answered(

@@ -11,7 +11,7 @@ import hashlib
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ppo_nlu.config import Config, diff, dump, load_config, to_dict
 from ppo_nlu.errors import UserError
 from ppo_nlu.learners import LEARNERS, Learner
 from ppo_nlu.model import Policy
-from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 
 # What a resumed run may change: how it is shown and kept, not what is computed.
@@ -147,7 +147,6 @@ def _evaluated(run: Run, metrics: dict[str, Any], stop: checkpoint.StopRequest) 
     if not every or run.step % every:
         return True
     scores = []
-    quick = replace(run.cfg, eval=replace(run.cfg.eval, bootstrap=0))
     for name, spec in run.specs.items():
         rows = run.held[name].examples
         found = evaluate.evaluate_all(
@@ -155,7 +154,7 @@ def _evaluated(run: Run, metrics: dict[str, Any], stop: checkpoint.StopRequest) 
         )["greedy"]
         if len(found) < len(rows):
             return False
-        report = evaluate.report(spec, quick, found)
+        report = evaluate.report(spec, found)
         metrics |= {f"eval/{name}/{metric}": value for metric, value in report["metrics"].items()}
         scores.append(report["score"])
     mean = sum(scores) / len(scores)
@@ -228,7 +227,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
             f"data: {rows[name].note}; {len(rows[name].examples):,} to train on, "
             f"{len(held[name].examples):,} to evaluate"
         )
-        if spec.reward not in rewards.KINDS and cfg.method == "ppo":
+        if spec.reward not in REWARD_KINDS and cfg.method == "ppo":
             rewards.load(spec.reward)
     learner = LEARNERS[cfg.method](cfg, specs)
     for spec in specs.values():
@@ -270,7 +269,9 @@ def finish(run: Run, stop: checkpoint.StopRequest) -> bool:
     if stop:
         return False
     measured = [
-        evaluate.Measured(spec, run.held[name], after[name], before.get(name))
+        evaluate.Measured(
+            spec, run.held[name], after[name], before.get(name), cfg.eval.bootstrap, cfg.seed
+        )
         for name, spec in run.specs.items()
     ]
     answers = [

@@ -157,10 +157,9 @@ def given(*pairs: tuple[str, str | None]) -> list[Answer]:
 
 
 def test_the_report_and_the_headline_count_unparsed_as_wrong() -> None:
-    cfg = Config(task="sst2")
     pos, neg = SPEC.words
     rows = given((pos, pos), (pos, None), (neg, neg), (neg, pos), (neg, None))
-    report = evaluate.report(SPEC, cfg, rows)
+    report = evaluate.report(SPEC, rows, resamples=100)
     assert report["accuracy"] == pytest.approx(2 / 5)
     assert report["unparsed"] == pytest.approx(2 / 5)
     low, high = report["accuracy_interval"]
@@ -176,10 +175,10 @@ def test_the_report_and_the_headline_count_unparsed_as_wrong() -> None:
     row = {"sample": 2 / 5, "greedy": None, "score": None, "unparsed": 2 / 5}
     assert evaluate.headline({"sample": report}) == row
     scored = given((pos, pos), (pos, pos), (neg, neg), (neg, pos), (neg, neg))
-    both = {"score": evaluate.report(SPEC, cfg, scored), "sample": report}
+    both = {"score": evaluate.report(SPEC, scored), "sample": report}
     assert evaluate.headline(both) == row | {"score": pytest.approx(4 / 5)}
     with pytest.raises(ValueError, match=r"eval\.split: row 0 has no label"):
-        evaluate.report(SPEC, cfg, given((None, pos)))  # type: ignore[arg-type]
+        evaluate.report(SPEC, given((None, pos)))  # type: ignore[arg-type]
 
 
 def test_predictions_are_written_as_they_come(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from difflib import get_close_matches
 
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import extra, glue, superglue
-from ppo_nlu.tasks.spec import Example, Label, Rating, TaskSpec
+from ppo_nlu.tasks.spec import REWARD_KINDS, Example, Label, Rating, TaskSpec
 
 TASKS: dict[str, TaskSpec] = {
     spec.name: spec for table in (glue, superglue, extra) for spec in table.TASKS
 }
 
-__all__ = ["TASKS", "Example", "Label", "Rating", "TaskSpec", "get_task"]
+__all__ = ["REWARD_KINDS", "TASKS", "Example", "Label", "Rating", "TaskSpec", "get_task"]
 
 
 def _plain(name: str) -> str:

@@ -14,7 +14,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, TypeAlias
 
 from ppo_nlu.errors import UserError
-from ppo_nlu.tasks import TASKS, Label, Rating, TaskSpec, get_task
+from ppo_nlu.tasks import REWARD_KINDS, TASKS, Label, Rating, TaskSpec, get_task
 
 if TYPE_CHECKING:
     from ppo_nlu.config import Config, CustomConfig
@@ -203,13 +203,12 @@ def _of_range(custom: CustomConfig) -> Iterator[tuple[str, str]]:
 
 
 def _of_scores(custom: CustomConfig, kind: str) -> Iterator[tuple[str, str]]:
-    known = {name for names in REWARDS.values() for name in names}
-    if custom.reward in known and custom.reward not in REWARDS[kind]:
+    if custom.reward in REWARD_KINDS and custom.reward not in REWARDS[kind]:
         fitting = " or ".join(REWARDS[kind])
         yield "reward", f"{custom.reward} does not suit this task ({_KINDS[kind]}); use {fitting}"
-    if custom.reward != "auto" and custom.reward not in known and "." not in custom.reward:
+    if custom.reward != "auto" and custom.reward not in REWARD_KINDS and "." not in custom.reward:
         if ":" not in custom.reward:
-            near = get_close_matches(custom.reward, [*known, "auto"], n=1)
+            near = get_close_matches(custom.reward, [*REWARD_KINDS, "auto"], n=1)
             hint = f"did you mean {near[0]!r}?" if near else "use auto or package.module:function"
             yield "reward", f"unknown reward {custom.reward!r}; {hint}"
     for name in custom.metrics:

@@ -1,5 +1,7 @@
 """The GLUE tasks (Wang et al., 2018): one row each. The wording of the prompts is our own."""
 
+from dataclasses import replace
+
 from ppo_nlu.tasks.spec import Label, Rating, TaskSpec
 
 YES_NO = (Label("Yes", "1"), Label("No", "0"))
@@ -132,19 +134,12 @@ MNLI = TaskSpec(
     },
 )
 
-MNLI_MM = TaskSpec(
+MNLI_MM = replace(
+    MNLI,
     name="mnli-mm",
     title="MNLI-mm",
-    benchmark="glue",
-    folder="MNLI",
-    description=NLI_DESCRIPTION,
-    query=NLI_QUERY,
-    fields=("premise", "hypothesis"),
-    columns=NLI_COLUMNS,
-    labels=THREE_WAY,
-    label_column="gold_label",
     files={
-        "train": ("train.tsv", "train.subset10k.tsv"),
+        "train": MNLI.files["train"],
         "dev": ("dev_mismatched.tsv",),
         "test": ("test_mismatched.tsv",),
     },
@@ -196,16 +191,12 @@ WNLI = TaskSpec(
     files=TSV,
 )
 
-AX = TaskSpec(
+AX = replace(
+    MNLI,
     name="ax",
     title="AX",
-    benchmark="glue",
     folder="AX",
-    description=NLI_DESCRIPTION,
-    query=NLI_QUERY,
-    fields=("premise", "hypothesis"),
-    columns=NLI_COLUMNS,
-    labels=THREE_WAY,
+    label_column="label",
     reader="ax",  # the labelled file names its columns otherwise
     files={"dev": ("diagnostic-full.tsv",), "test": ("diagnostic.tsv", "AX.tsv")},
     metrics=("mcc",),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+REWARD_KINDS = ("label", "rating", "exact", "f1")  # or package.module:function
+
 
 @dataclass(frozen=True)
 class Label:
@@ -85,7 +87,7 @@ class TaskSpec:
     header: tuple[str, ...] = ()  # the columns of train and dev where these have no header line
     divide_dev: bool = False  # without a train file, three quarters of dev serve as train
     metrics: tuple[str, ...] = ("accuracy",)  # what the leaderboard reports; names in `metrics`
-    reward: str = "label"  # label, rating, exact, f1, or package.module:function
+    reward: str = "label"  # one of REWARD_KINDS, or package.module:function
     rationale: str = ""  # the column of a written-out reason, for the analysis form
 
     @property

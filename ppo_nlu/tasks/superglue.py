@@ -1,5 +1,7 @@
 """The SuperGLUE tasks (Wang et al., 2019): one row each. The wording is this project's own."""
 
+from dataclasses import replace
+
 from ppo_nlu.tasks.glue import ENTAILED, RTE_DESCRIPTION, RTE_QUERY, THREE_WAY
 from ppo_nlu.tasks.spec import Label, TaskSpec
 
@@ -134,30 +136,21 @@ WSC = TaskSpec(
     files=JSONL,
 )
 
-AX_B = TaskSpec(
+AX_B = replace(
+    RTE,
     name="ax-b",
     title="AX-b",
-    benchmark="superglue",
     folder="AX-b",
-    description=RTE_DESCRIPTION,
-    query=RTE_QUERY,
-    fields=("premise", "hypothesis"),
     columns={"premise": "sentence1", "hypothesis": "sentence2"},
-    labels=ENTAILED,
-    reader="jsonl",
     files={"dev": ("AX-b.jsonl",), "test": ("AX-b.jsonl",)},
     metrics=("mcc",),
 )
 
-AX_G = TaskSpec(
+AX_G = replace(
+    RTE,
     name="ax-g",
     title="AX-g",
-    benchmark="superglue",
     folder="AX-g",
-    description=RTE_DESCRIPTION,
-    query=RTE_QUERY,
-    fields=("premise", "hypothesis"),
-    labels=ENTAILED,
     reader="axg",  # rows 2i and 2i+1 are a pair
     files={"dev": ("AX-g.jsonl",), "test": ("AX-g.jsonl",)},
     metrics=("gender_parity", "accuracy"),

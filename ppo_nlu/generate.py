@@ -1,6 +1,6 @@
 """Batched generation: one pass of the prefix tree over the prompts, then token by token.
 
-Finished rows leave the batch. Log-probabilities, values and hidden states come out of the decode
+Finished rows leave the batch, some at a time. Log-probabilities, values and hidden states come out of the decode
 pass itself; nothing is run twice.
 """
 
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ppo_nlu import prefix_tree
 from ppo_nlu.model import Policy, unflatten
 from ppo_nlu.prefix_tree import Tokens
+
+COMPACT = 0.75  # once no more than this share of the rows goes on, the others leave the batch
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,37 @@ def generate(
     device, rows = policy.device, len(prompts) * samples
     draws = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
     tree = prefix_tree.build(prompts, shared=policy.tree).to(device)
-    flat, state = prefix_tree.run(policy.decoder, tree, policy.takes_positions)
-    hidden = flat.index_select(0, tree.ends)
-    cache, mask = state.cache, state.mask
-    place = torch.tensor(tree.lengths, device=device)
-    if samples > 1:
-        repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-        cache, mask = select(cache, repeat), mask[repeat]
-        hidden, place = hidden[repeat], place[repeat]
+    flat, state = prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)
+    owners = [p for p in range(len(prompts)) for _ in range(samples)]
+    repeat = torch.tensor(owners, device=device)
+    hidden = flat.index_select(0, tree.ends)[repeat]
+    place = torch.tensor(tree.lengths, device=device)[repeat]
+    cache = state.start(owners, max_new_tokens - 1)
 
-    alive = torch.arange(rows, device=device)
+    run, alive = list(range(rows)), torch.arange(rows, device=device)  # the rows in the batch
+    over = [False] * rows
     replies: list[list[int]] = [[] for _ in range(rows)]
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
     for step in range(max_new_tokens):
         token, logprob = _choose(policy.logits(hidden), draws[alive, step], sampling)
-        steps.append((alive, logprob, hidden))
-        for row, value in zip(alive.tolist(), token.tolist(), strict=True):
-            replies[row].append(value)
-        ended = policy.stop.ended([replies[row] for row in alive.tolist()])
-        if step + 1 == max_new_tokens or all(ended):
+        drawn = token.tolist()  # the one wait for the device in a step
+        going = [i for i, row in enumerate(run) if not over[row]]
+        for i in going:
+            replies[run[i]].append(drawn[i])
+        index = torch.tensor(going, device=device)
+        steps.append((alive[index], logprob[index], hidden[index]))
+        ended = policy.stop.ended([replies[run[i]] for i in going])
+        for i, end in zip(going, ended, strict=True):
+            over[run[i]] = end
+        going = [i for i in going if not over[run[i]]]
+        if step + 1 == max_new_tokens or not going:
             break
-        if any(ended):
-            keep = torch.tensor([not end for end in ended], device=device).nonzero().squeeze(1)
-            cache, mask = select(cache, keep), mask[keep]
-            alive, token, place = alive[keep], token[keep], place[keep]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        positions = place[:, None] if policy.takes_positions else None
-        out = prefix_tree.forward(policy.decoder, token[:, None], mask, positions, cache)
-        cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
+        if len(going) <= COMPACT * len(run):
+            index = torch.tensor(going, device=device)
+            cache.keep(index)
+            run, alive, token = [run[i] for i in going], alive[index], token[index]
+            place = place[index]
+        hidden = cache.step(policy.decoder, token, place if policy.takes_positions else None)
         place = place + 1
     return _collect(policy, replies, steps, critic)
 
@@ -148,11 +152,3 @@ def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
         ordered = ordered.masked_fill(before >= sampling.top_p * ordered.sum(-1, keepdim=True), 0)
         probs = torch.zeros_like(probs).scatter(1, index, ordered)
     return probs
-
-
-def select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """The cache of these rows only."""
-    if all(type(layer) is DynamicLayer for layer in cache.layers):
-        return prefix_tree.gather(cache, rows)
-    cache.batch_select_indices(rows)  # a window's layers keep a state of their own
-    return cache

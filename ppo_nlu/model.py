@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ppo_nlu import lora, ops, prefix_tree
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.prefix_tree import Tokens
+from ppo_nlu.prefix_tree import Cost, Tokens
 from ppo_nlu.prompts import OPENING, STOP, answer, render
 from ppo_nlu.tasks import TaskSpec
 
@@ -62,6 +63,7 @@ class Policy:
         self.decoder: nn.Module = model.base_model
         self.detach_value = cfg.detach_value
         self.tree = True
+        self.last_pass = Cost(0, 0)
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self.stop = StopDetector(model, tokenizer)
 
@@ -123,6 +125,7 @@ class Policy:
     ) -> tuple[Tensor, Tensor]:
         """States that predict the answers' tokens (N, H), row by row, and the mask (B, R)."""
         tree = prefix_tree.build(prompts, answers, owners, shared=self.tree).to(self.device)
+        self.last_pass = tree.cost
         flat, _ = prefix_tree.run(self.decoder, tree, self.takes_positions)
         return flat.index_select(0, tree.positions[tree.mask]), tree.mask
 
@@ -332,7 +335,12 @@ def choose_path(policy: Policy, wanted: str) -> bool:
 
     def gap(tree: bool) -> float:
         policy.tree = tree
-        hidden, _ = policy.hidden(prompts, answers)
+        try:
+            hidden, _ = policy.hidden(prompts, answers)
+        except (NotImplementedError, TypeError, AttributeError):
+            if not tree:
+                raise
+            return math.inf  # a decoder that does not hand `tree` on, or attends in its own way
         return float((policy.logits(hidden) - wanted_logits).abs().max())
 
     exact = policy.head.weight.dtype == torch.float32

@@ -1,18 +1,18 @@
 """The prefix tree: every distinct token of a batch is run once, with gradients.
 
-A batch of prompts, each with one or more answers, becomes a short list of levels. Level 0 holds the
-distinct shared prefixes (often one row), the next level the rest of each prompt, the last the
-answers. Each level is one forward of the decoder whose `past_key_values` are its parents' keys and
-values; autograd sums the gradient over the children by itself. Rows are right-padded, positions are
-explicit, so padding inside a level changes nothing.
+A batch of prompts, each with one or more answers, becomes a tree of runs of tokens: the prefixes
+that prompts share (often one), the rest of each prompt, the answers. All runs lie end to end in one
+row without padding, with explicit positions; the decoder runs that row in one forward, and
+`tree_attention` lets each token see its ancestors alone. Autograd sums the gradient over the
+children by itself.
 
-    level 0   System_prompt: ... Prompt: ... the sentence "          1 row
-    level 1   it 's charming ". Assistant: <Judgement>               one row a prompt
-    level 2   Positive </Judgement>                                  one row an answer
+    shared    System_prompt: ... Prompt: ... the sentence "          once
+    own       it 's charming ". Assistant: <Judgement>               one run a prompt
+    answer    Positive </Judgement>                                  one run an answer
 
-Where every prompt has just one answer, level 2 is joined to level 1. A model whose positions cannot
-be given explicitly takes the plain path: one level, one row an answer, left-padded. The code that
-calls `run` does not know the difference.
+Where every prompt has just one answer, the answer is joined to its prompt's own run. A model whose
+positions cannot be given, or whose attention is its own, takes the plain path: one row an answer,
+left-padded. The code that calls `run` does not know the difference.
 """
 
 from __future__ import annotations
@@ -25,58 +25,61 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ppo_nlu import tree_attention
+from ppo_nlu.tree_attention import Plan, TreeCache
+
 Tokens = Sequence[int]
+HEAD_COST = 16  # tokens that one more shared prefix must save to be worth its own product
 
 
-@dataclass
-class Level:
-    """One forward: `ids`, `mask` (rows, length), and each row's parent row one level up."""
+@dataclass(frozen=True)
+class Cost:
+    """Tokens of a pass, padding not counted: as run, and as one row an answer would need."""
 
-    ids: Tensor
-    mask: Tensor
-    parent: Tensor | None = None
+    tokens_run: int
+    tokens_full: int
 
 
 @dataclass
 class Tree:
-    """Levels, where each prompt ends, and where each answer token is predicted from.
+    """What to run, where each prompt ends, and where each answer token is predicted from.
 
-    `ends (P,)` and `positions (B, R)` are indices into the hidden states of all levels, flattened
-    and laid end to end; `mask (B, R)` tells which answer tokens count.
+    `ids` are the packed tokens (N,), or left-padded rows (rows, length) on the plain path, which
+    has no `plan`; `places`, of the same shape, are positions, and `seen` is the mask of the rows.
+    `ends (P,)` and `positions (B, R)` are indices into the flattened hidden states; `mask (B, R)`
+    tells which answer tokens count. `heads` and `tails` are the (start, length) of the shared runs
+    and of each prompt's own run, `parents` the shared run of each prompt, -1 for none.
     """
 
-    levels: list[Level]
+    ids: Tensor
+    places: Tensor
     ends: Tensor
     positions: Tensor
     mask: Tensor
     lengths: list[int]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are run, padding not counted."""
-        return sum(int(level.mask.sum()) for level in self.levels)
+    cost: Cost
+    plan: Plan | None = None
+    seen: Tensor | None = None
+    heads: list[tuple[int, int]] | None = None
+    tails: list[tuple[int, int]] | None = None
+    parents: list[int] | None = None
 
     def to(self, device: torch.device) -> Tree:
         """The same tree with its tensors on `device`."""
-        levels = [
-            Level(
-                level.ids.to(device),
-                level.mask.to(device),
-                None if level.parent is None else level.parent.to(device),
-            )
-            for level in self.levels
-        ]
-        ends, positions = self.ends.to(device), self.positions.to(device)
-        return Tree(levels, ends, positions, self.mask.to(device), self.lengths)
-
-
-@dataclass
-class State:
-    """Keys and values after a pass, one row a prompt, and what decoding needs to go on."""
-
-    cache: DynamicCache
-    mask: Tensor
-    lengths: Tensor
+        return Tree(
+            self.ids.to(device),
+            self.places.to(device),
+            self.ends.to(device),
+            self.positions.to(device),
+            self.mask.to(device),
+            self.lengths,
+            self.cost,
+            None if self.plan is None else self.plan.to(device),
+            None if self.seen is None else self.seen.to(device),
+            self.heads,
+            self.tails,
+            self.parents,
+        )
 
 
 def build(
@@ -87,66 +90,109 @@ def build(
 ) -> Tree:
     """The tree of these prompts and answers; answer j belongs to prompt `owners[j]` (default: j).
 
-    Every prompt holds at least one token. With `shared=False` the plain path's single level.
+    Every prompt holds at least one token. With `shared=False` the plain path's padded rows.
     """
     owners = list(range(len(answers))) if owners is None else list(owners)
     assert len(owners) == len(answers) and all(len(prompt) for prompt in prompts)
-    if not shared:
-        return _plain(prompts, answers, owners)
+    return (_packed if shared else _plain)(prompts, answers, owners)
+
+
+def _packed(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[int]) -> Tree:
+    """All runs end to end: the shared ones, then below each its prompts, then their answers."""
     joined = len(answers) > 0 and owners == list(range(len(prompts)))
     cuts, parents = _shared_prefixes(prompts)
-    tails = [list(prompt[cut:]) for prompt, cut in zip(prompts, cuts, strict=True)]
-    ends_at = [len(tail) - 1 for tail in tails]
-    if joined:
-        tails = [tail + list(answer[:-1]) for tail, answer in zip(tails, answers, strict=True)]
+    row = _Row()
+    heads: list[tuple[int, int]] = []
+    for head in range(max(parents) + 1):
+        first = parents.index(head)
+        heads.append(row.add(prompts[first][: cuts[first]], 0))
+    replies: dict[int, list[int]] = {}
+    for j, owner in enumerate(owners):
+        replies.setdefault(owner, []).append(j)
 
-    levels: list[Level] = []
-    if parents is not None:
-        first = {parent: index for index, parent in reversed(list(enumerate(parents)))}
-        heads = [prompts[first[row]][: cuts[first[row]]] for row in range(len(first))]
-        levels.append(_level(heads))
-    levels.append(_level(tails, parents))
-    offset = sum(level.ids.numel() for level in levels[:-1])
-    width = levels[-1].ids.shape[1]
-    ends = [offset + row * width + column for row, column in enumerate(ends_at)]
+    tails = [(0, 0)] * len(prompts)
+    starts = [0] * len(answers)  # of the answers' own runs
+    shared_links, own_links = [], []
+    for head in range(-1, len(heads)):
+        began = len(row.ids)
+        members = [p for p, parent in enumerate(parents) if parent == head]
+        for p in members:
+            body = answers[p][:-1] if joined else ()
+            tails[p] = row.add([*prompts[p][cuts[p] :], *body], cuts[p])
+        for p in members if not joined else ():
+            first = len(row.ids)
+            for j in replies.get(p, ()):
+                starts[j] = row.add(answers[j][:-1], len(prompts[p]))[0]
+            own_links.append((first, len(row.ids) - first, *tails[p]))
+        if head >= 0:
+            shared_links.append((began, len(row.ids) - began, *heads[head]))
 
-    if joined:
-        positions = [[ends[j] + t for t in range(len(a))] for j, a in enumerate(answers)]
-    else:
-        offset += levels[-1].ids.numel()
-        bodies = [list(answer[:-1]) for answer in answers]
-        if any(bodies):
-            levels.append(_level(bodies, owners))
-        width = levels[-1].ids.shape[1]
-        positions = [
-            [ends[owners[j]], *(offset + j * width + t for t in range(len(a) - 1))][: len(a)]
-            for j, a in enumerate(answers)
-        ]
-    return _tree(levels, ends, positions, prompts)
+    ends = [tails[p][0] + len(prompt) - cuts[p] - 1 for p, prompt in enumerate(prompts)]
+    positions = [
+        [ends[o] + t for t in range(len(a))]
+        if joined
+        else [ends[o], *(starts[j] + t for t in range(len(a) - 1))][: len(a)]
+        for j, (a, o) in enumerate(zip(answers, owners, strict=True))
+    ]
+    table, mask = pad(positions)
+    return Tree(
+        torch.tensor(row.ids),
+        torch.tensor(row.places),
+        torch.tensor(ends),
+        table,
+        mask,
+        [len(prompt) for prompt in prompts],
+        Cost(len(row.ids), _full(prompts, answers, owners)),
+        tree_attention.plan(row.runs, shared_links, own_links),
+        None,
+        heads,
+        tails,
+        parents,
+    )
+
+
+class _Row:
+    """The packed row while it grows."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.places: list[int] = []
+        self.runs: list[tuple[int, int]] = []
+
+    def add(self, tokens: Tokens, place: int) -> tuple[int, int]:
+        """Append a run whose first token has this position; its (start, length)."""
+        run = (len(self.ids), len(tokens))
+        self.ids += tokens
+        self.places += range(place, place + len(tokens))
+        self.runs.append(run)
+        return run
+
+
+def _full(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[int]) -> int:
+    """Tokens of one row an answer, or of one a prompt where there are no answers."""
+    if not answers:
+        return sum(len(prompt) for prompt in prompts)
+    return sum(len(prompts[o]) + len(a) - 1 for a, o in zip(answers, owners, strict=True))
 
 
 def _plain(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[int]) -> Tree:
-    """One left-padded level: a row for each answer, or for each prompt where there are none."""
+    """Left-padded rows: one for each answer, or for each prompt where there are none."""
+    cost = _full(prompts, answers, owners)
     owners = owners or list(range(len(prompts)))
     bodies = [list(a[:-1]) for a in answers] or [[] for _ in prompts]
     rows = [list(prompts[o]) + body for o, body in zip(owners, bodies, strict=True)]
-    level = _level(rows, left=True)
-    width = level.ids.shape[1]
+    ids, seen = pad(rows, left=True)
+    width = ids.shape[1]
     starts = [
         j * width + width - len(body) - 1 for j, body in enumerate(bodies)
     ]  # the prompt's last token
     positions = [[starts[j] + t for t in range(len(a))] for j, a in enumerate(answers)]
     row_of = {owner: j for j, owner in reversed(list(enumerate(owners)))}
     ends = [starts[row_of[p]] if p in row_of else 0 for p in range(len(prompts))]
-    return _tree([level], ends, positions, prompts)
-
-
-def _tree(
-    levels: list[Level], ends: list[int], positions: list[list[int]], prompts: Sequence[Tokens]
-) -> Tree:
     table, mask = pad(positions)
     lengths = [len(prompt) for prompt in prompts]
-    return Tree(levels, torch.tensor(ends, dtype=torch.long), table, mask, lengths)
+    places = seen.long().cumsum(1).sub_(1).clamp_(min=0)
+    return Tree(ids, places, torch.tensor(ends), table, mask, lengths, Cost(cost, cost), seen=seen)
 
 
 def pad(rows: Sequence[Tokens], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
@@ -163,45 +209,34 @@ def pad(rows: Sequence[Tokens], left: bool = False, fill: int = 0) -> tuple[Tens
     return ids, mask
 
 
-def _level(
-    rows: Sequence[Tokens], parents: Sequence[int] | None = None, left: bool = False
-) -> Level:
-    ids, mask = pad(rows, left)
-    return Level(ids, mask, None if parents is None else torch.tensor(parents, dtype=torch.long))
-
-
-def _shared_prefixes(prompts: Sequence[Tokens]) -> tuple[list[int], list[int] | None]:
-    """How many leading tokens of each prompt go to level 0, and the row there.
+def _shared_prefixes(prompts: Sequence[Tokens]) -> tuple[list[int], list[int]]:
+    """How many leading tokens of each prompt are shared, and by which shared run (-1: none).
 
     Prompts in sorted order are cut into clusters where neighbours share fewer than t tokens; a
-    cluster's prefix is what all its members share. The t that runs the fewest padded tokens wins;
-    where no sharing beats one plain level, the parents are None.
+    cluster's prefix is what all its members share, short of a whole prompt. The t that runs the
+    fewest tokens wins.
     """
     count = len(prompts)
     order = sorted(range(count), key=lambda i: list(prompts[i]))
     near = [common(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False)]
-    best_cost = count * max(map(len, prompts))
-    best: tuple[list[int], list[int] | None] = ([0] * count, None)
+    best_saved, best = 0, ([0] * count, [-1] * count)
     steps = sorted(set(near) - {0})
     for threshold in sorted({*steps[:1], *steps[-16:]}, reverse=True):
-        cuts, parents = [0] * count, [0] * count
-        rows = 0
-        start = 0
-        heads: list[int] = []
+        cuts, parents = [0] * count, [-1] * count
+        heads = saved = start = 0
         for stop in range(1, count + 1):
             if stop < count and near[stop - 1] >= threshold:
                 continue
             members = order[start:stop]
-            shared = min(near[start : stop - 1], default=threshold)
-            shared = min([shared, *(len(prompts[i]) - 1 for i in members)])
-            for i in members:
-                cuts[i], parents[i] = shared, rows
-            heads.append(shared)
-            rows, start = rows + 1, stop
-        tail = max(len(p) - cut for p, cut in zip(prompts, cuts, strict=True))
-        cost = rows * max(heads) + count * tail
-        if min(heads) > 0 and cost < best_cost:
-            best_cost, best = cost, (cuts, parents)
+            shared = min([*near[start : stop - 1], *(len(prompts[i]) - 1 for i in members)])
+            gain = shared * (len(members) - 1) - HEAD_COST
+            if gain > 0:
+                for i in members:
+                    cuts[i], parents[i] = shared, heads
+                heads, saved = heads + 1, saved + gain
+            start = stop
+        if saved > best_saved:
+            best_saved, best = saved, (cuts, parents)
     return best
 
 
@@ -213,33 +248,51 @@ def common(a: Tokens, b: Tokens) -> int:
     return min(len(a), len(b))
 
 
-def run(decoder: nn.Module, tree: Tree, positions: bool = True) -> tuple[Tensor, State]:
-    """Forward every level; returns the flattened hidden states (tokens, H) and the last state.
+@dataclass
+class State:
+    """What a pass left behind for decoding: its tree, and keys and values."""
+
+    tree: Tree
+    layers: list[tuple[Tensor, Tensor]] | None = None  # packed: (N, heads, d) of each layer
+    cache: DynamicCache | None = None  # plain
+
+    def start(self, rows: Sequence[int], room: int) -> TreeCache | PlainCache:
+        """A cache with a row for each of these prompts (one may come often), `room` to grow."""
+        tree = self.tree
+        if self.layers is None:
+            assert self.cache is not None and tree.seen is not None
+            index = torch.tensor(rows, device=tree.seen.device)
+            return PlainCache(select(self.cache, index), tree.seen[index])
+        assert tree.tails is not None and tree.heads is not None and tree.parents is not None
+        tails, parents = [tree.tails[r] for r in rows], [tree.parents[r] for r in rows]
+        return TreeCache(self.layers, tree.heads, tails, parents, room)
+
+
+def run(
+    decoder: nn.Module, tree: Tree, positions: bool = True, keep: bool = False
+) -> tuple[Tensor, State]:
+    """Forward a tree; the flattened hidden states (tokens, H), and with `keep` what decoding needs.
 
     `decoder` is a Hugging Face decoder without its head; `positions=False` for one that takes no
-    `position_ids`. The state is that of the last level.
+    `position_ids`.
     """
-    hidden: list[Tensor] = []
-    cache: DynamicCache | None = None
-    seen: Tensor | None = None
-    for level in tree.levels:
-        mask = level.mask
-        if cache is not None and level.parent is not None:
-            assert seen is not None
-            cache = gather(cache, level.parent)
-            seen = seen.index_select(0, level.parent)
-            mask = torch.cat([seen, level.mask], dim=1)
-        place = mask.long().cumsum(1).sub_(1).clamp_(min=0)[:, -level.ids.shape[1] :]
-        out = forward(decoder, level.ids, mask, place if positions else None, cache)
-        cache, seen = out.past_key_values, mask
-        hidden.append(out.last_hidden_state.flatten(0, 1))
-    assert cache is not None and seen is not None
-    lengths = seen.sum(1)
-    return torch.cat(hidden), State(cache, seen, lengths)
+    if tree.plan is not None:
+        tree.plan.keep = [] if keep else None
+        flat = tree_attention.forward(decoder, tree.ids, tree.places, tree.plan)
+        return flat, State(tree, tree.plan.keep)
+    assert tree.seen is not None
+    places = tree.places if positions else None
+    out = forward(decoder, tree.ids, tree.seen, places, None, keep)
+    return out.last_hidden_state.flatten(0, 1), State(tree, cache=out.past_key_values)
 
 
 def forward(
-    decoder: nn.Module, ids: Tensor, mask: Tensor, place: Tensor | None, cache: DynamicCache | None
+    decoder: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    place: Tensor | None,
+    cache: DynamicCache | None,
+    keep: bool = True,
 ):
     """One call of the decoder: `ids` (rows, length), `mask` (rows, past + length), positions."""
     extra = {} if place is None else {"position_ids": place}
@@ -247,32 +300,42 @@ def forward(
         input_ids=ids,
         attention_mask=mask.long(),
         past_key_values=cache,
-        use_cache=True,
+        use_cache=keep,
         return_dict=True,
         **extra,
     )
 
 
-def gather(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A cache whose row i is row `rows[i]` of the given one, which is left as it is."""
+class PlainCache:
+    """Keys and values while decoding on the plain path, as transformers keeps them."""
 
-    def taken(x: Tensor) -> Tensor:
-        return x.expand(len(rows), -1, -1, -1) if len(x) == 1 else x.index_select(0, rows)
+    def __init__(self, cache: DynamicCache, mask: Tensor):
+        self.cache, self.mask = cache, mask
 
-    return _cache([(taken(keys), taken(values)) for keys, values in _pairs(cache)])
+    def step(self, decoder: nn.Module, token: Tensor, place: Tensor | None) -> Tensor:
+        """Run one token a row (at its position, where the model takes it); the last hidden states
+        (rows, H)."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
+        places = None if place is None else place[:, None]
+        out = forward(decoder, token[:, None], self.mask, places, self.cache)
+        self.cache = out.past_key_values
+        return out.last_hidden_state[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.cache, self.mask = select(self.cache, rows), self.mask[rows]
 
 
-def _pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+def select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """A cache of these rows; plain layers are left as they are, for other callers."""
     layers: list[Any] = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def _cache(pairs: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache around these tensors, not copied (its `update` concatenates, never writes)."""
-    cache = DynamicCache()
-    for keys, values in pairs:
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        cache.batch_select_indices(rows)  # a window's layers keep a state of their own
+        return cache
+    taken = DynamicCache()
+    for old in layers:
         layer = DynamicLayer()
-        layer.keys, layer.values = keys, values
-        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        cache.layers.append(layer)
-    return cache
+        layer.keys, layer.values = old.keys.index_select(0, rows), old.values.index_select(0, rows)
+        layer.dtype, layer.device, layer.is_initialized = old.keys.dtype, old.keys.device, True
+        taken.layers.append(layer)
+    return taken

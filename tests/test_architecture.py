@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ppo_nlu"
 
 ROOMS = {
-    "bottom": "__init__ errors strict_config config",
+    "bottom": "__init__ errors strict_config config profiling",
     "maths": "losses advantages",
     "language": "tasks archives download readers data prompts answers metrics rewards published "
     "demonstrations mixture",
     "kernels": "kernels",
-    "model": "ops torch_lora torch_logprobs lora model prefix_tree generate",
+    "model": "ops torch_lora torch_logprobs lora model prefix_tree tree_attention generate",
     "runtime": "checkpoint optim runlog distributed cli",
-    "algorithms": "rollout ppo sft encoder learners grpo reward_model",
+    "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners reward_model",
     "programs": "__main__ data_program train evaluate predict export pretrain teach_form submit "
     "reproduce grid results report report_tables report_plots document",
 }

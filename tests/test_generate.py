@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from ppo_nlu import generate as module
+from ppo_nlu import tree_attention
 from ppo_nlu.generate import Sampling, generate, invert
 from ppo_nlu.model import Policy
 
@@ -190,20 +190,25 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
     assert together == [generate(policy, [prompt], 8, GREEDY).rows[0] for prompt in prompts]
 
 
-def test_finished_rows_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a quarter of the rows has ended, only those go on that have not."""
     policy = tiny.policy(few=True)
     sizes: list[int] = []
-    plain = module.prefix_tree.forward
+    plain = tree_attention.forward
 
     def spy(decoder, ids, *rest):
         sizes.append(len(ids))
         return plain(decoder, ids, *rest)
 
-    monkeypatch.setattr(module.prefix_tree, "forward", spy)
+    monkeypatch.setattr(tree_attention, "forward", spy)
     made = generate(policy, ragged(2, size=12), 10, None, 4, seeded(5))
     lengths = made.mask.sum(1)
-    alive = [int((lengths > t).sum()) for t in range(1, 10)]
-    assert sizes[-len([n for n in alive if n]) :] == [n for n in alive if n]
+    expected, batch = [], len(lengths)
+    for alive in (int((lengths > t).sum()) for t in range(1, 10)):
+        if alive:
+            batch = alive if alive <= 0.75 * batch else batch
+            expected.append(batch)
+    assert sizes[1:] == expected and len(set(expected)) > 2
 
 
 def says(policy: Policy, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from test_prefix_tree import SHAPES
 from transformers import AutoTokenizer
 
-from ppo_nlu import lora, prefix_tree
+from ppo_nlu import lora, prefix_tree, tree_attention
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import (
@@ -306,16 +306,21 @@ def test_loading_mistakes_are_the_users(tmp_path) -> None:
 
 
 def test_a_tree_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that answers otherwise in levels: the plain path, or an error where none is right."""
-    policy, plain = tiny.policy(), prefix_tree.forward
+    """A model that answers otherwise in a tree: the plain path, or an error where none is right."""
+    policy, plain, tree = tiny.policy(), prefix_tree.forward, tree_attention.forward
 
-    def off(decoder, ids, mask, place, cache):
-        return plain(decoder, ids, mask, place if cache is None else place + 3, cache)
+    def off(decoder, ids, places, plan):
+        return tree(decoder, ids, places * 2, plan)
 
-    monkeypatch.setattr(prefix_tree, "forward", off)
+    def broken(*args):
+        raise TypeError("forward() got an unexpected keyword argument 'tree'")
+
+    monkeypatch.setattr(tree_attention, "forward", off)
     assert choose_path(policy, "auto") is False
     with pytest.raises(UserError, match="model.path: the prefix tree changes this model's logits"):
         choose_path(policy, "tree")
+    monkeypatch.setattr(tree_attention, "forward", broken)
+    assert choose_path(policy, "auto") is False
     monkeypatch.setattr(prefix_tree, "forward", lambda *a: plain(a[0], a[1] * 0, *a[2:]))
     with pytest.raises(UserError, match="llama gives other logits behind padding"):
         choose_path(policy, "auto")

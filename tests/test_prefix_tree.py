@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import lora, prefix_tree
+from ppo_nlu import lora, prefix_tree, tree_attention
 from ppo_nlu.model import choose_path
 from ppo_nlu.prefix_tree import build, common, pad, run
 
@@ -52,6 +52,12 @@ SHAPES: dict[str, tuple[list[list[int]], list[list[int]], list[int] | None]] = {
     "one row": ([BASE], [[31, 12, 2]], None),
     "one prompt, four answers": ([BASE], [[31, 12], [13, 15, 16], [2], [31, 13]], [0, 0, 0, 0]),
 }
+
+
+@pytest.fixture(autouse=True)
+def _every_prefix_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes are small: let even a few shared tokens be worth a run of their own."""
+    monkeypatch.setattr(prefix_tree, "HEAD_COST", 0)
 
 
 def weights_of(count: int, width: int) -> Tensor:
@@ -140,83 +146,48 @@ def test_choose_path(kind: str, changes: dict, tree: bool) -> None:
     tiny.close(hidden, by_row(policy.decoder, long, answers, owners))
 
 
-def test_window_breaks_the_tree_where_padding_stands_between() -> None:
-    """Why a window takes the plain path: the tree would be far off."""
+def test_a_window_is_refused_by_the_tree() -> None:
+    """Its attention is not plain; `choose_path` takes the other path."""
     decoder = tiny.causal_lm("mistral", sliding_window=4).base_model
-    with torch.no_grad():
-        tree = through(decoder, build(*SHAPES["two clusters"]))
-        gap = (tree - by_row(decoder, *SHAPES["two clusters"])).abs().max()
-    assert gap > 0.01
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="plain attention"):
+        through(decoder, build(*SHAPES["two clusters"]))
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["tree", "plain"])
+def test_the_attention_of_a_model_is_its_own_again() -> None:
+    model = tiny.causal_lm("llama")
+    run(model.base_model, build(*SHAPES["shared prefix"]))
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(IndexError):
+        run(model.base_model, build([[tiny.VOCAB]]))
+    assert model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_padding_changes_nothing(name: str, shared: bool) -> None:
+def test_padding_changes_nothing(name: str) -> None:
     decoder = tiny.causal_lm("llama").base_model
-    tree = build(*SHAPES[name], shared=shared)
+    tree = build(*SHAPES[name], shared=False)
+    assert tree.seen is not None
     with torch.no_grad():
         before = through(decoder, tree)
-        for level in tree.levels:
-            level.ids = torch.where(level.mask, level.ids, 37)
+        tree.ids = torch.where(tree.seen, tree.ids, 37)
         tiny.close(through(decoder, tree), before, 1e-6)
 
 
-def test_nothing_that_needs_a_gradient_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = tiny.causal_lm("llama").base_model
-    made: list[tuple[Tensor, int, Tensor]] = []
-    plain = prefix_tree.forward
-
-    def spy(*args):
-        out = plain(*args)
-        for layer in out.past_key_values.layers:
-            for x in (layer.keys, layer.values):
-                made.append((x, x._version, x.detach().clone()))
-        return out
-
-    monkeypatch.setattr(prefix_tree, "forward", spy)
-    tree = build(*SHAPES["several answers a prompt"])
-    assert len(tree.levels) == 3
-    flat, _ = run(decoder, tree)
-    flat.sum().backward()
-    assert len(made) == 3 * 2 * 2
-    for tensor, version, copy in made:
-        assert tensor.requires_grad and tensor._version == version
-        assert torch.equal(tensor, copy)
-
-
-def test_gather_leaves_the_given_cache_alone() -> None:
-    decoder = tiny.causal_lm("llama").base_model
-    for prompts in ([BASE], [BASE, OTHER]):
-        _, state = run(decoder, build(prompts))
-        given: list[Any] = state.cache.layers
-        before = [(layer.keys.clone(), layer.values.clone()) for layer in given]
-        rows = torch.tensor([len(prompts) - 1, 0, 0])
-        taken = prefix_tree.gather(state.cache, rows)
-        taken.update(torch.ones(3, 2, 1, 8), torch.ones(3, 2, 1, 8), 0)
-        new_layers: list[Any] = taken.layers
-        for layer, (keys, values), new in zip(given, before, new_layers, strict=True):
-            assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
-            assert torch.equal(new.keys[:, :, : keys.shape[2]], keys[rows])
-            assert torch.equal(new.values[:, :, : keys.shape[2]], values[rows])
-
-
-def test_hand_made_tree() -> None:
+def test_hand_made_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """8 shared tokens; 2, 1 and 4 more per prompt; answers without their last: 2, 0 and 1."""
     tree = build(*SHAPES["shared prefix"])
-    head, tails = tree.levels
-    assert head.ids.tolist() == [BASE]
-    assert tails.parent is not None and tails.parent.tolist() == [0, 0, 0]
-    assert tails.ids.tolist() == [
-        [20, 21, 31, 12, 0],
-        [23, 0, 0, 0, 0],
-        [24, 26, 27, 28, 13],
-    ]
-    assert tails.mask.sum(1).tolist() == [4, 1, 5]
-    assert tree.tokens == 8 + (2 + 1 + 4) + (2 + 0 + 1)
-    assert tree.ends.tolist() == [8 + 1, 8 + 5 + 0, 8 + 10 + 3]
+    assert tree.ids.tolist() == [*BASE, 20, 21, 31, 12, 23, 24, 26, 27, 28, 13]
+    assert tree.places.tolist() == [*range(8), 8, 9, 10, 11, 8, 8, 9, 10, 11, 12]
+    assert tree.heads == [(0, 8)] and tree.parents == [0, 0, 0]
+    assert tree.tails == [(8, 4), (12, 1), (13, 5)]
+    assert tree.cost == prefix_tree.Cost(18, (10 + 2) + (9 + 0) + (12 + 1))
+    assert tree.ends.tolist() == [9, 12, 16]
     assert tree.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
-    assert tree.positions[tree.mask].tolist() == [9, 10, 11, 13, 21, 22]
+    assert tree.positions[tree.mask].tolist() == [9, 10, 11, 12, 16, 17]
     assert tree.lengths == [10, 9, 12]
+    monkeypatch.setattr(prefix_tree, "HEAD_COST", 16)  # the 2 x 8 tokens saved are not worth it
+    few = build(*SHAPES["shared prefix"])
+    assert few.heads == [] and few.parents == [-1, -1, -1]
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -226,25 +197,45 @@ def test_distinct_tokens_run_once(group: int) -> None:
     prompts = [[*shared, 50 + row, *range(19)] for row in range(16)]
     answers = [[60 + row, 1, 2, 3, 4, 5] for row in range(16 * group)]
     tree = build(prompts, answers, [row // group for row in range(16 * group)])
-    assert tree.tokens == 80 + 16 * 20 + 16 * group * 5
-    assert sum(level.ids.numel() for level in tree.levels) == tree.tokens  # no padding either
+    assert tree.cost.tokens_run == len(tree.ids) == 80 + 16 * 20 + 16 * group * 5
+    assert tree.cost.tokens_full == 16 * group * 105
     plain = build(prompts, answers, [row // group for row in range(16 * group)], shared=False)
-    assert plain.tokens == 16 * group * 105
+    assert plain.cost == prefix_tree.Cost(16 * group * 105, 16 * group * 105)
 
 
-def test_decoder_sees_each_level_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decoder_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = tiny.causal_lm("llama").base_model
-    sizes: list[tuple[int, ...]] = []
-    plain = prefix_tree.forward
+    sizes: list[int] = []
+    plain = tree_attention.forward
 
     def spy(decoder, ids, *rest):
-        sizes.append(tuple(ids.shape))
+        sizes.append(len(ids))
         return plain(decoder, ids, *rest)
 
-    monkeypatch.setattr(prefix_tree, "forward", spy)
+    monkeypatch.setattr(tree_attention, "forward", spy)
     prompts = [[*BASE * 5, 20 + row] for row in range(6)]
     run(decoder, build(prompts, [[31, 12]] * 12, [row // 2 for row in range(12)]))
-    assert sizes == [(1, 40), (6, 1), (12, 1)]
+    assert sizes == [40 + 6 + 12]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_products_of_a_gpu_are_those_of_the_cpu(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrix products on any device, the fused kernel on the CPU: output and gradients agree."""
+    tree = build(*SHAPES[name])
+    assert tree.plan is not None
+    draw = torch.Generator().manual_seed(1)
+    size = (len(tree.ids), 4, 8)
+    q, k, v = (torch.randn(size, generator=draw, requires_grad=True) for _ in range(3))
+    weights = torch.randn(size, generator=draw)
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(tree_attention, "FUSED_ON", "cpu" if fused else "none")
+        out = tree_attention._TreeAttention.apply(q, k, v, tree.plan, 0.3)
+        found.append([out, *torch.autograd.grad((out * weights).sum(), (q, k, v))])
+    for a, b in zip(*found, strict=True):
+        tiny.close(a, b, 1e-6)
 
 
 def test_prompt_ends_and_lengths_without_answers() -> None:
@@ -252,10 +243,10 @@ def test_prompt_ends_and_lengths_without_answers() -> None:
     prompts = SHAPES["two clusters"][0]
     for shared in (True, False):
         tree = build(prompts, shared=shared)
-        flat, state = run(decoder, tree)
+        flat, _ = run(decoder, tree)
         expected = torch.cat([tiny.alone(decoder, prompt, [0]) for prompt in prompts])
         tiny.close(flat[tree.ends], expected)
-        assert tree.lengths == state.lengths.tolist() == [len(prompt) for prompt in prompts]
+        assert tree.lengths == [len(prompt) for prompt in prompts]
 
 
 def test_common_and_pad() -> None:

@@ -1,0 +1,410 @@
+"""Attention over a packed prefix tree: each token attends to its ancestors, and to nothing else.
+
+All tokens of a tree lie in one row, without padding, so a decoder runs them in one forward. What
+makes them separate sequences is this attention. It is a sum of parts: every run of tokens against
+itself (causal), and against the run that it continues (all of it). A shared run's keys and values
+are there once; many runs' queries meet them in one product. The parts' results are merged by their
+log-sum-exp, as in FlashAttention (arXiv 2205.14135, section 3.1) and cascade inference.
+
+With p = exp(s - L), L the log-sum-exp over all parts, the backward of a part needs nothing of the
+others but the merged output and L; so each part's gradient is that of an attention of its own.
+
+`attention` is what transformers' attention interface calls; it reads the plan from the decoder's
+keyword argument `tree`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "ppo_nlu_tree"
+FUSED_ON = "cpu"  # the device with a fused kernel that gives and takes the log-sum-exp
+LOOSE = 0.7  # rows shorter than this share of the longest go to a batch of their own
+
+
+@dataclass
+class Part:
+    """Queries and keys of one product, as indices of packed tokens (rows, length).
+
+    `real` (rows, queries) marks what is no padding; `bias` (rows, 1, 1, keys) is -inf on padded
+    keys, None where there are none to be seen.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    real: Tensor
+    causal: bool
+    bias: Tensor | None = None
+
+    def to(self, device: torch.device) -> Part:
+        """The same part with its tensors on `device`."""
+        bias = None if self.bias is None else self.bias.to(device)
+        indices = self.queries.to(device), self.keys.to(device), self.real.to(device)
+        return Part(*indices, self.causal, bias)
+
+
+@dataclass
+class Plan:
+    """The parts of one pass: `own` covers every token once; `above` leads to the ancestors.
+
+    `keep` receives each layer's keys and values (N, heads, d) where it is a list.
+    """
+
+    own: list[Part]
+    above: list[Part]
+    keep: list[tuple[Tensor, Tensor]] | None = None
+
+    def to(self, device: torch.device) -> Plan:
+        """The same plan with its tensors on `device`."""
+        own, above = [p.to(device) for p in self.own], [p.to(device) for p in self.above]
+        return Plan(own, above, self.keep)
+
+
+def plan(
+    runs: Sequence[tuple[int, int]],
+    shared: Sequence[tuple[int, int, int, int]],
+    own: Sequence[tuple[int, int, int, int]],
+) -> Plan:
+    """The plan of a packed row.
+
+    Args:
+        runs: (start, length) of each run of tokens, which together cover the row.
+        shared: (start, length, start, length) of queries and of the run that they stand behind; a
+            few, each with many queries, so each is a product of its own.
+        own: the same for runs with few queries each, such as a prompt's answers.
+    """
+    covered = []
+    ordered = sorted((run for run in runs if run[1]), key=lambda run: -run[1])
+    for batch in _batches(ordered, [length for _, length in ordered]):
+        index, real = _table(batch)
+        covered.append(Part(index, index, real, causal=True))
+    links = sorted((link for link in own if link[1] and link[3]), key=lambda link: -link[3])
+    above = [_link([link]) for link in shared if link[1] and link[3]]
+    above += [_link(batch) for batch in _batches(links, [link[3] for link in links])]
+    return Plan(covered, above)
+
+
+def _link(batch: Sequence[tuple[int, int, int, int]]) -> Part:
+    queries, real = _table([(start, length) for start, length, _, _ in batch])
+    keys, seen = _table([(start, length) for _, _, start, length in batch])
+    bias = None
+    if not bool(seen.all()):
+        bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None, None]
+    return Part(queries, keys, real, False, bias)
+
+
+def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:
+    """Consecutive items of like length; the lengths fall."""
+    batch: list[Any] = []
+    longest = 0
+    for item, length in zip(items, lengths, strict=True):
+        if batch and length < LOOSE * longest:
+            yield batch
+            batch = []
+        if not batch:
+            longest = length
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def _table(spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Indices (rows, longest) of spans (start, length), and which are real; padding repeats the
+    last token of its span."""
+    starts, lengths = torch.tensor(spans, dtype=torch.long).unbind(1)
+    column = torch.arange(int(lengths.max()))
+    real = column < lengths[:, None]
+    return starts[:, None] + torch.minimum(column, lengths[:, None] - 1), real
+
+
+# ---- the interface of transformers -----------------------------------------------------------
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    tree: Any = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed row: query (1, heads, N, d), key and value (1, fewer heads, N, d).
+
+    `tree` is a `Plan`, or a `TreeCache` while decoding. Returns (1, N, heads, d) and no weights.
+    """
+    if dropout or rest.get("softcap") or rest.get("sliding_window") or rest.get("s_aux"):
+        raise NotImplementedError("the prefix tree knows plain attention without dropout only")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    if isinstance(tree, TreeCache):
+        return tree.attend(layer, q, k, v, scale)[None], None
+    if tree.keep is not None:
+        tree.keep.append((k, v))
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out: Tensor = _TreeAttention.apply(q, k, v, tree, scale)  # type: ignore[no-untyped-call]
+    return out[None], None
+
+
+AttentionInterface.register(NAME, attention)
+
+
+@contextmanager
+def switched_on(config: Any) -> Iterator[None]:
+    """Inside, the model of this config attends by `attention`."""
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+# ---- all tokens at once, with gradients ------------------------------------------------------
+
+
+class _TreeAttention(torch.autograd.Function):
+    """q, k, v (N, heads, d) to the output (N, heads, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: Plan, scale: float) -> Tensor:
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
+        if q.dtype == torch.float64:
+            lse = lse.double()
+        for part in tree.own:
+            o, norm = _product(q, k, v, part, scale)
+            index = part.queries[part.real]
+            out[index], lse[index] = o, norm
+        for part in tree.above:
+            o, norm = _product(q, k, v, part, scale)
+            index = part.queries[part.real]
+            out[index], lse[index] = merge(out[index], lse[index], o, norm)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.tree, ctx.scale = tree, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grad = grads[0]
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        # Padded queries: no gradient comes in, and with L = inf they have no weights either.
+        for part in (*ctx.tree.own, *ctx.tree.above):
+            padded = ~part.real[:, None]
+            d_out = _rows(grad, part.queries).masked_fill(padded[..., None], 0.0)
+            norm = lse[part.queries].transpose(1, 2).masked_fill(padded, math.inf)
+            parts = _rows(q, part.queries), _rows(k, part.keys), _rows(v, part.keys)
+            gq, gk, gv = _backward(
+                d_out, *parts, _rows(out, part.queries), norm, part.causal, part.bias, ctx.scale
+            )
+            dq.index_add_(0, part.queries.flatten(), _flat(gq))
+            dk.index_add_(0, part.keys.flatten(), _flat(gk))
+            dv.index_add_(0, part.keys.flatten(), _flat(gv))
+        return dq, dk, dv, None, None
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """(N, heads, d) and (rows, length) to (rows, heads, length, d)."""
+    return x[index].transpose(1, 2)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(rows, heads, length, d) to (rows · length, heads, d)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _product(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """Output (n, heads, d) and log-sum-exp (n, heads) of the part's real queries."""
+    rows = _rows(q, part.queries), _rows(k, part.keys), _rows(v, part.keys)
+    out, lse = partial_attention(*rows, part.causal, part.bias, scale)
+    return out.transpose(1, 2)[part.real], lse.transpose(1, 2)[part.real]
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Two attentions (…, d) of the same queries over different keys, as one over all of them."""
+    total = torch.logaddexp(lse, norm)
+    old, new = (lse - total).exp_()[..., None], (norm - total).exp_()[..., None]
+    return (out * old + more * new).to(out.dtype), total
+
+
+def partial_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(s q kᵀ + bias) v and the log-sum-exp (rows, heads, queries).
+
+    q, k, v (rows, heads, length, d); bias (rows, 1, 1, keys).
+    """
+    if q.device.type == FUSED_ON:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale
+        )
+    scores = _scores(q, k, causal, bias, scale)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None, scale: float) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
+        scores = scores.masked_fill(later, -math.inf)
+    return scores if bias is None else scores + bias
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one part, given the merged output and log-sum-exp."""
+    if q.device.type == FUSED_ON:
+        mask = None if bias is None else bias.to(q.dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+    weights = (_scores(q, k, causal, bias, scale) - lse[..., None]).exp()
+    d_weights = (grad @ v.transpose(-1, -2)).float()
+    inner = (grad.float() * out.float()).sum(-1, keepdim=True)
+    d_scores = (weights * (d_weights - inner) * scale).to(q.dtype)
+    weights = weights.to(q.dtype)
+    return d_scores @ k, d_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
+
+
+# ---- one token a row, without gradients ------------------------------------------------------
+
+
+class TreeCache:
+    """Keys and values while decoding: each shared run once, and a buffer for each row.
+
+    A row's buffer holds the rest of its prompt, right-padded, then its answer as it grows; nothing
+    is copied from step to step.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        heads: Sequence[tuple[int, int]],
+        tails: Sequence[tuple[int, int]],
+        parents: Sequence[int],
+        room: int,
+    ):
+        """
+        Args:
+            layers: keys and values (N, heads, d) of each layer's packed tokens.
+            heads: (start, length) of the shared runs.
+            tails: (start, length) of each row's own tokens.
+            parents: each row's shared run, -1 for none.
+            room: how many tokens may follow.
+        """
+        device = layers[0][0].device
+        index, real = _table(tails)
+        index = index.to(device)
+        self.width = index.shape[1]
+        rows = len(tails)
+        self.bias = torch.full((rows, 1, 1, self.width + room), -math.inf)
+        self.bias[:, 0, 0, : self.width].masked_fill_(real, 0.0)
+        self.bias[:, 0, 0, self.width :] = 0.0
+        self.bias = self.bias.to(device)
+        self.shared = [
+            [(k[start : start + n], v[start : start + n]) for start, n in heads] for k, v in layers
+        ]
+        self.members = [
+            torch.tensor([r for r, p in enumerate(parents) if p == head], device=device)
+            for head in range(len(heads))
+        ]
+        self.own = [(self._buffer(k, index, room), self._buffer(v, index, room)) for k, v in layers]
+        self.used = self.width
+
+    @staticmethod
+    def _buffer(x: Tensor, index: Tensor, room: int) -> Tensor:
+        (rows, width), (_, heads, size) = index.shape, x.shape
+        buffer = x.new_zeros(rows, heads, width + room, size)
+        buffer[:, :, :width] = _rows(x, index)
+        return buffer
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """One new token a row: q (rows, heads, d), k and v (rows, fewer heads, d)."""
+        keys, values = self.own[layer]
+        keys[:, :, self.used], values[:, :, self.used] = k, v
+        stop = self.used + 1
+        groups = q.shape[1] // k.shape[1]
+        rows = q[:, :, None]  # (rows, heads, 1, d)
+        bias = self.bias[..., :stop]
+        own_k, own_v = keys[:, :, :stop], values[:, :, :stop]
+        if groups > 1:  # heads that share keys are further queries
+            rows = q.unflatten(1, (k.shape[1], groups))
+        out, lse = partial_attention(rows, own_k, own_v, False, bias, scale)
+        out, lse = out.reshape(q.shape), lse.reshape(q.shape[:2])
+        for members, (head_k, head_v) in zip(self.members, self.shared[layer], strict=True):
+            all_rows = len(members) == len(q)
+            if not len(members):
+                continue
+            asked = q if all_rows else q[members]
+            more, norm = _against(asked, head_k, head_v, scale)
+            if all_rows:
+                out, lse = merge(out, lse, more, norm)
+            else:
+                out[members], lse[members] = merge(out[members], lse[members], more, norm)
+        return out
+
+    def step(self, decoder: nn.Module, token: Tensor, place: Tensor | None) -> Tensor:
+        """Run one token a row, at its position; the last hidden states (rows, H)."""
+        assert place is not None
+        out = forward(decoder, token, place, self)
+        self.used += 1
+        return out
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.own = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.own]
+        self.bias = self.bias.index_select(0, rows)
+        place = {int(row): new for new, row in enumerate(rows.tolist())}
+        self.members = [
+            torch.tensor([place[r] for r in m.tolist() if r in place], device=m.device)
+            for m in self.members
+        ]
+
+
+def _against(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """All of q (n, heads, d) against one run's k and v (length, fewer heads, d)."""
+    n, heads, size = q.shape
+    groups = heads // k.shape[1]
+    rows = q.unflatten(1, (k.shape[1], groups)).permute(1, 0, 2, 3).flatten(1, 2)[None]
+    out, lse = partial_attention(
+        rows, k.transpose(0, 1)[None], v.transpose(0, 1)[None], False, None, scale
+    )
+    back = out[0].unflatten(1, (n, groups)).permute(1, 0, 2, 3).reshape(n, heads, size)
+    return back, lse[0].unflatten(1, (n, groups)).permute(1, 0, 2).reshape(n, heads)
+
+
+def forward(decoder: nn.Module, ids: Tensor, places: Tensor, tree: Plan | TreeCache) -> Tensor:
+    """One forward of packed tokens (N,) at their positions; hidden states (N, H)."""
+    with switched_on(decoder.config):
+        out = decoder(
+            input_ids=ids[None],
+            attention_mask=None,
+            position_ids=places[None],
+            use_cache=False,
+            return_dict=True,
+            tree=tree,
+        )
+    return out.last_hidden_state[0]

@@ -32,14 +32,14 @@ from ppo_nlu.strict_config import (
 
 __all__ = [
     "METHODS", "METHOD_DEFAULTS", "PRESETS", "Config", "CustomConfig", "DataConfig",
-    "EncoderConfig", "EvalConfig", "LogConfig", "LoraConfig", "MixtureConfig", "ModelConfig",
-    "OptimConfig", "PPOConfig", "PromptConfig", "RewardConfig", "RolloutConfig", "SFTConfig",
-    "TrainConfig",
+    "EncoderConfig", "EvalConfig", "GRPOConfig", "LogConfig", "LoraConfig", "MixtureConfig",
+    "ModelConfig", "OptimConfig", "PPOConfig", "PromptConfig", "RewardConfig", "RolloutConfig",
+    "SFTConfig", "TrainConfig",
     "below_one", "diff", "dump", "load_config", "load_dataclass", "number", "one_of",
     "parse_overrides", "positive", "save_config", "share", "to_dict",
 ]  # fmt: skip
 
-METHODS = ("ppo", "sft", "encoder")  # what `method` may name; a new algorithm adds its name here
+METHODS = ("ppo", "grpo", "sft", "encoder")  # for `method`; a new algorithm adds its name here
 
 
 # --- the sections; null = not set, and 0 means "off" only where the comment says so ---------------
@@ -58,6 +58,8 @@ class ModelConfig:
     value_head: str = one_of("mlp", "mlp", "linear")  # two layers, or one
     value_hidden: int = number(0, min=0)  # width of the MLP; 0 = the model's hidden size
     detach_value: bool = False  # true: the value loss does not reach the LoRA weights
+    checkpointing: bool = False  # recompute blocks in the backward: less memory, more time
+    compile: bool = False  # torch.compile of the blocks
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,14 @@ class RolloutConfig:
     """How answers are sampled in training."""
 
     batch_size: int = number(16, min=1)  # prompts a step
-    samples_per_prompt: int = number(1, min=1)  # answers to each prompt
+    samples_per_prompt: int = number(1, min=1)  # answers to each prompt; grpo: 2 or more
     max_new_tokens: int = number(16, min=1)  # longest answer
     temperature: float = positive(1.0)  # of sampling, and of every log-probability
     top_k: int = number(0, min=0)  # 0 = off, and training needs it off
     top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # 1 = off, as training needs
+    # Old log-probs out of the decode pass; auto: where a check at the start finds them exact.
+    reuse_logprobs: str = one_of("auto", "auto", "always", "never")  # never: one more pass a step
+    reference_cache: bool = True  # keep the reference's log-probs of answers seen before
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,8 @@ class PPOConfig:
     value_clip: float | None = positive(0.2)  # how far a value may move; null = off
     gamma: float = share(1.0)  # discount
     lam: float = share(0.95)  # lambda of GAE
-    kl_coef: float = number(0.2, min=0)  # penalty per token (start value if adaptive); 0 = off
+    # Penalty per token (start value if adaptive); 0 = off: no reference pass, and no kl/ref.
+    kl_coef: float = number(0.2, min=0)  # 0 = off
     kl_estimator: str = one_of("k1", "k1", "k2", "k3", "exact")  # how the KL is measured
     kl_adaptive: bool = True  # steer kl_coef towards kl_target
     kl_target: float = positive(6.0)  # KL of a whole answer to steer towards
@@ -171,6 +177,23 @@ class PPOConfig:
     critic_target: str = one_of("gae", "gae", "td0")  # td0: the paper's equation 1
     target_kl: float | None = positive(None)  # stop a step's epochs beyond it; null = off
     max_ratio: float = number(10.0, min=0)  # skip a minibatch with a mean ratio above; 0 = off
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """The GRPO update (arXiv 2402.03300): answers to one prompt against each other, no critic."""
+
+    advantage: str = one_of("group", "group", "rloo")  # over the group's mean, or that of the rest
+    scale: bool = True  # group: divide by the group's deviation; false: Dr. GRPO
+    epochs: int = number(1, min=1)  # passes over each step's answers
+    minibatch_size: int = number(0, min=0)  # answers per optimizer step; 0 = all of a step's
+    micro_batch_size: int = number(0, min=0)  # answers per forward (memory only); 0 = minibatch
+    clip: float = number(0.2, min=0, max=1, exclusive_min=True, exclusive_max=True)  # of the ratio
+    clip_high: float | None = positive(None)  # upper clip of the ratio (DAPO: 0.28); null = clip
+    kl_coef: float = number(0.0, min=0)  # weight of the k3 KL in the loss; 0 = no reference pass
+    drop_even: bool = True  # leave out groups whose scores are all equal, their KL too
+    max_ratio: float = number(10.0, min=0)  # skip a minibatch with a mean ratio above; 0 = off
+    target_kl: float | None = positive(None)  # stop a step's epochs beyond it; null = off
 
 
 @dataclass(frozen=True)
@@ -193,7 +216,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its learning rate; see METHOD_DEFAULTS for those of sft and encoder."""
+    """The optimizer and its learning rate; see METHOD_DEFAULTS for those of grpo, sft, encoder."""
 
     name: str = one_of("adafactor", "adafactor", "adamw")  # the paper's: adafactor for ppo
     lr: float = positive(9e-6)  # highest learning rate
@@ -212,7 +235,9 @@ class OptimConfig:
 class TrainConfig:
     """The length of a run, and what it leaves on disk."""
 
-    steps: int = number(100, min=1)  # PPO iterations, or optimizer steps of sft and encoder
+    steps: int = number(100, min=1)  # PPO or GRPO iterations, or optimizer steps of sft, encoder
+    # Tokens that a forward of the update may run (memory only).
+    micro_batch_tokens: int = number(0, min=0)  # 0 = no limit on a CPU, the memory plan's on a GPU
     eval_every: int = number(0, min=0)  # steps between evaluations; 0 = only at the end
     checkpoint_every: int = number(50, min=0)  # steps between checkpoints; 0 = only at the end
     keep_checkpoints: int = number(2, min=1)  # older ones are deleted
@@ -261,6 +286,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -291,11 +317,15 @@ def _conflicts(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "rollout.top_k", f"{cfg.rollout.top_k} is refused: {full}; leave it at 0 (off)"
     if cfg.rollout.top_p < 1:
         yield "rollout.top_p", f"{cfg.rollout.top_p} is refused: {full}; leave it at 1 (off)"
-    if 0 < cfg.ppo.max_ratio <= 1:
-        problem = (
-            "would skip every minibatch (the ratio starts at 1); use more than 1, or 0 for off"
-        )
-        yield "ppo.max_ratio", f"{cfg.ppo.max_ratio} {problem}"
+    for name, limit in (("ppo", cfg.ppo.max_ratio), ("grpo", cfg.grpo.max_ratio)):
+        if 0 < limit <= 1:
+            problem = (
+                "would skip every minibatch (the ratio starts at 1); use more than 1, or 0 for off"
+            )
+            yield f"{name}.max_ratio", f"{limit} {problem}"
+    if cfg.method == "grpo" and cfg.rollout.samples_per_prompt < 2:
+        problem = "1 leaves nothing to compare an answer with; give 2 or more (8 is usual)"
+        yield "rollout.samples_per_prompt", problem
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.model.device):
         problem = "is not a device; use auto, cpu, cuda, cuda:<number> or mps"
         yield "model.device", f"{cfg.model.device!r} {problem}"
@@ -360,9 +390,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # What each method takes where nothing is said: AdamW for supervised training (arXiv 2410.11020,
-# section 4), and for the encoder the settings of Devlin et al. (2019), section 4.1.
+# section 4), and for the encoder the settings of Devlin et al. (2019), section 4.1. GRPO compares
+# 8 answers, as TRL and most reports do; its rate is ten times TRL's 1e-6, which is one for full
+# weights, and LoRA takes about ten times that.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ppo": {},
+    "grpo": {"rollout.samples_per_prompt": 8, "optim.name": "adamw", "optim.lr": 1e-5},
     "sft": {"optim.name": "adamw", "optim.lr": 2e-4},
     "encoder": {
         "optim.name": "adamw",

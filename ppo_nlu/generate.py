@@ -1,7 +1,7 @@
 """Batched generation: one pass of the prefix tree over the prompts, then token by token.
 
-Finished rows leave the batch, some at a time. Log-probabilities, values and hidden states come out of the decode
-pass itself; nothing is run twice.
+Finished rows leave the batch, some at a time. Log-probabilities, values and hidden states come out
+of the decode pass itself; nothing is run twice.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppo_nlu import prefix_tree
+from ppo_nlu import prefix_tree, profiling
 from ppo_nlu.model import Policy, unflatten
-from ppo_nlu.prefix_tree import Tokens
+from ppo_nlu.prefix_tree import PlainCache, Tokens
+from ppo_nlu.tree_attention import TreeCache
 
 COMPACT = 0.75  # once no more than this share of the rows goes on, the others leave the batch
 
@@ -69,19 +70,43 @@ def generate(
     sampling = sampling or Sampling()
     device, rows = policy.device, len(prompts) * samples
     draws = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
-    tree = prefix_tree.build(prompts, shared=policy.tree).to(device)
-    flat, state = prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)
     owners = [p for p in range(len(prompts)) for _ in range(samples)]
-    repeat = torch.tensor(owners, device=device)
-    hidden = flat.index_select(0, tree.ends)[repeat]
-    place = torch.tensor(tree.lengths, device=device)[repeat]
-    cache = state.start(owners, max_new_tokens - 1)
+    with profiling.phase("prefill"):
+        hidden, place, cache = _prefill(policy, prompts, owners, max_new_tokens - 1)
+    with profiling.phase("decode"):
+        return _decode(policy, hidden, place, cache, draws, sampling, critic)
 
+
+def _prefill(
+    policy: Policy, prompts: Sequence[Tokens], owners: list[int], room: int
+) -> tuple[Tensor, Tensor, TreeCache | PlainCache]:
+    """Run the prompts; for each row its last hidden state, its length, and the filled cache."""
+    tree = prefix_tree.build(prompts, shared=policy.tree).to(policy.device)
+    cost = tree.cost
+    saved = cost.tokens_full - cost.tokens_run
+    profiling.count(cost.tokens_run, saved, pairs=cost.pairs)
+    flat, state = prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)
+    repeat = torch.tensor(owners, device=policy.device)
+    place = torch.tensor(tree.lengths, device=policy.device)[repeat]
+    return flat.index_select(0, tree.ends)[repeat], place, state.start(owners, room)
+
+
+def _decode(
+    policy: Policy,
+    hidden: Tensor,
+    place: Tensor,
+    cache: TreeCache | PlainCache,
+    draws: Tensor,
+    sampling: Sampling,
+    critic: bool,
+) -> Generation:
+    """Token by token, from the states (rows, H) behind the prompts and draws (rows, steps)."""
+    (rows, longest), device = draws.shape, policy.device
     run, alive = list(range(rows)), torch.arange(rows, device=device)  # the rows in the batch
     over = [False] * rows
     replies: list[list[int]] = [[] for _ in range(rows)]
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
-    for step in range(max_new_tokens):
+    for step in range(longest):
         token, logprob = _choose(policy.logits(hidden), draws[alive, step], sampling)
         drawn = token.tolist()  # the one wait for the device in a step
         going = [i for i, row in enumerate(run) if not over[row]]
@@ -93,13 +118,16 @@ def generate(
         for i, end in zip(going, ended, strict=True):
             over[run[i]] = end
         going = [i for i in going if not over[run[i]]]
-        if step + 1 == max_new_tokens or not going:
+        if step + 1 == longest or not going:
             break
         if len(going) <= COMPACT * len(run):
             index = torch.tensor(going, device=device)
             cache.keep(index)
             run, alive, token = [run[i] for i in going], alive[index], token[index]
             place = place[index]
+        if profiling.active():
+            pairs = int((place + 1).sum())
+            profiling.count(len(run), positions=len(run), pairs=pairs)
         hidden = cache.step(policy.decoder, token, place if policy.takes_positions else None)
         place = place + 1
     return _collect(policy, replies, steps, critic)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import lora, ops, prefix_tree
+from ppo_nlu import lora, ops, prefix_tree, profiling, tree_attention
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.errors import UserError
@@ -63,7 +63,8 @@ class Policy:
         self.decoder: nn.Module = model.base_model
         self.detach_value = cfg.detach_value
         self.tree = True
-        self.last_pass = Cost(0, 0)
+        self.last_pass = Cost(0, 0, 0)
+        self.checkpointing = False
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self.stop = StopDetector(model, tokenizer)
 
@@ -125,7 +126,10 @@ class Policy:
     ) -> tuple[Tensor, Tensor]:
         """States that predict the answers' tokens (N, H), row by row, and the mask (B, R)."""
         tree = prefix_tree.build(prompts, answers, owners, shared=self.tree).to(self.device)
-        self.last_pass = tree.cost
+        self.last_pass = cost = tree.cost
+        count = sum(map(len, answers))
+        saved = cost.tokens_full - cost.tokens_run
+        profiling.count(cost.tokens_run, saved, positions=count, pairs=cost.pairs)
         flat, _ = prefix_tree.run(self.decoder, tree, self.takes_positions)
         return flat.index_select(0, tree.positions[tree.mask]), tree.mask
 
@@ -302,6 +306,14 @@ def load_policy(cfg: Config) -> Policy:
     head = ValueHead(hidden, cfg.model.value_head, cfg.model.value_hidden)
     policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)
     policy.tree = choose_path(policy, cfg.model.path)
+    if cfg.model.checkpointing:
+        if not policy.tree:
+            raise UserError(
+                "model.checkpointing: needs the prefix tree, which this model cannot take; set it "
+                "to false and lower ppo.micro_batch_size"
+            )
+        policy.checkpointing = True
+        tree_attention.checkpoint_blocks(policy.decoder)
     return policy
 
 

@@ -17,7 +17,7 @@ left-padded. The code that calls `run` does not know the difference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,12 @@ HEAD_COST = 16  # tokens that one more shared prefix must save to be worth its o
 
 @dataclass(frozen=True)
 class Cost:
-    """Tokens of a pass, padding not counted: as run, and as one row an answer would need."""
+    """Tokens of a pass, padding not counted: as run, and as one row an answer would need; `pairs`
+    counts each token that is run with each one it attends to."""
 
     tokens_run: int
     tokens_full: int
+    pairs: int
 
 
 @dataclass
@@ -142,7 +144,12 @@ def _packed(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[i
         table,
         mask,
         [len(prompt) for prompt in prompts],
-        Cost(len(row.ids), _full(prompts, answers, owners)),
+        Cost(
+            len(row.ids),
+            _full(prompts, answers, owners),
+            _triangles(length for _, length in row.runs)
+            + sum(asked * length for _, asked, _, length in (*shared_links, *own_links)),
+        ),
         tree_attention.plan(row.runs, shared_links, own_links),
         None,
         heads,
@@ -177,7 +184,7 @@ def _full(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[int
 
 def _plain(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[int]) -> Tree:
     """Left-padded rows: one for each answer, or for each prompt where there are none."""
-    cost = _full(prompts, answers, owners)
+    full = _full(prompts, answers, owners)
     owners = owners or list(range(len(prompts)))
     bodies = [list(a[:-1]) for a in answers] or [[] for _ in prompts]
     rows = [list(prompts[o]) + body for o, body in zip(owners, bodies, strict=True)]
@@ -192,7 +199,13 @@ def _plain(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[in
     table, mask = pad(positions)
     lengths = [len(prompt) for prompt in prompts]
     places = seen.long().cumsum(1).sub_(1).clamp_(min=0)
-    return Tree(ids, places, torch.tensor(ends), table, mask, lengths, Cost(cost, cost), seen=seen)
+    cost = Cost(full, full, _triangles(len(row) for row in rows))
+    return Tree(ids, places, torch.tensor(ends), table, mask, lengths, cost, seen=seen)
+
+
+def _triangles(lengths: Iterable[int]) -> int:
+    """Pairs of causal attention inside runs of these lengths."""
+    return sum(n * (n + 1) // 2 for n in lengths)
 
 
 def pad(rows: Sequence[Tokens], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,14 @@ keyword argument `tree`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 NAME = "ppo_nlu_tree"
@@ -34,21 +35,43 @@ LOOSE = 0.7  # rows shorter than this share of the longest go to a batch of thei
 class Part:
     """Queries and keys of one product, as indices of packed tokens (rows, length).
 
-    `real` (rows, queries) marks what is no padding; `bias` (rows, 1, 1, keys) is -inf on padded
-    keys, None where there are none to be seen.
+    `bias` (rows, 1, 1, keys) is -inf on padded keys, None where there are none to be seen. Of the
+    flattened queries `real` are no padding (None: all of them), and `tokens` are their tokens;
+    `padded` (rows, 1, queries) marks the others.
     """
 
     queries: Tensor
     keys: Tensor
-    real: Tensor
     causal: bool
-    bias: Tensor | None = None
+    bias: Tensor | None
+    tokens: Tensor
+    real: Tensor | None
+    padded: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        queries: Sequence[tuple[int, int]],
+        keys: Sequence[tuple[int, int]] | None = None,
+    ) -> Part:
+        """Of spans (start, length) of queries and keys; without keys, each against itself."""
+        index, real = _table(queries)
+        at, bias = index, None
+        if keys is not None:
+            at, seen = _table(keys)
+            if not bool(seen.all()):
+                bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None, None]
+        tokens = index[real]
+        if len(tokens) == index.numel():
+            return cls(index, at, keys is None, bias, tokens, None, None)
+        picked = real.flatten().nonzero().squeeze(1)
+        return cls(index, at, keys is None, bias, tokens, picked, ~real[:, None])
 
     def to(self, device: torch.device) -> Part:
         """The same part with its tensors on `device`."""
-        bias = None if self.bias is None else self.bias.to(device)
-        indices = self.queries.to(device), self.keys.to(device), self.real.to(device)
-        return Part(*indices, self.causal, bias)
+        tensors = ((name, x) for name, x in vars(self).items() if isinstance(x, Tensor))
+        moved: dict[str, Any] = {name: x.to(device) for name, x in tensors}
+        return replace(self, **moved)
 
 
 @dataclass
@@ -81,24 +104,15 @@ def plan(
             few, each with many queries, so each is a product of its own.
         own: the same for runs with few queries each, such as a prompt's answers.
     """
-    covered = []
     ordered = sorted((run for run in runs if run[1]), key=lambda run: -run[1])
-    for batch in _batches(ordered, [length for _, length in ordered]):
-        index, real = _table(batch)
-        covered.append(Part(index, index, real, causal=True))
+    covered = [Part.of(batch) for batch in _batches(ordered, [length for _, length in ordered])]
     links = sorted((link for link in own if link[1] and link[3]), key=lambda link: -link[3])
-    above = [_link([link]) for link in shared if link[1] and link[3]]
-    above += [_link(batch) for batch in _batches(links, [link[3] for link in links])]
+    batches = [[link] for link in shared if link[1] and link[3]]
+    batches += _batches(links, [link[3] for link in links])
+    above = [
+        Part.of([link[:2] for link in batch], [link[2:] for link in batch]) for batch in batches
+    ]
     return Plan(covered, above)
-
-
-def _link(batch: Sequence[tuple[int, int, int, int]]) -> Part:
-    queries, real = _table([(start, length) for start, length, _, _ in batch])
-    keys, seen = _table([(start, length) for _, _, start, length in batch])
-    bias = None
-    if not bool(seen.all()):
-        bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None, None]
-    return Part(queries, keys, real, False, bias)
 
 
 def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:
@@ -186,12 +200,14 @@ class _TreeAttention(torch.autograd.Function):
             lse = lse.double()
         for part in tree.own:
             o, norm = _product(q, k, v, part, scale)
-            index = part.queries[part.real]
-            out[index], lse[index] = o, norm
+            out.index_copy_(0, part.tokens, o)
+            lse.index_copy_(0, part.tokens, norm)
         for part in tree.above:
-            o, norm = _product(q, k, v, part, scale)
-            index = part.queries[part.real]
-            out[index], lse[index] = merge(out[index], lse[index], o, norm)
+            at = part.tokens
+            before = out.index_select(0, at), lse.index_select(0, at)
+            o, norm = merge(*before, *_product(q, k, v, part, scale))
+            out.index_copy_(0, at, o)
+            lse.index_copy_(0, at, norm)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tree, ctx.scale = tree, scale
         return out
@@ -203,9 +219,10 @@ class _TreeAttention(torch.autograd.Function):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         # Padded queries: no gradient comes in, and with L = inf they have no weights either.
         for part in (*ctx.tree.own, *ctx.tree.above):
-            padded = ~part.real[:, None]
-            d_out = _rows(grad, part.queries).masked_fill(padded[..., None], 0.0)
-            norm = lse[part.queries].transpose(1, 2).masked_fill(padded, math.inf)
+            d_out, norm = _rows(grad, part.queries), _rows(lse, part.queries)
+            if part.padded is not None:
+                d_out = d_out.masked_fill(part.padded[..., None], 0.0)
+                norm = norm.masked_fill(part.padded, math.inf)
             parts = _rows(q, part.queries), _rows(k, part.keys), _rows(v, part.keys)
             gq, gk, gv = _backward(
                 d_out, *parts, _rows(out, part.queries), norm, part.causal, part.bias, ctx.scale
@@ -217,12 +234,12 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """(N, heads, d) and (rows, length) to (rows, heads, length, d)."""
-    return x[index].transpose(1, 2)
+    """(N, heads, ...) and (rows, length) to (rows, heads, length, ...)."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(rows, heads, length, d) to (rows · length, heads, d)."""
+    """(rows, heads, length, ...) to (rows · length, heads, ...)."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
@@ -230,7 +247,10 @@ def _product(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple
     """Output (n, heads, d) and log-sum-exp (n, heads) of the part's real queries."""
     rows = _rows(q, part.queries), _rows(k, part.keys), _rows(v, part.keys)
     out, lse = partial_attention(*rows, part.causal, part.bias, scale)
-    return out.transpose(1, 2)[part.real], lse.transpose(1, 2)[part.real]
+    out, lse = _flat(out), _flat(lse)
+    if part.real is None:
+        return out, lse
+    return out.index_select(0, part.real), lse.index_select(0, part.real)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
@@ -394,6 +414,33 @@ def _against(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     )
     back = out[0].unflatten(1, (n, groups)).permute(1, 0, 2, 3).reshape(n, heads, size)
     return back, lse[0].unflatten(1, (n, groups)).permute(1, 0, 2).reshape(n, heads)
+
+
+def checkpoint_blocks(decoder: nn.Module) -> None:
+    """From now on each block of the decoder keeps its input alone and is run again in the backward.
+
+    transformers' own switch works in train mode only, which turns dropout on.
+    """
+    for block in _blocks(decoder):
+        block.forward = _recomputing(block.forward, decoder.config)
+
+
+def _blocks(decoder: nn.Module) -> nn.ModuleList:
+    """The outermost list of modules: the decoder's blocks."""
+    return next(module for module in decoder.modules() if isinstance(module, nn.ModuleList))
+
+
+def _recomputing(plain: Callable[..., Any], config: Any) -> Callable[..., Any]:
+    def again(*args: Any, **named: Any) -> Any:
+        with switched_on(config):  # the backward comes when the switch is off again
+            return plain(*args, **named)
+
+    def forward(*args: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled() or not isinstance(named.get("tree"), Plan):
+            return plain(*args, **named)
+        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **named)
+
+    return forward
 
 
 def forward(decoder: nn.Module, ids: Tensor, places: Tensor, tree: Plan | TreeCache) -> Tensor:

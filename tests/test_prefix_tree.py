@@ -153,6 +153,26 @@ def test_a_window_is_refused_by_the_tree() -> None:
         through(decoder, build(*SHAPES["two clusters"]))
 
 
+@pytest.mark.parametrize("kind", tiny.TREE_KINDS)
+def test_checkpointed_blocks_give_the_same_gradients_and_keep_less(kind: str) -> None:
+    shape = SHAPES["several answers a prompt"]
+    found, kept = [], []
+    for checkpointed in (False, True):
+        decoder = tiny.causal_lm(kind).base_model
+        if checkpointed:
+            tree_attention.checkpoint_blocks(decoder)
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.update({x.data_ptr(): x.numel()}), x)[1], lambda x: x
+        ):
+            hidden = through(decoder, build(*shape))
+        kept.append(sum(sizes.values()))
+        found.append([hidden, *pull(hidden, list(decoder.parameters()))])
+    for plain, again in zip(*found, strict=True):
+        tiny.close(plain, again, 1e-6)
+    assert kept[1] < 0.6 * kept[0]
+
+
 def test_the_attention_of_a_model_is_its_own_again() -> None:
     model = tiny.causal_lm("llama")
     run(model.base_model, build(*SHAPES["shared prefix"]))
@@ -180,7 +200,9 @@ def test_hand_made_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tree.places.tolist() == [*range(8), 8, 9, 10, 11, 8, 8, 9, 10, 11, 12]
     assert tree.heads == [(0, 8)] and tree.parents == [0, 0, 0]
     assert tree.tails == [(8, 4), (12, 1), (13, 5)]
-    assert tree.cost == prefix_tree.Cost(18, (10 + 2) + (9 + 0) + (12 + 1))
+    # Causal pairs of 8, 4, 1 and 5 tokens, and 10 tokens that see the 8 shared ones.
+    pairs = 36 + 10 + 1 + 15 + 10 * 8
+    assert tree.cost == prefix_tree.Cost(18, (10 + 2) + (9 + 0) + (12 + 1), pairs)
     assert tree.ends.tolist() == [9, 12, 16]
     assert tree.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
     assert tree.positions[tree.mask].tolist() == [9, 10, 11, 12, 16, 17]
@@ -200,7 +222,8 @@ def test_distinct_tokens_run_once(group: int) -> None:
     assert tree.cost.tokens_run == len(tree.ids) == 80 + 16 * 20 + 16 * group * 5
     assert tree.cost.tokens_full == 16 * group * 105
     plain = build(prompts, answers, [row // group for row in range(16 * group)], shared=False)
-    assert plain.cost == prefix_tree.Cost(16 * group * 105, 16 * group * 105)
+    full = 16 * group * 105
+    assert plain.cost == prefix_tree.Cost(full, full, full * 106 // 2)
 
 
 def test_the_decoder_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:

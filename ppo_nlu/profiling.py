@@ -1,0 +1,382 @@
+"""Where the time of a run goes: seconds, tokens and FLOPs by phase, and a trace of a few steps.
+
+The code that does the work says what it is doing, `with profiling.phase("decode"): ...`, and what
+that came to, `profiling.count(tokens_run=120)`. Both do nothing unless a `Profile` is open, and
+nothing here changes what is computed. Times are exclusive: a phase inside another one is taken out
+of it. Inside `evaluation` they are kept apart, as `evaluation/decode`.
+
+FLOPs are counted from what was run and the weights it went through, not measured:
+
+    forward   2 for each weight of the blocks, LoRA included, and token run; 2 for each weight of
+              the LM head and of the critic and answer position; 4 · (heads · head size) for each
+              layer and pair of a token with one it attends to (two products of 2 each)
+    backward  as much again for a frozen weight, the gradient of its input; twice that for a
+              trained one and for attention
+
+A pass under autograd counts as forward and backward. What is run a second time, under
+checkpointing or inside a fused op, is not counted again, nor is the elementwise work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PHASES = ("prefill", "decode", "score", "reference", "update", "evaluation", "io")
+OTHER = "other"  # the time outside every phase
+FORMULA = (
+    "forward: 2 (tokens · block weights + answer positions · (head + critic weights)) "
+    "+ 4 pairs · layers · heads · head size; backward: as much again for frozen weights, "
+    "twice as much for LoRA, critic and attention"
+)
+_WARM = 2  # steps before the traced ones
+_TRACED = 2
+
+_active: Profile | None = None
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+def phase(name: str) -> AbstractContextManager[None]:
+    """A region whose time is booked under this name, one of `PHASES`."""
+    return _NOTHING if _active is None else _Region(_active, name)
+
+
+def count(
+    tokens_run: int = 0,
+    tokens_saved: int = 0,
+    flops: float | None = None,
+    positions: int = 0,
+    pairs: int = 0,
+) -> None:
+    """Book a pass of the model under the phase that is open.
+
+    `tokens_run` went through the blocks, `tokens_saved` would have, too, had every row been run by
+    itself; at `positions` the head was asked; `pairs` counts tokens with each one they attend to,
+    themselves included. FLOPs follow from these by the formula above, unless they are given.
+    """
+    if _active is not None:
+        _active.add(tokens_run, tokens_saved, flops, positions, pairs)
+
+
+def active() -> bool:
+    """Whether anything is booked: for counts that cost something themselves."""
+    return _active is not None
+
+
+def step() -> AbstractContextManager[None]:
+    """A region that is one step of training: the third and fourth are traced."""
+    return _NOTHING if _active is None else _Step(_active)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a token goes through: numbers of weights, and layers · heads · head size."""
+
+    blocks: int
+    adapters: int
+    head: int
+    critic: int
+    attention: int
+
+    def forward(self, tokens: int, positions: int, pairs: int, lora: bool = True) -> float:
+        """FLOPs of a forward pass."""
+        inner = self.blocks + self.adapters * lora
+        return 2.0 * (
+            tokens * inner + positions * (self.head + self.critic) + 2 * pairs * self.attention
+        )
+
+    def backward(self, tokens: int, positions: int, pairs: int) -> float:
+        """FLOPs of its backward pass."""
+        frozen = tokens * self.blocks + positions * self.head
+        trained = tokens * self.adapters + positions * self.critic + 2 * pairs * self.attention
+        return 2.0 * frozen + 4.0 * trained
+
+
+def weights_of(policy: Any) -> Weights:
+    """Those of a `model.Policy`: the matrices of its blocks (an embedding is a look-up)."""
+    head, config = policy.head.weight, policy.model.config
+    blocks = adapters = 0
+    for module in policy.model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        adapters += sum(own[name].numel() for name in ("lora_a", "lora_b") if name in own)
+        weight = own.get("weight")
+        if (
+            weight is None
+            or weight.dim() != 2
+            or weight is head
+            or "Embedding" in repr(type(module))
+        ):
+            continue
+        blocks += weight.numel()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    critic = sum(p.numel() for p in policy.value_head.parameters() if p.dim() == 2)
+    return Weights(blocks, adapters, head.numel(), critic, config.num_hidden_layers * heads * size)
+
+
+@dataclass
+class Row:
+    """What was booked under one name."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of the process, all threads
+    tokens_run: int = 0
+    tokens_saved: int = 0
+    flops: float = 0.0
+
+    def __add__(self, other: Row) -> Row:
+        return Row(
+            self.seconds + other.seconds,
+            self.cpu_seconds + other.cpu_seconds,
+            self.tokens_run + other.tokens_run,
+            self.tokens_saved + other.tokens_saved,
+            self.flops + other.flops,
+        )
+
+
+class Profile:
+    """An open profile books all phases and counts of the process, and traces two steps.
+
+    `steps` is how many will be trained: the traced ones are the third and fourth, or the last of a
+    shorter run. Since tracing slows a step down, these are left out of the times (unless there is
+    no other). On a GPU each change of phase waits for it, so that the time is booked where the work
+    was asked for. `dtype` is that of the products whose rate the machine is measured by.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        device: Any = "cpu",
+        dtype: Any = None,
+        weights: Weights | None = None,
+        trace: Path | None = None,
+    ) -> None:
+        import torch
+
+        self.device, self.dtype = torch.device(device), dtype or torch.float32
+        self.weights, self.trace = weights, trace
+        first = max(min(_WARM, steps - 1), 0)
+        self.traced = range(first, min(first + _TRACED, steps)) if trace else range(0)
+        self.apart = len(self.traced) < steps
+        self.rows: dict[str, Row] = {}
+        self.steps = 0
+        self.gemm = 0.0  # FLOP/s
+        self._names: list[str] = []
+        self._regions: list[Any] = []  # the phases in the trace
+        self._tracer: Any = None
+        self._mark = self._cpu = 0.0
+
+    def __enter__(self) -> Profile:
+        global _active
+        assert _active is None, "a profile is open already"
+        self.gemm = gemm_rate(self.device, self.dtype)
+        self._mark, self._cpu = time.perf_counter(), time.process_time()
+        _active = self
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        place: TracebackType | None,
+    ) -> None:
+        global _active
+        self._book()
+        self._end_trace()
+        _active = None
+
+    def add(
+        self, tokens_run: int, tokens_saved: int, flops: float | None, positions: int, pairs: int
+    ) -> None:
+        """See `count`."""
+        if flops is None:
+            flops = self._flops(tokens_run, positions, pairs)
+        row = self._row()
+        row.tokens_run += tokens_run
+        row.tokens_saved += tokens_saved
+        row.flops += flops
+
+    def _flops(self, tokens: int, positions: int, pairs: int) -> float:
+        import torch
+
+        if self.weights is None:
+            return 0.0
+        lora = "reference" not in self._names
+        flops = self.weights.forward(tokens, positions, pairs, lora)
+        if torch.is_grad_enabled():
+            flops += self.weights.backward(tokens, positions, pairs)
+        return flops
+
+    def _enter(self, name: str) -> None:
+        assert name in PHASES, f"{name} is not a phase"
+        self._book()
+        self._names.append(name)
+        if self._tracer is not None:
+            import torch
+
+            region: Any = torch.profiler.record_function(name)
+            region.__enter__()
+            self._regions.append(region)
+
+    def _leave(self) -> None:
+        self._book()
+        self._names.pop()
+        if self._regions:
+            self._regions.pop().__exit__(None, None, None)
+
+    def _row(self) -> Row:
+        """Where to book now: a throw-away while a step is traced."""
+        if self._tracer is not None and self.apart:
+            return Row()
+        name = self._names[-1] if self._names else OTHER
+        if "evaluation" in self._names and name != "evaluation":
+            name = f"evaluation/{name}"
+        return self.rows.setdefault(name, Row())
+
+    def _book(self) -> None:
+        """Book the time since the last change of phase under the phase that was open."""
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self.device)
+        now, cpu = time.perf_counter(), time.process_time()
+        row = self._row()
+        row.seconds += now - self._mark
+        row.cpu_seconds += cpu - self._cpu
+        self._mark, self._cpu = now, cpu
+
+    def _begin_step(self) -> None:
+        if self.steps == self.traced.start and self.traced:
+            import torch
+
+            self._book()
+            kinds = [torch.profiler.ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                kinds.append(torch.profiler.ProfilerActivity.CUDA)
+            self._tracer = torch.profiler.profile(activities=kinds)
+            self._tracer.start()
+
+    def _end_step(self) -> None:
+        self.steps += 1
+        if self.steps == self.traced.stop:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self._tracer is None:
+            return
+        self._book()
+        self._tracer.stop()
+        assert self.trace is not None
+        self._tracer.export_chrome_trace(str(self.trace))
+        if self.apart:  # nor is the writing of it a part of any phase
+            self._mark, self._cpu = time.perf_counter(), time.process_time()
+        self._tracer = None
+
+    def report(self) -> dict[str, Any]:
+        """What was booked, for profile.json: seconds, shares of 1, tokens, TFLOP/s by phase."""
+        import torch
+
+        total = sum(self.rows.values(), Row())
+        order = [*PHASES, OTHER]
+        names = sorted(self.rows, key=lambda name: (order.index(name.split("/")[0]), name))
+        return {
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "gemm_tflops_per_s": self.gemm / 1e12,
+            "flops_formula": FORMULA,
+            "steps": self.steps,
+            "traced_steps": [number + 1 for number in self.traced if number < self.steps],
+            "traced_steps_timed": not self.apart,
+            "phases": {name: self._described(self.rows[name], total) for name in names},
+            "total": self._described(total, total),
+        }
+
+    def _described(self, row: Row, total: Row) -> dict[str, float]:
+        rate = row.flops / row.seconds if row.seconds else 0.0
+        return {
+            "seconds": row.seconds,
+            "share": row.seconds / total.seconds if total.seconds else 0.0,
+            "cpu_seconds": row.cpu_seconds,
+            "tokens_run": row.tokens_run,
+            "tokens_saved": row.tokens_saved,
+            "tflop": row.flops / 1e12,
+            "tflops_per_s": rate / 1e12,
+            "gemm_share": rate / self.gemm if self.gemm else 0.0,
+        }
+
+
+class _Region(AbstractContextManager[None]):
+    def __init__(self, profile: Profile, name: str) -> None:
+        self.profile, self.name = profile, name
+
+    def __enter__(self) -> None:
+        self.profile._enter(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        self.profile._leave()
+
+
+class _Step(AbstractContextManager[None]):
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+
+    def __enter__(self) -> None:
+        self.profile._begin_step()
+
+    def __exit__(self, *error: object) -> None:
+        self.profile._end_step()
+
+
+def gemm_rate(device: Any, dtype: Any) -> float:
+    """FLOP/s of the best product of square matrices in half a second, in this dtype and these
+    threads: 1,024 wide on a CPU, 8,192 on a GPU. The run's random numbers are left alone."""
+    import torch
+
+    device = torch.device(device)
+    size = 8192 if device.type == "cuda" else 1024
+    draw = torch.Generator("cuda" if device.type == "cuda" else "cpu").manual_seed(0)
+    left = torch.randn(size, size, generator=draw, device=draw.device).to(device, dtype)
+    out = torch.empty_like(left)
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < 0.5:
+        started = time.perf_counter()
+        torch.mm(left, left, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2.0 * size**3 / min(times)
+
+
+def device_name(device: Any) -> str:
+    """The GPU's name, or the device's type."""
+    import torch
+
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The short form of a report, evaluation as one line."""
+    lines = [
+        "phase        seconds   share   CPU s   tokens run        saved   TFLOP/s  of GEMM rate",
+    ]
+    rows: dict[str, dict[str, float]] = {}
+    for name, row in report["phases"].items():
+        whole = rows.setdefault(name.split("/")[0], dict.fromkeys(row, 0.0))
+        for key in ("seconds", "share", "cpu_seconds", "tokens_run", "tokens_saved", "tflop"):
+            whole[key] += row[key]
+    peak = report["gemm_tflops_per_s"]
+    for name, row in [*rows.items(), ("all", report["total"])]:
+        rate = row["tflop"] / row["seconds"] if row["seconds"] else 0.0
+        lines.append(
+            f"{name:<11}{row['seconds']:>9.2f}{100 * row['share']:>6.1f} %"
+            f"{row['cpu_seconds']:>8.2f}{int(row['tokens_run']):>13,}{int(row['tokens_saved']):>13,}{rate:>10.4f}"
+            f"{100 * rate / peak if peak else 0.0:>11.1f} %"
+        )
+    return "\n".join(lines)

@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh [OUTPUT_DIR] [WHEELS_DIR]
 #
 # OUTPUT_DIR (runs/gpu) receives stages.csv, checks.csv, kernels.csv, kernels.png, goals.md,
-# lora_table.json, summary.md and log.txt. WHEELS_DIR holds wheels of rivals to be timed as well; they
+# lora_table.json, engines_gpu.csv, summary.md and log.txt. WHEELS_DIR holds wheels of rivals to be timed as well; they
 # are installed into a temporary folder, nothing is fetched. $PYTHON is used as it is (python3).
 # Exit status: 1 if a stage that checks correctness failed, 2 without CUDA, else 0.
 set -uo pipefail
@@ -139,6 +139,8 @@ stage "key shapes" 130 60 "${bench[@]}" --repeats 20 --seconds-each 1 \
     ppo_loss:512x16 linear_logprobs:256x3584x152064 linear_logprobs:256x4096x32000 \
     lora_linear_grouped:8192x4096x4096+4096+4096x16
 stage goals 45 20 "$python" benchmarks/gpu_checks.py --goals --output "$out" --budget 30
+# A training step at real size beside its roofline, and beside TRL where its wheels were given.
+stage engines 110 45 "$python" benchmarks/engine_roofline.py --csv "$out/engines_gpu.csv" --budget 70
 rest=$((total - SECONDS - 25))
 stage "other shapes" 400 15 "${bench[@]}" --repeats 15 --seconds-each 0.5 --resume \
     --against naive addmm peft peft-fp32-adapters liger-flsce trl cce --budget "$((rest - 10))"

@@ -145,3 +145,17 @@ def group_advantages(scores: Tensor, group_size: int, scale: bool = True) -> Ten
         centred = centred / (variance.sqrt() + GROUP_EPS)
     no_spread = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
     return centred.masked_fill(no_spread, 0.0).reshape(-1)
+
+
+def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """How much better each response is than the mean of the others to its prompt.
+
+    Âᵢ = Rᵢ − 1/(G − 1)·Σⱼ≠ᵢ Rⱼ;  0 where all Rᵢ are equal
+
+    Source: arXiv 2402.14740 (RLOO), equation 7. It is G/(G − 1) times the unscaled group advantage.
+
+    Args: scores: (B,), the `group_size` responses to one prompt side by side, 2 or more.
+    Returns: (B,).
+    """
+    assert group_size > 1, "leaving one out needs two"
+    return group_advantages(scores, group_size, scale=False) * (group_size / (group_size - 1))

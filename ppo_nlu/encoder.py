@@ -33,9 +33,9 @@ from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import BUNDLED, DTYPES, hub_answers, pick_device, reason_of
 from ppo_nlu.optim import clip_gradients
-from ppo_nlu.ppo import BadStep, Metrics, chunks
 from ppo_nlu.rollout import seeded
 from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.updates import BadStep, Metrics, chunks
 
 FOLDER = "encoder"  # of a finished run, in its folder
 WEIGHTS = "model.safetensors"

@@ -82,9 +82,9 @@ def _prefill(
 ) -> tuple[Tensor, Tensor, TreeCache | PlainCache]:
     """Run the prompts; for each row its last hidden state, its length, and the filled cache."""
     tree = prefix_tree.build(prompts, shared=policy.tree).to(policy.device)
-    cost = tree.cost
-    saved = cost.tokens_full - cost.tokens_run
-    profiling.count(cost.tokens_run, saved, pairs=cost.pairs)
+    ran = tree.cost.tokens_run
+    saved = sum(tree.lengths[p] for p in owners) - ran
+    profiling.count(ran, saved, positions=len(owners), pairs=tree.cost.pairs)
     flat, state = prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)
     repeat = torch.tensor(owners, device=policy.device)
     place = torch.tensor(tree.lengths, device=policy.device)[repeat]

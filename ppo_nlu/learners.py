@@ -1,7 +1,7 @@
 """What the training loop asks of each method: a step on some rows, weights to keep, weights back.
 
-`ppo` and `sft` train LoRA on a causal language model, `encoder` a whole encoder. A new method is a
-class here and a line in `LEARNERS`.
+`ppo`, `grpo` and `sft` train LoRA on a causal language model, `encoder` a whole encoder. A new
+method is a class here and a line in `LEARNERS`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ppo_nlu import checkpoint, encoder, lora, ppo, sft
-from ppo_nlu.config import Config
+from ppo_nlu import checkpoint, encoder, grpo, lora, ppo, sft
+from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.losses import AdaptiveKL
 from ppo_nlu.model import VALUE_HEAD, Policy, load_policy, resolve
-from ppo_nlu.ppo import Metrics
+from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.rewards import RunningScale
+from ppo_nlu.rollout import Rollout, tell_reuse
 from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.updates import Budget, Metrics, check_first_ratio
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -48,7 +50,7 @@ class Learner(ABC):
 
     @abstractmethod
     def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
-        """Train on these rows; raises ppo.BadStep where something is not finite."""
+        """Train on these rows; raises updates.BadStep where something is not finite."""
 
     @abstractmethod
     def weights(self) -> Groups:
@@ -80,9 +82,10 @@ class Learner(ABC):
 
 
 class LoraLearner(Learner):
-    """The parts that PPO and SFT share: LoRA on a frozen causal language model."""
+    """The parts that all but the encoder share: LoRA on a frozen causal language model."""
 
     model: Policy
+    budget: Budget  # what a forward of the update may hold
 
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec]):
         super().__init__(cfg, specs)
@@ -103,35 +106,108 @@ class LoraLearner(Learner):
         lora.save_adapter(self.model.model, folder / "adapter", self.cfg.lora, name)
 
 
-class PPO(LoraLearner):
-    """Proximal policy optimisation with a critic."""
+class OnPolicy(LoraLearner):
+    """The parts that PPO and GRPO share: what a run remembers of its rollouts."""
 
     unit = "answers"
+    section: PPOConfig | GRPOConfig
 
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec]):
         super().__init__(cfg, specs)
         self.batch_size = cfg.rollout.batch_size
         self.samples = cfg.rollout.samples_per_prompt
-        self.kl = AdaptiveKL(cfg.ppo.kl_coef, cfg.ppo.kl_target, cfg.ppo.kl_horizon)
         self.scale = RunningScale() if cfg.reward.normalise else None
+        self.reference = ReferenceCache() if cfg.rollout.reference_cache else None
+        self.reuse: bool | None = None  # old log-probs out of the decode pass; None: to be seen
+        self.budget = Budget(self.section.micro_batch_size, cfg.train.micro_batch_tokens)
+        self.checked = False  # whether the first ratio was looked at
+        self.rollout: Rollout | None = None
+
+    @abstractmethod
+    def learn(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
+        """Collect answers into `rollout` (and what is known of them into `seen`), then update."""
+
+    @abstractmethod
+    def advantages(self, row: int) -> Any:
+        """Those of an answer of the last step, for a human to look at."""
+
+    def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
+        metrics = self.learn(optimizer, examples, step)
+        remarks = [*self.budget.remarks]
+        self.budget.remarks.clear()
+        gap = metrics.get("policy/first_ratio_gap")
+        if gap is not None and not self.checked:
+            self.checked = True
+            remarks.append(check_first_ratio(gap, self.cfg.model.dtype == "float32") or "")
+        if step == 0:
+            remarks.append(check_form(self.seen["answer/unparsed"]) or "")
+        told = [remark for remark in (self.remark, *remarks) if remark]
+        self.remark = "\n".join(told) or None
+        return self.seen | metrics
+
+    def collected(self, rollout: Rollout, seen: Metrics) -> None:
+        """Remember a rollout and what it showed."""
+        self.rollout, self.seen, self.truncated = rollout, seen, rollout.truncated
+        if self.reuse is None:
+            self.reuse = rollout.reused
+            self.remark = tell_reuse(rollout)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "reward_scale": self.scale and self.scale.seen,
+            "reuse": self.reuse,
+            "reference": self.reference and self.reference.state(),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.reuse = state["reuse"]
+        if self.scale is not None:
+            self.scale.seen = dict(state["reward_scale"])
+        if self.reference is not None:
+            self.reference.set_state(state["reference"])
+
+    def describe(self, index: Sequence[int]) -> list[dict[str, Any]]:
+        roll = self.rollout
+        assert roll is not None
+        return [
+            {
+                "id": roll.examples[j].id,
+                "fields": roll.examples[j].fields,
+                "label": roll.examples[j].label,
+                "response": roll.responses[j],
+                "tokens": roll.answers[j],
+                "score": float(roll.scores[j]),
+                "logprobs": roll.logprobs[j].tolist(),
+                "advantages": self.advantages(j),
+            }
+            for j in index
+        ]
+
+
+class PPO(OnPolicy):
+    """Proximal policy optimisation with a critic."""
+
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec]):
+        self.section = cfg.ppo
+        super().__init__(cfg, specs)
+        self.kl = AdaptiveKL(cfg.ppo.kl_coef, cfg.ppo.kl_target, cfg.ppo.kl_horizon)
         self.batch: ppo.Batch | None = None
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         return lora.lora_parameters(self.model.model), list(self.model.value_head.parameters())
 
-    def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
+    def learn(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
         # Answers, scores, KL-shaped rewards, advantages; then epochs of minibatch updates.
-        self.batch, self.seen = ppo.collect(
-            self.model, self.specs, self.cfg, self.kl, examples, step, self.scale
-        )
-        self.truncated = self.batch.rollout.truncated
-        metrics = ppo.update(self.model, optimizer, self.cfg, self.batch, step)
-        if step == 0:
-            exact = self.cfg.model.dtype == "float32"
-            remarks = [ppo.check_first_ratio(metrics["policy/first_ratio_gap"], exact)]
-            remarks.append(check_form(self.seen["answer/unparsed"]))
-            self.remark = "\n".join(remark for remark in remarks if remark) or None
-        return self.seen | metrics
+        self.batch, seen = ppo.collect(
+            self.model, self.specs, self.cfg, self.kl, examples, step, self.scale,
+            self.reference, self.reuse,
+        )  # fmt: skip
+        self.collected(self.batch.rollout, seen)
+        return ppo.update(self.model, optimizer, self.cfg, self.batch, step, self.budget)
+
+    def advantages(self, row: int) -> Any:
+        assert self.batch is not None
+        return self.batch.advantages[row].tolist()
 
     def weights(self) -> Groups:
         head = {k: v.detach().cpu() for k, v in self.model.value_head.state_dict().items()}
@@ -148,29 +224,35 @@ class PPO(LoraLearner):
         super().save(folder)  # the adapter's own config is written last
 
     def state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl.coef, "reward_scale": self.scale and self.scale.seen}
+        return super().state() | {"kl_coef": self.kl.coef}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
+        super().set_state(state)
         self.kl.coef = state["kl_coef"]
-        if self.scale is not None:
-            self.scale.seen = dict(state["reward_scale"])
 
-    def describe(self, index: Sequence[int]) -> list[dict[str, Any]]:
+
+class GRPO(OnPolicy):
+    """Group relative policy optimisation, without a critic."""
+
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec]):
+        self.section = cfg.grpo
+        super().__init__(cfg, specs)
+        self.batch: grpo.Batch | None = None
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        return lora.lora_parameters(self.model.model), []
+
+    def learn(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
+        # Groups of answers, scores, advantages inside each group; then epochs of updates.
+        self.batch, seen = grpo.collect(
+            self.model, self.specs, self.cfg, examples, step, self.scale, self.reference, self.reuse
+        )
+        self.collected(self.batch.rollout, seen)
+        return grpo.update(self.model, optimizer, self.cfg, self.batch, step, self.budget)
+
+    def advantages(self, row: int) -> Any:
         assert self.batch is not None
-        roll = self.batch.rollout
-        return [
-            {
-                "id": roll.examples[j].id,
-                "fields": roll.examples[j].fields,
-                "label": roll.examples[j].label,
-                "response": roll.responses[j],
-                "tokens": roll.answers[j],
-                "score": float(roll.scores[j]),
-                "logprobs": roll.logprobs[j].tolist(),
-                "advantages": self.batch.advantages[j].tolist(),
-            }
-            for j in index
-        ]
+        return float(self.batch.advantages[row])
 
 
 def check_form(unparsed: float) -> str | None:
@@ -178,9 +260,9 @@ def check_form(unparsed: float) -> str | None:
     if unparsed < 0.9:
         return None
     return (
-        f"warning: {100 * unparsed:.0f} % of the first answers name no allowed answer, so PPO has "
-        "little to learn from; take an instruction-tuned model, start from an SFT run (init_from), "
-        "or teach this one the form: python -m ppo_nlu.teach_form"
+        f"warning: {100 * unparsed:.0f} % of the first answers name no allowed answer, so there "
+        "is little to learn from; take an instruction-tuned model, start from an SFT run "
+        "(init_from), or teach this one the form: python -m ppo_nlu.teach_form"
     )
 
 
@@ -192,6 +274,7 @@ class SFT(LoraLearner):
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec]):
         super().__init__(cfg, specs)
         self.batch_size = cfg.sft.batch_size
+        self.budget = Budget(cfg.sft.micro_batch_size, cfg.train.micro_batch_tokens)
         self.rows: Sequence[Example] = ()
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -199,7 +282,9 @@ class SFT(LoraLearner):
 
     def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
         self.rows, self.seen = examples, {}
-        metrics = sft.update(self.model, self.specs, optimizer, self.cfg, examples)
+        metrics = sft.update(self.model, self.specs, optimizer, self.cfg, examples, self.budget)
+        self.remark = "\n".join(self.budget.remarks) or None
+        self.budget.remarks.clear()
         self.truncated = int(metrics["answer/truncated_prompts"])
         return metrics
 
@@ -236,4 +321,9 @@ class EncoderLearner(Learner):
         encoder.save(self.model, folder / encoder.FOLDER)
 
 
-LEARNERS: dict[str, type[Learner]] = {"ppo": PPO, "sft": SFT, "encoder": EncoderLearner}
+LEARNERS: dict[str, type[Learner]] = {
+    "ppo": PPO,
+    "grpo": GRPO,
+    "sft": SFT,
+    "encoder": EncoderLearner,
+}

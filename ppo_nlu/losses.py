@@ -27,6 +27,7 @@ from ppo_nlu.advantages import (
     group_advantages,
     masked_mean,
     masked_whiten,
+    rloo_advantages,
     shaped_rewards,
     token_count,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "policy_loss",
     "ppo_loss",
     "preference_loss",
+    "rloo_advantages",
     "sft_loss",
     "shaped_rewards",
     "td_error_loss",

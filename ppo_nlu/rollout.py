@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ppo_nlu import demonstrations, rewards
+from ppo_nlu import demonstrations, profiling, rewards
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, PromptConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Generation, Sampling, generate
 from ppo_nlu.lora import lora_disabled
 from ppo_nlu.losses import exact_kl, kl_penalty
-from ppo_nlu.model import Policy, unflatten
+from ppo_nlu.model import Policy, Scored, unflatten
 from ppo_nlu.prompts import OPENING, render, turns
+from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.updates import Metrics
+
+EXACT = 1e-4  # decode and training pass may be this far apart and still count as the same
+Divergence = Literal["k1", "k2", "k3", "exact"]
 
 
 @dataclass
@@ -28,6 +33,8 @@ class Rollout:
 
     Answer j belongs to prompt `owners[j]`. Tensors are (B, R), right-padded, column t for action
     a_t; `scores` is (B,). The mask counts the token that ends the answer and nothing behind it.
+    None: not asked for. `gap` is the largest distance between the log-probs of the decode pass and
+    those of a training pass, where both were run; `reused` says that the former are `logprobs`.
     """
 
     prompts: list[list[int]]
@@ -38,11 +45,14 @@ class Rollout:
     predictions: list[str | None]
     mask: Tensor
     logprobs: Tensor
-    values: Tensor
-    kl: Tensor
+    values: Tensor | None
+    ref_logprobs: Tensor | None
+    kl: Tensor | None
     scores: Tensor
     truncated: int
     dropped: int  # worked examples left out of the prompts
+    reused: bool = True
+    gap: float | None = None
 
     @property
     def size(self) -> int:
@@ -145,9 +155,20 @@ def collect_answers(
     cfg: Config,
     examples: Sequence[Example],
     step: int,
+    critic: bool = True,
+    reference: ReferenceCache | None = None,
+    kl: Divergence | None = None,
+    reuse: bool | None = None,
 ) -> Rollout:
-    """Sample answers to these rows, parse and score them by the rules of their tasks, and measure
-    KL to the reference."""
+    """Sample answers to these rows, parse and score them by the rules of their tasks.
+
+    Args:
+        critic: ask for the values too.
+        reference: where the reference's log-probs of earlier answers are kept (not read for exact).
+        kl: how to measure the KL to the reference; None: not at all, and no pass of it is run.
+        reuse: whether the log-probs of the decode pass are exact enough to be the old ones; None:
+            as `rollout.reuse_logprobs` says, which on auto compares them with a training pass.
+    """
     roll = cfg.rollout
     longest = longest_prompt(policy, cfg, roll.max_new_tokens)
     shots = {name: demonstrations.of(spec, cfg) for name, spec in specs.items()}
@@ -163,7 +184,7 @@ def collect_answers(
         Sampling(roll.temperature),
         samples=roll.samples_per_prompt,
         generator=seeded("rollout", cfg.seed, step),
-        critic=True,
+        critic=critic,
     )
     owners = [p for p in range(len(prompts)) for _ in range(roll.samples_per_prompt)]
     answers = drawn.rows
@@ -177,18 +198,7 @@ def collect_answers(
         rewards.reward(specs[row.task], row, guess, response, cfg.reward.scale)
         for row, guess, response in zip(owned, predictions, responses, strict=True)
     ]
-    logprobs, values = drawn.logprobs, drawn.values
-    assert values is not None
-    if policy.head.weight.dtype != torch.float32:
-        # In low precision the cached decode and the training pass round differently; the ratio is
-        # to be that of the training pass.
-        with torch.no_grad():
-            again = policy.score(prompts, answers, owners, roll.temperature, values=True)
-        assert again.values is not None
-        logprobs, values = again.logprobs, again.values
-        drawn.hidden = again.hidden
-    kl = _divergence(policy, cfg, drawn, logprobs, prompts, answers, owners)
-    return Rollout(
+    rollout = Rollout(
         prompts,
         answers,
         owners,
@@ -196,36 +206,149 @@ def collect_answers(
         responses,
         predictions,
         drawn.mask,
-        logprobs,
-        values,
-        kl,
+        drawn.logprobs,
+        drawn.values,
+        None,
+        None,
         torch.tensor(scores, device=policy.device),
         sum(fit.cut for fit in fitted),
         sum(fit.dropped for fit in fitted),
     )
+    if reuse is None and roll.reuse_logprobs != "auto":
+        reuse = roll.reuse_logprobs == "always"
+    if not reuse:
+        with profiling.phase("score"):
+            _rescore(policy, rollout, drawn, roll.temperature, critic, compare=reuse is None)
+    if kl is not None:
+        with profiling.phase("reference"):
+            _diverge(policy, rollout, drawn, roll.temperature, reference, kl)
+    return rollout
 
 
 @torch.no_grad()
-def _divergence(
+def _rescore(
     policy: Policy,
-    cfg: Config,
+    rollout: Rollout,
     drawn: Generation,
-    logprobs: Tensor,
-    prompts: list[list[int]],
-    answers: list[list[int]],
-    owners: list[int],
-) -> Tensor:
-    """KL to the reference per token (B, R), in the estimator of the config."""
-    temperature = cfg.rollout.temperature
+    temperature: float,
+    critic: bool,
+    compare: bool,
+) -> None:
+    """Old log-probs (and values, and states) of a training pass in place of the decode pass's; with
+    `compare` only where the two are further apart than `EXACT`."""
+    index = range(rollout.size)
+    again = score_rows(policy, rollout, index, temperature, values=critic)
+    rollout.gap = float((again.logprobs - rollout.logprobs)[rollout.mask].abs().max())
+    rollout.reused = compare and rollout.gap <= EXACT
+    if not rollout.reused:
+        rollout.logprobs, rollout.values = again.logprobs, again.values
+        drawn.hidden = again.hidden
+
+
+@torch.no_grad()
+def _diverge(
+    policy: Policy,
+    rollout: Rollout,
+    drawn: Generation,
+    temperature: float,
+    cache: ReferenceCache | None,
+    kl: Divergence,
+) -> None:
+    """The reference's log-probs of the answers, and the KL per token (B, R) to it."""
+    if kl != "exact":
+        if cache is None:
+            cache = ReferenceCache()
+        rollout.ref_logprobs = cache.logprobs(
+            policy, rollout.prompts, rollout.answers, rollout.owners, temperature
+        )
+        rollout.kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, kl)
+        return
     with lora_disabled(policy.model):
-        reference = policy.score(prompts, answers, owners, temperature)
-    if cfg.ppo.kl_estimator != "exact":
-        estimator = cast(Literal["k1", "k2", "k3"], cfg.ppo.kl_estimator)
-        return kl_penalty(logprobs, reference.logprobs, estimator)
+        then = score_rows(policy, rollout, range(rollout.size), temperature)
+    rollout.ref_logprobs = then.logprobs
     assert drawn.hidden is not None
-    chunks = zip(drawn.hidden.split(128), reference.hidden.split(128), strict=True)
+    chunks = zip(drawn.hidden.split(128), then.hidden.split(128), strict=True)
     exact = [
         exact_kl(policy.logits(now) / temperature, policy.logits(then) / temperature)
         for now, then in chunks
     ]
-    return unflatten(torch.cat(exact), drawn.mask)
+    rollout.kl = unflatten(torch.cat(exact), rollout.mask)
+
+
+def score_rows(
+    policy: Policy,
+    rollout: Rollout,
+    index: Sequence[int],
+    temperature: float,
+    values: bool = False,
+    entropy_grad: bool = False,
+) -> Scored:
+    """`policy.score` of some answers; where one prompt has the same answer twice it is run once."""
+    prompts, answers, owners = rollout.rows(index)
+    place: dict[tuple[int, tuple[int, ...]], int] = {}
+    keys = [(owner, tuple(answer)) for owner, answer in zip(owners, answers, strict=True)]
+    rows = [place.setdefault(key, len(place)) for key in keys]
+    if len(place) == len(rows):
+        return policy.score(prompts, answers, owners, temperature, values, entropy_grad)
+    scored = policy.score(
+        prompts,
+        [list(answer) for _, answer in place],
+        [owner for owner, _ in place],
+        temperature,
+        values,
+        entropy_grad,
+    )
+    taken = torch.tensor(rows, device=scored.mask.device)
+    mask = scored.mask[taken]
+    states = unflatten(torch.arange(len(scored.hidden), device=mask.device), scored.mask)
+    return Scored(
+        mask,
+        scored.logprobs[taken],
+        scored.entropy[taken],
+        None if scored.values is None else scored.values[taken],
+        scored.hidden[states[taken][mask]],
+    )
+
+
+def tell_reuse(rollout: Rollout) -> str | None:
+    """What the comparison of the two passes found, for the user; None where there was none."""
+    if rollout.gap is None:
+        return None
+    done = "are taken from the decode pass" if rollout.reused else "are recomputed every step"
+    return f"old log-probs {done} (largest distance from a training pass: {rollout.gap:.1e})"
+
+
+def metrics_of(rollout: Rollout, specs: Mapping[str, TaskSpec]) -> Metrics:
+    """What the answers earned and what they look like."""
+    right = [
+        guess == specs[row.task].written(row.label or "")
+        for guess, row in zip(rollout.predictions, rollout.examples, strict=True)
+    ]
+    metrics = {
+        "reward/mean": float(rollout.scores.mean()),
+        "reward/std": float(rollout.scores.std(correction=0)),
+        "answer/accuracy": sum(right) / rollout.size,
+        "answer/unparsed": sum(p is None for p in rollout.predictions) / rollout.size,
+        "answer/tokens": float(rollout.mask.sum()) / rollout.size,
+        "answer/truncated_prompts": float(rollout.truncated),
+        "answer/dropped_shots": float(rollout.dropped),
+    }
+    if rollout.kl is not None:
+        metrics["kl/ref"] = float(rollout.kl.masked_fill(~rollout.mask, 0.0).sum(1).mean())
+    return metrics | (by_task(rollout) if len(specs) > 1 else {})
+
+
+def by_task(rollout: Rollout) -> Metrics:
+    """The mean reward of each task in the batch, as it was earned."""
+    earned: dict[str, list[float]] = {}
+    for row, score in zip(rollout.examples, rollout.scores.tolist(), strict=True):
+        earned.setdefault(row.task, []).append(score)
+    return {f"reward/{task}/mean": sum(e) / len(e) for task, e in sorted(earned.items())}
+
+
+def normalised(scale: rewards.RunningScale, rollout: Rollout) -> Tensor:
+    """The scores (B,), each task's put on one scale, which they are counted in first."""
+    pairs = list(zip(rollout.examples, rollout.scores.tolist(), strict=True))
+    for row, score in pairs:
+        scale.update(row.task, score)
+    return rollout.scores.new_tensor([scale.apply(row.task, score) for row, score in pairs])

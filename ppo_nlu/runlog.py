@@ -215,12 +215,13 @@ class Progress:
             facts = [f"step {self.step}/{self.total}", *self._facts(reward, kl), self._left()]
             self._print(", ".join(facts))
 
-    def write(self, text: str) -> None:
+    def write(self, text: str, stream: TextIO | None = None) -> None:
         """Print a line of the program's own without breaking the bar; also when disabled."""
+        stream = self.stream if stream is None else stream
         if self._bar is not None:
-            self._bar.write(text, file=self.stream)
+            self._bar.write(text, file=stream)
         else:
-            self._print(text)
+            print(text, file=stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from ppo_nlu import demonstrations, losses, prefix_tree
+from ppo_nlu import demonstrations, losses, prefix_tree, profiling
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.lora import lora_parameters
 from ppo_nlu.model import Policy
 from ppo_nlu.optim import clip_gradients
-from ppo_nlu.ppo import BadStep, Metrics, chunks
 from ppo_nlu.prompts import gold_answer
 from ppo_nlu.rollout import fit_prompt, longest_prompt
 from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.updates import BadStep, Budget, Metrics, accumulate
+
+
+@dataclass
+class Batch:
+    """Token ids to read and to learn; answer j belongs to prompt j."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    owners: list[int]
 
 
 def update(
@@ -29,39 +39,45 @@ def update(
     optimizer: Optimizer,
     cfg: Config,
     examples: Sequence[Example],
+    budget: Budget | None = None,
 ) -> Metrics:
     """One optimizer step on these rows; raises BadStep where loss or gradient is not finite.
 
     The loss is summed over micro-batches and divided by the count of all trained tokens, so the
     size of the micro-batches changes nothing but memory.
     """
-    rows, cut, dropped = [], 0, 0
+    batch, cut, dropped = Batch([], [], list(range(len(examples)))), 0, 0
     for example in examples:
         prompt, answer, fit = targets(policy, specs[example.task], cfg, example)
-        rows.append((prompt, answer))
+        batch.prompts.append(prompt)
+        batch.answers.append(answer)
         cut, dropped = cut + fit[0], dropped + fit[1]
-    count = float(sum(len(answer) for _, answer in rows))
-    total = logprob = 0.0
-    for index in chunks(range(len(rows)), cfg.sft.micro_batch_size or len(rows)):
-        prompts, answers = [rows[i][0] for i in index], [rows[i][1] for i in index]
-        scored = policy.score(prompts, answers)
+    count = float(sum(map(len, batch.answers)))
+
+    def part(micro: list[int]) -> Metrics:
+        scored = policy.score([batch.prompts[i] for i in micro], [batch.answers[i] for i in micro])
         loss = losses.sft_loss(scored.logprobs, scored.mask, denominator=count)
         loss.backward()
-        total += float(loss.detach())
-        logprob += float(scored.logprobs.detach().sum())
-    norm = float(clip_gradients(lora_parameters(policy.model), cfg.optim.max_grad_norm))
+        return {"loss": float(loss.detach()), "logprob": float(scored.logprobs.detach().sum())}
+
+    parameters = lora_parameters(policy.model)
+    budget = budget or Budget(cfg.sft.micro_batch_size, cfg.train.micro_batch_tokens)
+    with profiling.phase("update"):
+        totals = accumulate(parameters, batch, batch.owners, budget, part, policy.tree)
+        norm = float(clip_gradients(parameters, cfg.optim.max_grad_norm))
     metrics = {
-        "loss": total,
-        "answer/likelihood": math.exp(logprob / len(rows)),
-        "answer/tokens": count / len(rows),
+        "loss": totals["loss"],
+        "answer/likelihood": math.exp(totals["logprob"] / len(examples)),
+        "answer/tokens": count / len(examples),
         "answer/truncated_prompts": float(cut),
         "answer/dropped_shots": float(dropped),
         "optim/grad_norm": norm,
     }
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        raise BadStep(range(len(rows)), metrics)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
+        raise BadStep(range(len(examples)), metrics)
+    with profiling.phase("update"):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return metrics
 
 

@@ -1,7 +1,7 @@
 """Training: `python -m ppo_nlu.train CONFIG [section.key=value ...] [--resume|--output RUN_DIR]`.
 
-Teaches a model a task, or several, from labels: by PPO, by supervised fine-tuning, or as an encoder
-with a head. Says at the end what that gained: the untuned base and the tuned model on the
+Teaches a model a task, or several, from labels: by PPO or GRPO, by supervised fine-tuning, or as an
+encoder with a head. Says at the end what that gained: the untuned base and the tuned model on the
 evaluation split under three ways of decoding.
 """
 
@@ -11,17 +11,31 @@ import hashlib
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
-from ppo_nlu import checkpoint, cli, data, evaluate, mixture, optim, ppo, rewards, runlog
+from ppo_nlu import (
+    checkpoint,
+    cli,
+    data,
+    evaluate,
+    memory,
+    mixture,
+    optim,
+    profiling,
+    rewards,
+    runlog,
+    updates,
+)
 from ppo_nlu.config import Config, diff, dump, load_config, to_dict
 from ppo_nlu.errors import UserError
-from ppo_nlu.learners import LEARNERS, Learner
-from ppo_nlu.model import Policy
+from ppo_nlu.learners import LEARNERS, Learner, OnPolicy
+from ppo_nlu.model import DTYPES, Policy
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 
@@ -38,6 +52,8 @@ MAY_CHANGE = (
     "custom.dev",
     "custom.test",
 )
+BY_REWARD = ("ppo", "grpo")  # the methods that learn from what their answers earn
+PLANNED_BY = 16  # rows of the first step by which the memory plan judges the prompts
 
 
 @dataclass
@@ -74,20 +90,22 @@ def train(run: Run, stop: checkpoint.StopRequest) -> None:
             run.pending = None
         while run.step < cfg.train.steps and not stop:
             started = time.perf_counter()
-            # 1. sample rows
-            examples = mixture.batch(
-                run.train_rows, cfg.mixture, learner.batch_size, run.step, cfg.seed
-            )
-            # 2. learn from them: answers, rewards and updates for PPO
-            factor = optim.learning_rate(cfg.optim, run.step, cfg.train.steps)
-            optim.set_lr(run.optimizer, factor)
-            metrics = {"optim/lr": cfg.optim.lr * factor} | _learn(run, examples, progress)
+            with profiling.step():
+                # 1. sample rows
+                examples = mixture.batch(
+                    run.train_rows, cfg.mixture, learner.batch_size, run.step, cfg.seed
+                )
+                # 2. learn from them: answers, rewards and updates for PPO
+                factor = optim.learning_rate(cfg.optim, run.step, cfg.train.steps)
+                optim.set_lr(run.optimizer, factor)
+                metrics = {"optim/lr": cfg.optim.lr * factor} | _learn(run, examples, progress)
             run.step += 1
             samples = len(examples) * learner.samples
             metrics |= _count(run, samples, time.perf_counter() - started)
             # 3. evaluate and log
             if _evaluated(run, metrics, stop):
-                log.log(run.step, metrics)
+                with profiling.phase("io"):
+                    log.log(run.step, metrics)
             else:
                 run.pending = metrics
             progress.update(samples, metrics.get("reward/mean"), metrics.get("kl/ref"))
@@ -104,7 +122,7 @@ def _learn(run: Run, examples: list[Example], progress: runlog.Progress) -> dict
     learner = run.learner
     try:
         metrics = learner.step(run.optimizer, examples, run.step)
-    except ppo.BadStep as bad:
+    except updates.BadStep as bad:
         run.optimizer.zero_grad(set_to_none=True)
         run.bad_in_a_row += 1
         run.totals["bad_steps"] += 1
@@ -119,13 +137,14 @@ def _learn(run: Run, examples: list[Example], progress: runlog.Progress) -> dict
             save(run)
             raise UserError(
                 f"optim.lr: {run.bad_in_a_row} steps in a row had a loss or gradient that is not "
-                f"finite (batches in {dumped.parent}); try a lower optim.lr, a higher ppo.kl_coef "
+                f"finite (batches in {dumped.parent}); try a lower optim.lr, a higher kl_coef "
                 "or model.dtype=float32"
             ) from None
         return learner.seen | {"optim/bad_step": 1.0}
     run.bad_in_a_row = 0
     if learner.remark:
-        progress.write(learner.remark)
+        for line in learner.remark.splitlines():
+            progress.write(line, None if line.startswith("warning") else sys.stdout)
         learner.remark = None
     return metrics
 
@@ -149,38 +168,41 @@ def _evaluated(run: Run, metrics: dict[str, Any], stop: checkpoint.StopRequest) 
     scores = []
     for name, spec in run.specs.items():
         rows = run.held[name].examples
-        found = evaluate.evaluate_all(
-            run.learner.model, spec, run.cfg, rows, ("greedy",), stop=lambda: bool(stop)
-        )["greedy"]
+        with profiling.phase("evaluation"):
+            found = evaluate.evaluate_all(
+                run.learner.model, spec, run.cfg, rows, ("greedy",), stop=lambda: bool(stop)
+            )["greedy"]
         if len(found) < len(rows):
             return False
         report = evaluate.report(spec, found)
         metrics |= {f"eval/{name}/{metric}": value for metric, value in report["metrics"].items()}
         scores.append(report["score"])
     mean = sum(scores) / len(scores)
-    checkpoint.save_best(run.folder, run.step, mean, run.learner.weights(), {"step": run.step})
+    with profiling.phase("io"):
+        checkpoint.save_best(run.folder, run.step, mean, run.learner.weights(), {"step": run.step})
     return True
 
 
 def save(run: Run) -> None:
     """Everything that a resumed run needs to go on to the last bit."""
-    tensors, state = checkpoint.flatten_optimizer(run.optimizer)
-    checkpoint.save(
-        run.folder,
-        run.step,
-        run.learner.weights() | {"optimizer": tensors},
-        {
-            "step": run.step,
-            "learner": run.learner.state(),
-            "bad_in_a_row": run.bad_in_a_row,
-            "totals": run.totals | {"wall_s": time.perf_counter() - run.started},
-            "rows": fingerprint(run),
-            "pending": run.pending,
-            "optimizer": state,
-        },
-    )
-    run.saved = run.step
-    checkpoint.prune(run.folder, run.cfg.train.keep_checkpoints)
+    with profiling.phase("io"):
+        tensors, state = checkpoint.flatten_optimizer(run.optimizer)
+        checkpoint.save(
+            run.folder,
+            run.step,
+            run.learner.weights() | {"optimizer": tensors},
+            {
+                "step": run.step,
+                "learner": run.learner.state(),
+                "bad_in_a_row": run.bad_in_a_row,
+                "totals": run.totals | {"wall_s": time.perf_counter() - run.started},
+                "rows": fingerprint(run),
+                "pending": run.pending,
+                "optimizer": state,
+            },
+        )
+        run.saved = run.step
+        checkpoint.prune(run.folder, run.cfg.train.keep_checkpoints)
 
 
 def fingerprint(run: Run) -> str:
@@ -227,7 +249,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
             f"data: {rows[name].note}; {len(rows[name].examples):,} to train on, "
             f"{len(held[name].examples):,} to evaluate"
         )
-        if spec.reward not in REWARD_KINDS and cfg.method == "ppo":
+        if spec.reward not in REWARD_KINDS and cfg.method in BY_REWARD:
             rewards.load(spec.reward)
     learner = LEARNERS[cfg.method](cfg, specs)
     for spec in specs.values():
@@ -237,19 +259,34 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
         tree = ", prefix tree" if learner.model.tree else ", plain path (one padded row a prompt)"
     print(f"model: {cfg.model.name_or_path} on {learner.model.device}{tree}")
     optimizer = optim.build_optimizer(cfg.optim, *learner.parameters())
+    train_rows = {name: found.examples for name, found in rows.items()}
+    plan_memory(learner, mixture.batch(train_rows, cfg.mixture, PLANNED_BY, 0, cfg.seed))
     if folder is None:
         folder = checkpoint.claim(output or checkpoint.new_run_dir(), dump(cfg))
     print(f"run folder: {folder}", flush=True)
     source = "+".join(dict.fromkeys(found.source for found in rows.values()))
-    train_rows = {name: found.examples for name, found in rows.items()}
     return Run(cfg, specs, folder, learner, optimizer, train_rows, held, source)
+
+
+def plan_memory(learner: Learner, examples: list[Example]) -> None:
+    """Say what the run will need, judged by these rows; on a GPU the learner keeps to the plan."""
+    policy = learner.model
+    if not isinstance(policy, Policy):
+        return
+    prompts = memory.prompts_of(policy, learner.specs, learner.cfg, examples)
+    trained = [parameter for group in learner.parameters() for parameter in group]
+    plan = memory.plan(policy, learner.cfg, trained, prompts)
+    print("\n".join(plan.lines()))
+    if isinstance(learner, OnPolicy):
+        learner.budget.tokens = plan.micro_batch_tokens
 
 
 def finish(run: Run, stop: checkpoint.StopRequest) -> bool:
     """Write the adapter, evaluate base and tuned model, draw the curves, print the table; False
     where a stop came before the evaluation was over."""
     cfg, folder, learner = run.cfg, run.folder, run.learner
-    learner.save(folder)
+    with profiling.phase("io"):
+        learner.save(folder)
 
     def measure(title: str) -> dict[str, dict[str, list[evaluate.Answer]]]:
         return {
@@ -260,11 +297,12 @@ def finish(run: Run, stop: checkpoint.StopRequest) -> bool:
             for name, spec in run.specs.items()
         }  # fmt: skip
 
-    after = measure("tuned")
+    with profiling.phase("evaluation"):
+        after = measure("tuned")
     before: dict[str, dict[str, list[evaluate.Answer]]] = {}
     untrained = learner.base() if cfg.eval.before else None
     if untrained is not None and not stop:
-        with untrained:
+        with untrained, profiling.phase("evaluation"):
             before = measure("base")
     if stop:
         return False
@@ -279,10 +317,11 @@ def finish(run: Run, stop: checkpoint.StopRequest) -> bool:
         for found in after.values()
     ]
     flat = [answer for found in answers for answer in found]
-    evaluate.write_predictions(folder / "predictions.jsonl", flat, named=len(answers) > 1)
+    with profiling.phase("io"):
+        evaluate.write_predictions(folder / "predictions.jsonl", flat, named=len(answers) > 1)
     summary = evaluate.summarise(cfg, measured) | {
         "data": run.source,
-        "reward_before": mean_reward(run, before) if before and cfg.method == "ppo" else None,
+        "reward_before": mean_reward(run, before) if before and cfg.method in BY_REWARD else None,
         "train_samples": int(run.totals["samples"]),
         "train_labels": int(run.totals["samples"]) // learner.samples,
         "train_steps": run.step,
@@ -341,7 +380,7 @@ def show(run: Run, summary: dict[str, Any]) -> None:
         title = f"{method} on {', '.join(names)}, seed {run.cfg.seed}"
         drawn = runlog.draw_curves(run.folder, title, before=start)
         hint = "not drawn, since matplotlib is missing: pip install -e '.[plot]'"
-        print(f"{'reward curve' if run.cfg.method == 'ppo' else 'curves'}: {drawn or hint}")
+        print(f"{'reward curve' if run.cfg.method in BY_REWARD else 'curves'}: {drawn or hint}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -353,6 +392,11 @@ def main(argv: list[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
     where.add_argument("--output", type=Path, metavar="RUN_DIR", help="default: a new one in runs/")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="measure where the time goes: profile.json, trace.json",
+    )
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.config, args.overrides)
     if args.resume:
@@ -365,8 +409,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.resume:
             restore(run)
             print(f"resumed after step {run.step} of {cfg.train.steps}")
-        train(run, stop)
-        if not stop and finish(run, stop):
+        with profiled(run) if args.profile else nullcontext():
+            train(run, stop)
+            done = not stop and finish(run, stop)
+        if done:
             return 0
     if stop:
         print(
@@ -375,6 +421,27 @@ def main(argv: list[str] | None = None) -> int:
         folder = shlex.quote(str(run.folder))
         print(f"  python -m ppo_nlu.train {folder}/config.yaml --resume {folder}")
     return stop.exit_code
+
+
+@contextmanager
+def profiled(run: Run) -> Iterator[None]:
+    """A region whose times go to profile.json and, with a trace of two steps, to trace.json."""
+    policy = run.learner.model
+    profile = profiling.Profile(
+        run.cfg.train.steps - run.step,
+        policy.device,
+        DTYPES[run.cfg.model.dtype],
+        profiling.weights_of(policy) if isinstance(policy, Policy) else None,
+        run.folder / "trace.json",
+    )
+    try:
+        with profile:
+            yield
+    finally:
+        report = profile.report()
+        checkpoint.atomic_write_json(run.folder / "profile.json", report)
+        trace = " and trace.json" if report["traced_steps"] else ""
+        print(f"\n{profiling.table(report)}\nprofile: {run.folder}/profile.json{trace}")
 
 
 def check_same(cfg: Config, folder: Path) -> None:

@@ -22,7 +22,8 @@ ROOMS = {
     "kernels": "kernels",
     "model": "ops torch_lora torch_logprobs lora model prefix_tree tree_attention generate",
     "runtime": "checkpoint optim runlog distributed cli",
-    "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners reward_model",
+    "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
+    "reward_model",
     "programs": "__main__ data_program train evaluate predict export pretrain teach_form submit "
     "reproduce grid results report report_tables report_plots document",
 }

@@ -131,6 +131,9 @@ FILE_ERRORS = [
     ("lora: {targets: []}\nseed: 1", 2, "lora.targets", ["is empty"]),
     ("ppo: {preset: legacy, max_ratio: 1}", 2, "ppo.max_ratio", ["more than 1, or 0 for off"]),
     ("seed: 1\nppo: {max_ratio: 0.5}", 3, "ppo.max_ratio", ["more than 1, or 0 for off"]),
+    ("method: grpo\nrollout: {samples_per_prompt: 1}", 3, "rollout.samples_per_prompt", ["2 or"]),
+    ("grpo: {max_ratio: 1}", 2, "grpo.max_ratio", ["more than 1, or 0 for off"]),
+    ("grpo: {advantage: loo}", 2, "grpo.advantage", ["group or rloo"]),
     ("model: {device: gpu}", 2, "model.device", ["'gpu' is not a device", "cuda"]),
 ]
 

@@ -16,7 +16,19 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from ppo_nlu import checkpoint, cli, data, evaluate, ppo, predict, sft, teach_form, train
+from ppo_nlu import (
+    checkpoint,
+    cli,
+    data,
+    evaluate,
+    export,
+    grpo,
+    ppo,
+    predict,
+    sft,
+    teach_form,
+    train,
+)
 from ppo_nlu.config import PromptConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.learners import check_form
@@ -91,6 +103,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ("task: sst2\nmethod: sft\n", sft, "update"),
         ("tasks: [sst2, cola]\nmethod: sft\nmixture: {mixing: equal}\n", sft, "update"),
         ("tasks: [sst2, cola]\nreward: {normalise: true}\n", ppo, "update"),
+        ("task: sst2\nmethod: grpo\ngrpo: {kl_coef: 0.1, drop_even: false}\n", grpo, "update"),
+        ("tasks: [sst2, cola]\nmethod: grpo\nreward: {normalise: true}\n", grpo, "update"),
         ("task: cola\nmethod: encoder\n", train.mixture, "batch"),
     ],
 )
@@ -171,6 +185,22 @@ def test_sft_counts_its_labels_and_leaves_an_adapter_for_ppo(folder: Path) -> No
     assert cli.run(evaluate.main, ["ppo", "--output", "again"]) == 0
     again = read(folder / "again" / "summary.json")["after"]
     assert again == read(folder / "ppo" / "summary.json")["after"]
+
+
+def test_grpo_is_evaluated_and_exported_like_any_other_run(folder: Path) -> None:
+    """8 answers a prompt, no critic: none is saved, none is asked for."""
+    config = write(folder, "task: sst2\nmethod: grpo\n")
+    assert run(config, "--output", "run") == 0
+    summary = read(folder / "run" / "summary.json")
+    assert summary["method"] == "grpo" and summary["train_labels"] == 4 * 8
+    assert summary["train_samples"] == 4 * 8 * 8
+    log = lines(folder / "run" / "metrics.jsonl")
+    assert all(0 <= row["grpo/even_groups"] <= 8 and "kl/ref" not in row for row in log)
+    assert not (folder / "run" / "adapter" / "value_head.safetensors").exists()
+    assert cli.run(evaluate.main, ["run", "--output", "again", "--decode", "greedy"]) == 0
+    again = read(folder / "again" / "summary.json")
+    assert again["after"]["greedy"] == summary["after"]["greedy"]
+    assert cli.run(export.main, ["run", "--output", "exported"]) == 0
 
 
 def test_an_encoder_is_evaluated_and_answers_like_any_other_run(folder: Path) -> None:

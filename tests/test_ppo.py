@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from ppo_nlu import lora, ppo
+from ppo_nlu import lora, ppo, updates
 from ppo_nlu.config import Config, LoraConfig, PPOConfig, RewardConfig, RolloutConfig, load_config
 from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.errors import UserError
@@ -100,7 +100,7 @@ def test_first_ratio_is_one(kind: str, temperature: float) -> None:
     assert gradients(policy, cfg, batch)[1]["policy/ratio_gap"] < 1e-4
     metrics = ppo.update(policy, sgd(policy), cfg, batch, 0)
     assert metrics["policy/first_ratio_gap"] < 1e-4
-    assert ppo.check_first_ratio(metrics["policy/first_ratio_gap"], True) is None
+    assert updates.check_first_ratio(metrics["policy/first_ratio_gap"], True) is None
     assert metrics["policy/ratio_gap"] > metrics["policy/first_ratio_gap"], "then it moves"
 
 
@@ -119,16 +119,16 @@ def test_a_first_ratio_away_from_one_is_seen() -> None:
     batch.rollout.logprobs[3, 0] -= 0.01
     gap = ppo.update(policy, sgd(policy), cfg, batch, 0)["policy/first_ratio_gap"]
     assert gap == pytest.approx(math.exp(0.01) - 1, abs=1e-4)
-    with pytest.raises(UserError, match="the first PPO ratio is 1.0e-02 away from 1"):
-        ppo.check_first_ratio(gap, exact=True)
+    with pytest.raises(UserError, match="the first ratio is 1.0e-02 away from 1"):
+        updates.check_first_ratio(gap, exact=True)
 
 
 def test_check_first_ratio_bounds() -> None:
-    assert ppo.check_first_ratio(9e-5, exact=True) is None
-    assert "warning" in str(ppo.check_first_ratio(2e-4, exact=True))
+    assert updates.check_first_ratio(9e-5, exact=True) is None
+    assert "warning" in str(updates.check_first_ratio(2e-4, exact=True))
     with pytest.raises(UserError):
-        ppo.check_first_ratio(1.1e-3, exact=True)
-    assert "low precision: 3.0e-02" in str(ppo.check_first_ratio(3e-2, exact=False))
+        updates.check_first_ratio(1.1e-3, exact=True)
+    assert "low precision: 3.0e-02" in str(updates.check_first_ratio(3e-2, exact=False))
 
 
 # ---- minibatches and micro-batches ----------------------------------------------------------
@@ -180,9 +180,9 @@ def test_every_answer_once_an_epoch_in_a_fresh_order(monkeypatch: pytest.MonkeyP
     seen: list[list[int]] = []
     plain = ppo.backward
 
-    def spy(policy, cfg, batch, index):
+    def spy(policy, cfg, batch, index, budget):
         seen.append(list(index))
-        return plain(policy, cfg, batch, index)
+        return plain(policy, cfg, batch, index, budget)
 
     monkeypatch.setattr(ppo, "backward", spy)
     batch = collect(policy, cfg)
@@ -345,7 +345,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(what: str) -> None:
     batch, before = forced(policy, cfg), snapshot(policy)
     getattr(batch, what)[2, 1] = math.nan
     optimizer = build_optimizer(cfg.optim, trainable(policy))
-    with pytest.raises(ppo.BadStep) as raised:
+    with pytest.raises(updates.BadStep) as raised:
         ppo.update(policy, optimizer, cfg, batch, 0)
     assert sorted(raised.value.index) == list(range(8)) and "loss" in raised.value.metrics
     assert moved(policy, before) == 0 and not optimizer.state
@@ -357,7 +357,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     batch, before = forced(policy, cfg), snapshot(policy)
     parameter = trainable(policy)[0]
     hook = parameter.register_hook(lambda grad: grad * math.inf)
-    with pytest.raises(ppo.BadStep):
+    with pytest.raises(updates.BadStep):
         ppo.update(policy, sgd(policy), cfg, batch, 0)
     hook.remove()
     assert moved(policy, before) == 0

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch import Tensor
 
+from ppo_nlu import rollout as rollout_module
 from ppo_nlu.config import Config, DataConfig, PPOConfig, RewardConfig, RolloutConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.lora import lora_disabled
+from ppo_nlu.lora import lora_disabled, lora_parameters
 from ppo_nlu.losses import kl_penalty
 from ppo_nlu.model import Policy
 from ppo_nlu.prompts import render
-from ppo_nlu.rollout import Rollout, collect_answers, fit_prompt, longest_prompt, seeded
+from ppo_nlu.rollout import (
+    Rollout,
+    collect_answers,
+    fit_prompt,
+    longest_prompt,
+    score_rows,
+    seeded,
+    tell_reuse,
+)
 from ppo_nlu.tasks import Example
 
 TWO_FIELDS = replace(tiny.SST2, name="pair", query="{short} # {long}", fields=("short", "long"))
@@ -26,7 +37,13 @@ def config(estimator: str = "k1", temperature: float = 1.0, **changes) -> Config
 
 
 def collected(policy: Policy, cfg: Config, step: int = 0) -> Rollout:
-    return collect_answers(policy, tiny.SPECS, cfg, tiny.examples(4), step)
+    kl: Any = cfg.ppo.kl_estimator
+    return collect_answers(policy, tiny.SPECS, cfg, tiny.examples(4), step, kl=kl)
+
+
+def there(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 # ---- prompts --------------------------------------------------------------------------------
@@ -122,7 +139,7 @@ def test_a_rollout_says_what_was_known_when_the_answers_were_given() -> None:
         again = policy.score(rollout.prompts, rollout.answers, rollout.owners, 0.8, values=True)
     assert again.values is not None
     tiny.close(rollout.logprobs, again.logprobs)
-    tiny.close(rollout.values, again.values)
+    tiny.close(there(rollout.values), again.values)
     same = collected(policy, cfg)
     assert rollout.answers == same.answers and torch.equal(rollout.logprobs, same.logprobs)
     assert rollout.answers != collected(policy, cfg, step=1).answers
@@ -165,21 +182,113 @@ def test_seeded_depends_on_every_part() -> None:
     assert len(set(draws)) == len(parts) and draws[0] == draws[-1]
 
 
+def test_equal_answers_to_one_prompt_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five of eight rows are distinct; results and gradients are those of all eight."""
+    policy = tiny.policy()
+    said = ["Positive </Judgement>", "bad </s>", "good film Positive", "bad </s>"] * 3
+    answers = [policy.tokenizer.convert_tokens_to_ids(text.split()) for text in said]
+    tiny.force(monkeypatch, policy, answers)
+    rollout = collected(policy, config())
+    index = [0, 2, 1, 3, 4, 5, 3, 0]  # prompts 0 0 0 1 1 1 1 0
+    whole = policy.score(*rollout.rows(index), 0.8, values=True, entropy_grad=True)
+    plain, run = policy.score, []
+
+    def spy(prompts, answers, *rest, **named):
+        run.append(len(answers))
+        return plain(prompts, answers, *rest, **named)
+
+    monkeypatch.setattr(policy, "score", spy)
+    found = score_rows(policy, rollout, index, 0.8, values=True, entropy_grad=True)
+    assert run == [5]
+    assert torch.equal(found.mask, whole.mask)
+    weight = torch.randn(whole.mask.shape, generator=seeded("weight"))
+    sums = []
+    for scored in (found, whole):
+        assert scored.values is not None
+        parts = scored.logprobs + 0.1 * scored.entropy + scored.values
+        sums.append(torch.autograd.grad((parts * weight).sum(), lora_parameters(policy.model)))
+    for name in ("logprobs", "entropy", "values", "hidden"):
+        tiny.close(getattr(found, name), getattr(whole, name))
+    for one, other in zip(*sums, strict=True):
+        tiny.close(one, other)
+
+
+# ---- old log-probs --------------------------------------------------------------------------
+
+
+def shifted(patch: pytest.MonkeyPatch, by: float) -> None:
+    """Makes the decode pass say log-probs that are `by` too low at one token."""
+    plain = rollout_module.generate
+
+    def generate(*arguments, **options):
+        drawn = plain(*arguments, **options)
+        drawn.logprobs[2, 0] -= by
+        return drawn
+
+    patch.setattr(rollout_module, "generate", generate)
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "by", "reused"),
+    [
+        ("auto", None, 0.0, True),
+        ("auto", None, 2e-4, False),
+        ("auto", True, 2e-4, True),  # settled before
+        ("auto", False, 0.0, False),
+        ("always", None, 2e-4, True),
+        ("never", None, 0.0, False),
+    ],
+)
+def test_old_logprobs_come_from_the_decode_pass_where_it_is_exact(
+    mode: str, given: bool | None, by: float, reused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, cfg = tiny.policy(), config()
+    cfg = replace(cfg, rollout=replace(cfg.rollout, reuse_logprobs=mode))
+    shifted(monkeypatch, by)
+    plain, passes = policy.score, []
+
+    def spy(*arguments, **options):
+        passes.append(1)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(policy, "score", spy)
+    rollout = collect_answers(policy, tiny.SPECS, cfg, tiny.examples(4), 0, reuse=given)
+    compared = mode == "auto" and given is None
+    assert len(passes) == (1 if compared or not reused else 0)
+    assert rollout.reused is reused and (rollout.gap is None) is (not passes)
+    with torch.no_grad():
+        right = plain(rollout.prompts, rollout.answers, rollout.owners, values=True)
+    gap = float((rollout.logprobs - right.logprobs).abs().max())
+    assert gap == pytest.approx(by if reused else 0, abs=2e-5)
+    tiny.close(there(rollout.values), there(right.values))
+    told = tell_reuse(rollout)
+    assert (told is None) is (rollout.gap is None)
+    if told:
+        assert ("from the decode pass" in told) is reused and f"{rollout.gap:.1e}" in told
+
+
+def test_nothing_is_asked_of_the_reference_without_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_module, "lora_disabled", lambda model: pytest.fail("asked"))
+    policy, cfg = tiny.policy(), config()
+    found = collect_answers(policy, tiny.SPECS, cfg, tiny.examples(4), 0, critic=False)
+    assert found.kl is None and found.ref_logprobs is None and found.values is None
+
+
 # ---- KL to the reference --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
 def test_kl_is_zero_before_any_update(estimator: str) -> None:
     rollout = collected(tiny.policy(shaken=False), config(estimator))
-    assert float(rollout.kl.abs().max()) < (1e-4 if estimator == "k1" else 1e-6)
+    assert float(there(rollout.kl).abs().max()) < (1e-4 if estimator == "k1" else 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mpt"])
 def test_exact_kl_equals_the_sum_over_the_vocabulary(kind: str) -> None:
     policy, temperature = tiny.policy(kind), 0.8
     rollout = collected(policy, config("exact", temperature))
-    assert bool((rollout.kl >= 0).all()) and float(rollout.kl.max()) > 1e-3
-    assert not rollout.kl[~rollout.mask].any()
+    assert bool((there(rollout.kl) >= 0).all()) and float(there(rollout.kl).max()) > 1e-3
+    assert not there(rollout.kl)[~rollout.mask].any()
     for j, answer in enumerate(rollout.answers):
         ids = torch.tensor([[*rollout.prompts[rollout.owners[j]], *answer[:-1]]])
         with torch.no_grad():
@@ -190,7 +299,7 @@ def test_exact_kl_equals_the_sum_over_the_vocabulary(kind: str) -> None:
             p = torch.softmax(now[t].double() / temperature, -1)
             q = torch.softmax(then[t].double() / temperature, -1)
             brute = sum(float(p[v] * (p[v] / q[v]).log()) for v in range(len(p)))
-            assert abs(float(rollout.kl[j, t]) - brute) < 1e-5
+            assert abs(float(there(rollout.kl)[j, t]) - brute) < 1e-5
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -199,8 +308,8 @@ def test_sampled_kl_is_against_lora_off_at_the_sampling_temperature(estimator: s
     rollout = collected(policy, config(estimator, 0.8))
     with torch.no_grad(), lora_disabled(policy.model):
         then = policy.score(rollout.prompts, rollout.answers, rollout.owners, 0.8).logprobs
-    tiny.close(rollout.kl, kl_penalty(rollout.logprobs, then, estimator))  # type: ignore[arg-type]
-    assert float(rollout.kl.abs().max()) > 1e-3
+    tiny.close(there(rollout.kl), kl_penalty(rollout.logprobs, then, estimator))  # type: ignore[arg-type]
+    assert float(there(rollout.kl).abs().max()) > 1e-3
 
 
 def test_in_low_precision_old_logprobs_are_those_of_the_training_pass() -> None:
@@ -211,5 +320,5 @@ def test_in_low_precision_old_logprobs_are_those_of_the_training_pass() -> None:
         again = policy.score(rollout.prompts, rollout.answers, rollout.owners, values=True)
     assert again.values is not None
     assert torch.equal(rollout.logprobs, again.logprobs)
-    assert torch.equal(rollout.values, again.values)
-    assert rollout.kl.dtype == rollout.values.dtype == torch.float32
+    assert torch.equal(there(rollout.values), again.values)
+    assert there(rollout.kl).dtype == there(rollout.values).dtype == torch.float32

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppo_nlu import checkpoint, cli, evaluate, lora, ppo, train
+from ppo_nlu import checkpoint, cli, evaluate, lora, memory, ppo, train
 from ppo_nlu.model import BUNDLED
 
 pytestmark = pytest.mark.skipif(
@@ -183,6 +183,83 @@ def test_a_run_leaves_what_it_promises(config: Path, tmp_path: Path, capsys) -> 
     assert (folder / "summary.json").is_file()
 
 
+def test_a_profile_tells_the_phases_and_changes_nothing(
+    config: Path, tmp_path: Path, capsys, whole: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert run(config, *QUICK, "--profile", "--output", folder) == 0
+    out = capsys.readouterr().out
+    report = json.loads((folder / "profile.json").read_text())
+    phases = report["phases"]
+    assert {"prefill", "decode", "update", "evaluation", "io", "other"} <= phases.keys()
+    assert report["steps"] == 4 and report["traced_steps"] == [3, 4]
+    assert sum(row["share"] for row in phases.values()) == pytest.approx(1)
+    assert all(row["seconds"] > 0 for row in phases.values())
+    # Two of four steps are timed. Each runs 8 prompts, up to three more tokens behind each, and the
+    # answers in two epochs.
+    assert phases["prefill"]["tokens_saved"] > phases["prefill"]["tokens_run"] > 0
+    assert phases["update"]["tokens_run"] > phases["prefill"]["tokens_run"]
+    assert 2 * 8 * 3 >= phases["decode"]["tokens_run"] > 0
+    assert all(0 < phases[name]["gemm_share"] < 1 for name in ("prefill", "decode", "update"))
+    table = out[out.index("phase ") :].splitlines()
+    assert table[-1] == f"profile: {folder}/profile.json and trace.json"
+    names = {
+        event.get("name")
+        for event in json.loads((folder / "trace.json").read_text())["traceEvents"]
+    }
+    assert {"prefill", "decode", "update", "aten::mm"} <= names
+    wanted, found = adapter(whole), adapter(folder)
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    assert steps(folder) == steps(whole)
+
+
+def test_the_memory_plan_comes_before_the_first_step(config: Path, tmp_path: Path, capsys) -> None:
+    assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
+    out, err = capsys.readouterr()
+    plan = out.index("memory plan: ")
+    assert out.index("model: ") < plan < out.index("run folder: ")
+    assert "weights 14 MiB" in out and "micro-batch: no limit of tokens" in out
+    # nor is any other word that is no warning on stderr
+    assert out.index("run folder: ") < out.index("old log-probs are taken") and err == ""
+
+
+def test_a_gpus_limit_reaches_the_learner(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan's number of tokens, while the run's own config stays as it was given."""
+    seen = []
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 40 * 2**20)
+    original = train._learn
+
+    def learn(at: train.Run, *rest: Any) -> dict[str, Any]:
+        seen.append(at.learner.budget.tokens)
+        return original(at, *rest)
+
+    monkeypatch.setattr(train, "_learn", learn)
+    assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
+    assert 100 < seen[0] < 40 * 2**20 / (20 * 2**10)  # at least 20 KiB a token and layer
+    assert "micro_batch_tokens: 0\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_the_first_step_comes_soon(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 2 s of processor time from the call of the program, with torch imported, to the end
+    of the first step of the bundled model."""
+    ends = []
+    original = train._learn
+
+    def learn(*arguments: Any) -> dict[str, Any]:
+        metrics = original(*arguments)
+        ends.append(time.process_time())
+        return metrics
+
+    monkeypatch.setattr(train, "_learn", learn)
+    began = time.process_time()
+    assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
+    assert ends[0] - began < 2
+
+
 def test_resume_after_kills_is_bit_exact(config: Path, tmp_path: Path, whole: Path) -> None:
     """One run, killed -9 at nine moments, each time resumed: to the last bit as if never killed."""
     folder, log = tmp_path / "killed", tmp_path / "log"
@@ -231,7 +308,7 @@ def test_a_signal_from_outside_saves_and_tells_how_to_go_on(
 
 STOPS: dict[str, Callable[[], tuple[Any, str, Callable[..., bool]]]] = {
     "in a rollout": lambda: (ppo, "collect", lambda *a: a[5] == 1),
-    "in an update": lambda: (ppo, "update", lambda *a: a[-1] == 1),
+    "in an update": lambda: (ppo, "update", lambda *a: a[4] == 1),
     "in a midway evaluation": lambda: (evaluate, "generate", lambda *a: True),
     "behind the checkpoint": lambda: (checkpoint, "prune", lambda *a: True),
     "in the evaluation at the end": lambda: (evaluate, "label_probabilities", lambda *a: True),

@@ -1,0 +1,179 @@
+"""The kept log-probs of the reference: right, asked for once, bounded, and the same on a resume."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from ppo_nlu import checkpoint, optim
+from ppo_nlu.config import (
+    Config,
+    GRPOConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    RolloutConfig,
+)
+from ppo_nlu.learners import LEARNERS, OnPolicy
+from ppo_nlu.lora import lora_disabled
+from ppo_nlu.model import Policy
+from ppo_nlu.reference_cache import ReferenceCache
+
+PROMPTS = [[5, 6, 7], [5, 6], [5, 6, 7, 8]]
+ANSWERS = [[3, 4], [3], [3, 4], [9, 9, 4], [3], [3, 4]]
+OWNERS = [0, 0, 0, 1, 1, 2]
+
+
+def spied(policy: Policy, patch: pytest.MonkeyPatch) -> list[int]:
+    """How many answers each pass runs, from now on."""
+    plain, run = policy.score, list[int]()
+
+    def score(prompts, answers, *rest, **named):
+        run.append(len(answers))
+        return plain(prompts, answers, *rest, **named)
+
+    patch.setattr(policy, "score", score)
+    return run
+
+
+def expected(policy: Policy, temperature: float = 1.0) -> Tensor:
+    with torch.no_grad(), lora_disabled(policy.model):
+        return policy.score(PROMPTS, ANSWERS, OWNERS, temperature).logprobs
+
+
+def test_only_what_is_new_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six rows five are distinct; the second time one row is new, the third time none is."""
+    policy, cache = tiny.policy(), ReferenceCache()
+    wanted = expected(policy, 0.8)
+    run = spied(policy, monkeypatch)
+    first = cache.logprobs(policy, PROMPTS, ANSWERS, OWNERS, 0.8)
+    tiny.close(first, wanted)
+    assert run == [5] and (cache.hits, cache.misses) == (1, 5)
+    tiny.shake(policy, 7)  # the policy moves, its reference does not
+    again = cache.logprobs(policy, PROMPTS, [*ANSWERS, [4]], [*OWNERS, 2], 0.8)
+    assert torch.equal(again[:6], first) and run == [5, 1]
+    with torch.no_grad(), lora_disabled(policy.model):
+        tiny.close(again[6:, :1], policy.score([PROMPTS[2]], [[4]], None, 0.8).logprobs)
+    run.clear()
+    back = cache.logprobs(policy, PROMPTS[::-1], [[3], [3, 4]], [1, 2], 0.8)
+    assert torch.equal(back, torch.stack([again[4, :2], again[0, :2]])) and not run
+    assert back[0, 1] == 0
+
+
+def test_prompt_and_answer_are_told_apart() -> None:
+    """[1, 2] + [3] is not [1] + [2, 3], and no answer is another's beginning."""
+    policy, cache = tiny.policy(), ReferenceCache()
+    pairs = [([1, 2], [3]), ([1], [2, 3]), ([1], [2]), ([1, 2, 3], [3]), ([1], [23])]
+    for prompt, answer in pairs:
+        cache.logprobs(policy, [prompt], [answer], [0], 1.0)
+    assert cache.hits == 0 and cache.misses == len(pairs) == len(cache.kept)
+
+
+def test_the_oldest_are_given_up() -> None:
+    policy, cache = tiny.policy(), ReferenceCache(limit=3)
+    for token in (3, 4, 5, 6):
+        cache.logprobs(policy, [[1, 2]], [[token]], [0], 1.0)
+    assert len(cache.kept) == 3
+    wanted = expected(policy)
+    tiny.close(cache.logprobs(policy, PROMPTS, ANSWERS, OWNERS, 1.0), wanted)  # more than it holds
+    assert len(cache.kept) == 3
+    cache.hits = 0
+    cache.logprobs(policy, PROMPTS, ANSWERS[3:], OWNERS[3:], 1.0)
+    assert cache.hits == 3, "the newest three are there"
+
+
+def test_the_state_comes_back_to_the_last_bit() -> None:
+    policy, cache = tiny.policy(), ReferenceCache(limit=5)
+    first = cache.logprobs(policy, PROMPTS, ANSWERS, OWNERS, 1.0)
+    other = ReferenceCache(limit=5)
+    other.set_state(json.loads(json.dumps(cache.state())))
+    assert list(other.kept.items()) == list(cache.kept.items()) and len(other.kept) == 5
+    assert torch.equal(other.logprobs(policy, PROMPTS, ANSWERS, OWNERS, 1.0), first)
+    assert other.misses == 0
+    other.set_state(ReferenceCache().state())
+    assert other.kept == {}
+
+
+# ---- in training ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tiny.causal_lm("llama", len(tiny.tokenizer(few=True)), scale=0.3).save_pretrained(tmp_path)
+    tiny.tokenizer(few=True).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def config(model: Path, method: str, **rollout: Any) -> Config:
+    return Config(
+        task="sst2",
+        method=method,
+        model=ModelConfig(name_or_path=str(model), device="cpu"),
+        lora=LoraConfig(r=4, alpha=8.0),
+        rollout=RolloutConfig(4, 4, 2, **rollout),
+        ppo=PPOConfig(minibatch_size=8, epochs=2, kl_coef=0.1),
+        grpo=GRPOConfig(kl_coef=0.1, drop_even=False),
+        optim=OptimConfig(name="adamw", lr=1e-2),
+    )
+
+
+def trained(cfg: Config, steps: int, cut: int | None = None, keep: bool = True) -> OnPolicy:
+    """A learner behind some steps on always the same rows; stopped and taken up again after `cut`,
+    as a checkpoint does it. `keep=False` forgets the reference's values there."""
+
+    def fresh() -> tuple[OnPolicy, torch.optim.Optimizer]:
+        learner = LEARNERS[cfg.method](cfg, tiny.SPECS)
+        assert isinstance(learner, OnPolicy)
+        return learner, optim.build_optimizer(cfg.optim, *learner.parameters())
+
+    learner, optimizer = fresh()
+    for step in range(steps):
+        if step == cut:
+            state = json.loads(json.dumps(learner.state()))
+            groups = {k: {n: t.clone() for n, t in g.items()} for k, g in learner.weights().items()}
+            tensors, rest = checkpoint.flatten_optimizer(optimizer)
+            learner, optimizer = fresh()
+            learner.restore(groups, "here")
+            learner.set_state(state)
+            checkpoint.restore_optimizer(optimizer, tensors, rest)
+            if not keep:
+                learner.reference = ReferenceCache()
+        learner.step(optimizer, tiny.examples(4), step)
+    return learner
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_run_goes_on_to_the_last_bit(model: Path, method: str) -> None:
+    cfg = config(model, method)
+    whole, cut = trained(cfg, 6), trained(cfg, 6, 3)
+    assert whole.reference is not None and cut.reference is not None
+    assert whole.reference.hits > 20 and whole.reference.misses > 20
+    assert list(whole.reference.kept.items()) == list(cut.reference.kept.items())
+    assert cut.reference.misses < whole.reference.misses, "what was seen is not asked again"
+    for group, tensors in whole.weights().items():
+        assert all(torch.equal(t, cut.weights()[group][n]) for n, t in tensors.items())
+    assert cut.reuse is whole.reuse is True
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_the_cache_changes_no_more_than_rounding(model: Path, method: str) -> None:
+    kept = trained(config(model, method), 2)
+    without = trained(config(model, method, reference_cache=False), 2)
+    assert without.reference is None and kept.reference is not None and kept.reference.hits
+    for group, tensors in kept.weights().items():
+        for name, tensor in tensors.items():
+            tiny.close(tensor, without.weights()[group][name], 1e-3)
+
+
+def test_exact_kl_is_measured_anew(model: Path) -> None:
+    cfg = config(model, "ppo")
+    learner = trained(replace(cfg, ppo=replace(cfg.ppo, kl_estimator="exact")), 2)
+    assert learner.reference is not None and not learner.reference.kept

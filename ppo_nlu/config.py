@@ -59,7 +59,6 @@ class ModelConfig:
     value_hidden: int = number(0, min=0)  # width of the MLP; 0 = the model's hidden size
     detach_value: bool = False  # true: the value loss does not reach the LoRA weights
     checkpointing: bool = False  # recompute blocks in the backward: less memory, more time
-    compile: bool = False  # torch.compile of the blocks
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ppo_nlu.model import Policy, unflatten
 from ppo_nlu.prefix_tree import PlainCache, Tokens
 from ppo_nlu.tree_attention import TreeCache
 
+BLOCK = 128  # tokens
 COMPACT = 0.75  # once no more than this share of the rows goes on, the others leave the batch
 
 
@@ -153,30 +154,48 @@ def _collect(
 
 def _choose(logits: Tensor, draw: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The next token of each row (B,) and its log-probability at the sampling temperature."""
-    logprobs = torch.log_softmax(logits / sampling.temperature, dim=-1)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    highest, best = logits.max(-1, keepdim=True)
+    weights = (logits - highest).exp_()
     if sampling.greedy:
-        token = logits.argmax(-1)
+        token = best.squeeze(1)
     else:
-        token = invert(_truncate(logprobs, sampling), draw)
-    return token, logprobs.gather(1, token[:, None]).squeeze(1)
+        token = invert(_truncate(weights, sampling), draw)
+    chosen = (logits.gather(1, token[:, None]) - highest).squeeze(1)
+    return token, chosen - weights.sum(-1).log()
 
 
 def invert(weights: Tensor, draw: Tensor) -> Tensor:
-    """Sampling by inverting the distribution function: (B, V) weights, (B,) draws in [0, 1)."""
-    total = weights.double().cumsum(-1)
-    token = torch.searchsorted(total, (draw * total[:, -1])[:, None], right=True).squeeze(1)
-    return token.clamp_(max=weights.shape[-1] - 1)
+    """Sampling by inverting the distribution function: (B, V) weights, (B,) draws in [0, 1).
+
+    In two steps, so that a vocabulary's running sum is not formed: the block of 128 tokens, then
+    the token in it.
+    """
+    rows, vocab = weights.shape
+    blocks = -(-vocab // BLOCK)
+    if blocks * BLOCK > vocab:
+        weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocab))
+    table = weights.view(rows, blocks, BLOCK)
+    sums = table.sum(-1, dtype=torch.float64).cumsum(-1)
+    aim = (draw * sums[:, -1])[:, None]
+    block = torch.searchsorted(sums, aim, right=True).clamp_(max=blocks - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    inner = table.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].double().cumsum(-1)
+    token = torch.searchsorted(inner, (aim - before).clamp_(min=0.0), right=True)
+    # Rounding may lead past the last token of the block that has any weight.
+    last = (inner < inner[:, -1:]).sum(-1, keepdim=True)
+    return (block * BLOCK + torch.minimum(token, last)).squeeze(1)
 
 
-def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities with all but the top k, and all but the smallest set of mass top_p, at zero."""
-    probs = logprobs.exp()
+def _truncate(weights: Tensor, sampling: Sampling) -> Tensor:
+    """Weights with all but the top k, and all but the smallest set of mass top_p, at zero."""
     if sampling.top_k:
-        kth = probs.topk(min(sampling.top_k, probs.shape[-1]), dim=-1).values[:, -1:]
-        probs = probs.masked_fill(probs < kth, 0.0)
+        kth = weights.topk(min(sampling.top_k, weights.shape[-1]), dim=-1).values[:, -1:]
+        weights = weights.masked_fill(weights < kth, 0.0)
     if sampling.top_p < 1.0:
-        ordered, index = probs.sort(dim=-1, descending=True)
+        ordered, index = weights.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered
         ordered = ordered.masked_fill(before >= sampling.top_p * ordered.sum(-1, keepdim=True), 0)
-        probs = torch.zeros_like(probs).scatter(1, index, ordered)
-    return probs
+        weights = torch.zeros_like(weights).scatter(1, index, ordered)
+    return weights

@@ -61,6 +61,7 @@ class Policy:
         self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
         self.device = next(model.parameters()).device
         self.decoder: nn.Module = model.base_model
+        tree_attention.trim(self.decoder)
         self.detach_value = cfg.detach_value
         self.tree = True
         self.last_pass = Cost(0, 0, 0)

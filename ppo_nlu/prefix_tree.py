@@ -137,6 +137,7 @@ def _packed(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[i
         for j, (a, o) in enumerate(zip(answers, owners, strict=True))
     ]
     table, mask = pad(positions)
+    wanted = torch.tensor(sorted({*ends, *(place for line in positions for place in line)}))
     return Tree(
         torch.tensor(row.ids),
         torch.tensor(row.places),
@@ -150,7 +151,7 @@ def _packed(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[i
             _triangles(length for _, length in row.runs)
             + sum(asked * length for _, asked, _, length in (*shared_links, *own_links)),
         ),
-        tree_attention.plan(row.runs, shared_links, own_links),
+        tree_attention.plan(row.runs, shared_links, own_links, wanted),
         None,
         heads,
         tails,

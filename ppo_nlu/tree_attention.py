@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +31,23 @@ FUSED_ON = "cpu"  # the device with a fused kernel that gives and takes the log-
 LOOSE = 0.7  # rows shorter than this share of the longest go to a batch of their own
 
 
+Index: TypeAlias = "Tensor | slice"
+
+
 @dataclass
 class Part:
-    """Queries and keys of one product, as indices of packed tokens (rows, length).
+    """Queries and keys of one product, as indices of packed tokens: (rows, length), or a slice.
 
     `bias` (rows, 1, 1, keys) is -inf on padded keys, None where there are none to be seen. Of the
     flattened queries `real` are no padding (None: all of them), and `tokens` are their tokens;
     `padded` (rows, 1, queries) marks the others.
     """
 
-    queries: Tensor
-    keys: Tensor
+    queries: Index
+    keys: Index
     causal: bool
     bias: Tensor | None
-    tokens: Tensor
+    tokens: Index
     real: Tensor | None
     padded: Tensor | None
 
@@ -55,6 +58,10 @@ class Part:
         keys: Sequence[tuple[int, int]] | None = None,
     ) -> Part:
         """Of spans (start, length) of queries and keys; without keys, each against itself."""
+        if len(queries) == 1:
+            (start, length), (first, count) = queries[0], (keys or queries)[0]
+            run = slice(start, start + length)
+            return cls(run, slice(first, first + count), keys is None, None, run, None, None)
         index, real = _table(queries)
         at, bias = index, None
         if keys is not None:
@@ -78,25 +85,30 @@ class Part:
 class Plan:
     """The parts of one pass: `own` covers every token once; `above` leads to the ancestors.
 
-    `keep` receives each layer's keys and values (N, heads, d) where it is a list.
+    `keep` receives each layer's keys and values (N, heads, d) where it is a list. The last block's
+    states are `wanted` at these tokens alone (None: at all of them).
     """
 
     own: list[Part]
     above: list[Part]
     keep: list[tuple[Tensor, Tensor]] | None = None
+    wanted: Tensor | None = None
+    size: int = 0  # N
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tensors on `device`."""
         own, above = [p.to(device) for p in self.own], [p.to(device) for p in self.above]
-        return Plan(own, above, self.keep)
+        wanted = None if self.wanted is None else self.wanted.to(device)
+        return Plan(own, above, self.keep, wanted, self.size)
 
 
 def plan(
     runs: Sequence[tuple[int, int]],
     shared: Sequence[tuple[int, int, int, int]],
     own: Sequence[tuple[int, int, int, int]],
+    wanted: Tensor | None = None,
 ) -> Plan:
-    """The plan of a packed row.
+    """The plan of a packed row; `wanted` as in `Plan`.
 
     Args:
         runs: (start, length) of each run of tokens, which together cover the row.
@@ -112,7 +124,7 @@ def plan(
     above = [
         Part.of([link[:2] for link in batch], [link[2:] for link in batch]) for batch in batches
     ]
-    return Plan(covered, above)
+    return Plan(covered, above, None, wanted, sum(length for _, length in runs))
 
 
 def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:
@@ -177,14 +189,55 @@ AttentionInterface.register(NAME, attention)
 
 
 @contextmanager
-def switched_on(config: Any) -> Iterator[None]:
-    """Inside, the model of this config attends by `attention`."""
-    before = config._attn_implementation
+def switched_on(config: Any, tree: Plan | TreeCache) -> Iterator[None]:
+    """Inside, the model of this config attends by `attention`, and `trim` knows what is wanted."""
+    before = config._attn_implementation, _asked[0]
     config._attn_implementation = NAME
+    _asked[0] = None
+    if isinstance(tree, Plan) and tree.wanted is not None:
+        _asked[0] = tree.wanted, tree.size
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation, _asked[0] = before
+
+
+_asked: list[tuple[Tensor, int] | None] = [None]  # the wanted tokens, and of how many
+# Modules of a block that work token by token, as the families of models name them. Keys and values
+# are not among them: those of every token are looked at.
+_TRIMMED = ("mlp", "q_proj", "o_proj", "dense", "attn.c_proj", "out_proj")
+
+
+def trim(decoder: nn.Module) -> list[str]:
+    """From now on the last block runs, of each packed tree, the wanted tokens alone where it can:
+    its queries, the projection behind the attention, and the MLP. The names of these modules.
+
+    The states of the other tokens come out wrong, and nobody asks for them.
+    """
+    block = _blocks(decoder)[-1]
+    names = [n for n, _ in block.named_modules() if n.endswith(_TRIMMED)]
+    outer = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    for module in map(block.get_submodule, outer):
+        if not getattr(module, "trimmed", False):  # of another policy around the same model
+            module.trimmed = True  # type: ignore[assignment]
+            module.register_forward_pre_hook(_pick)
+            module.register_forward_hook(_place)
+    return outer
+
+
+def _pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if _asked[0] is None:
+        return None
+    return (args[0].index_select(1, _asked[0][0]), *args[1:])
+
+
+def _place(module: nn.Module, args: tuple[Any, ...], out: Any) -> Tensor | None:
+    if _asked[0] is None:
+        return None
+    if not isinstance(out, Tensor):
+        raise NotImplementedError(f"{type(module).__name__} gives more than a tensor")
+    wanted, size = _asked[0]
+    return out.new_zeros(out.shape[0], size, out.shape[2]).index_copy(1, wanted, out)
 
 
 # ---- all tokens at once, with gradients ------------------------------------------------------
@@ -200,14 +253,13 @@ class _TreeAttention(torch.autograd.Function):
             lse = lse.double()
         for part in tree.own:
             o, norm = _product(q, k, v, part, scale)
-            out.index_copy_(0, part.tokens, o)
-            lse.index_copy_(0, part.tokens, norm)
+            _put(out, part.tokens, o)
+            _put(lse, part.tokens, norm)
         for part in tree.above:
-            at = part.tokens
-            before = out.index_select(0, at), lse.index_select(0, at)
+            before = _take(out, part.tokens), _take(lse, part.tokens)
             o, norm = merge(*before, *_product(q, k, v, part, scale))
-            out.index_copy_(0, at, o)
-            lse.index_copy_(0, at, norm)
+            _put(out, part.tokens, o)
+            _put(lse, part.tokens, norm)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tree, ctx.scale = tree, scale
         return out
@@ -216,25 +268,62 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         grad = grads[0]
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        # Padded queries: no gradient comes in, and with L = inf they have no weights either.
-        for part in (*ctx.tree.own, *ctx.tree.above):
-            d_out, norm = _rows(grad, part.queries), _rows(lse, part.queries)
-            if part.padded is not None:
-                d_out = d_out.masked_fill(part.padded[..., None], 0.0)
-                norm = norm.masked_fill(part.padded, math.inf)
-            parts = _rows(q, part.queries), _rows(k, part.keys), _rows(v, part.keys)
-            gq, gk, gv = _backward(
-                d_out, *parts, _rows(out, part.queries), norm, part.causal, part.bias, ctx.scale
-            )
-            dq.index_add_(0, part.queries.flatten(), _flat(gq))
-            dk.index_add_(0, part.keys.flatten(), _flat(gk))
-            dv.index_add_(0, part.keys.flatten(), _flat(gv))
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for part in ctx.tree.own:  # which cover each token once
+            gq, gk, gv = _part_grads(grad, q, k, v, out, lse, part, ctx.scale)
+            _put(dq, part.tokens, _real(gq, part))
+            _put(dk, part.tokens, _real(gk, part))
+            _put(dv, part.tokens, _real(gv, part))
+        for part in ctx.tree.above:
+            gq, gk, gv = _part_grads(grad, q, k, v, out, lse, part, ctx.scale)
+            _add(dq, part.queries, _flat(gq))
+            _add(dk, part.keys, _flat(gk))
+            _add(dv, part.keys, _flat(gv))
         return dq, dk, dv, None, None
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def _part_grads(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    part: Part,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (rows, heads, length, d) of a part's queries, keys and values; 0 in the padding."""
+    d_out, norm = _rows(grad, part.queries), _rows(lse, part.queries)
+    if part.padded is not None:
+        # No gradient comes in there, and with L = inf these queries have no weights either.
+        d_out = d_out.masked_fill(part.padded[..., None], 0.0)
+        norm = norm.masked_fill(part.padded, math.inf)
+    rows = _rows(q, part.queries), _rows(k, part.keys), _rows(v, part.keys)
+    return _backward(d_out, *rows, _rows(out, part.queries), norm, part.causal, part.bias, scale)
+
+
+def _take(x: Tensor, index: Index) -> Tensor:
+    return x[index] if isinstance(index, slice) else x.index_select(0, index)
+
+
+def _put(x: Tensor, index: Index, values: Tensor) -> None:
+    if isinstance(index, slice):
+        x[index] = values
+    else:
+        x.index_copy_(0, index, values)
+
+
+def _add(x: Tensor, index: Index, values: Tensor) -> None:
+    if isinstance(index, slice):
+        x[index] += values
+    else:
+        x.index_add_(0, index.flatten(), values)
+
+
+def _rows(x: Tensor, index: Index) -> Tensor:
     """(N, heads, ...) and (rows, length) to (rows, heads, length, ...)."""
+    if isinstance(index, slice):
+        return x[index].transpose(0, 1)[None]
     return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
@@ -247,10 +336,13 @@ def _product(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple
     """Output (n, heads, d) and log-sum-exp (n, heads) of the part's real queries."""
     rows = _rows(q, part.queries), _rows(k, part.keys), _rows(v, part.keys)
     out, lse = partial_attention(*rows, part.causal, part.bias, scale)
-    out, lse = _flat(out), _flat(lse)
-    if part.real is None:
-        return out, lse
-    return out.index_select(0, part.real), lse.index_select(0, part.real)
+    return _real(out, part), _real(lse, part)
+
+
+def _real(x: Tensor, part: Part) -> Tensor:
+    """(rows, heads, length, ...) of queries to (n, heads, ...) of those that are no padding."""
+    x = _flat(x)
+    return x if part.real is None else x.index_select(0, part.real)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
@@ -432,7 +524,7 @@ def _blocks(decoder: nn.Module) -> nn.ModuleList:
 
 def _recomputing(plain: Callable[..., Any], config: Any) -> Callable[..., Any]:
     def again(*args: Any, **named: Any) -> Any:
-        with switched_on(config):  # the backward comes when the switch is off again
+        with switched_on(config, named["tree"]):  # the backward comes when it is off again
             return plain(*args, **named)
 
     def forward(*args: Any, **named: Any) -> Any:
@@ -445,7 +537,7 @@ def _recomputing(plain: Callable[..., Any], config: Any) -> Callable[..., Any]:
 
 def forward(decoder: nn.Module, ids: Tensor, places: Tensor, tree: Plan | TreeCache) -> Tensor:
     """One forward of packed tokens (N,) at their positions; hidden states (N, H)."""
-    with switched_on(decoder.config):
+    with switched_on(decoder.config, tree):
         out = decoder(
             input_ids=ids[None],
             attention_mask=None,

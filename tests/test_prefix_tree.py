@@ -278,3 +278,29 @@ def test_common_and_pad() -> None:
     ids, mask = pad([[1, 2, 3], [4]], left=True)
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert mask.tolist() == [[True, True, True], [False, False, True]]
+
+
+@pytest.mark.parametrize("kind", tiny.TREE_KINDS)
+def test_the_last_block_runs_the_wanted_tokens_alone(kind: str) -> None:
+    """Of 18 tokens the 6 that predict an answer are wanted; states and gradients agree."""
+    prompts, answers, owners = SHAPES["shared prefix"]
+    model = tiny.causal_lm(kind)
+    tree = build(prompts, answers, owners)
+    expected = through(model.base_model, tree)
+    gradients = pull(expected, list(model.base_model.parameters()))
+    names = tree_attention.trim(model.base_model)
+    assert any("mlp" in name for name in names) and len(names) >= 2
+    sizes: list[int] = []
+    block = tree_attention._blocks(model.base_model)[-1]
+    inner = next(m for m in block.mlp.modules() if not list(m.children()) and list(m.parameters()))
+    inner.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[1]))
+    actual = through(model.base_model, build(prompts, answers, owners))
+    assert sizes == [6] and len(tree.ids) == 18
+    tiny.close(actual, expected)
+    for mine, theirs in zip(
+        pull(actual, list(model.base_model.parameters())), gradients, strict=True
+    ):
+        tiny.close(mine, theirs)
+    tree_attention.trim(model.base_model)  # a second policy around the same model
+    tiny.close(through(model.base_model, build(prompts, answers, owners)), expected)
+    assert tree_attention._asked == [None]

@@ -163,7 +163,8 @@ class PPOConfig:
     value_clip: float | None = positive(0.2)  # how far a value may move; null = off
     gamma: float = share(1.0)  # discount
     lam: float = share(0.95)  # lambda of GAE
-    # Penalty per token (start value if adaptive); 0 = off: no reference pass, and no kl/ref.
+    # Penalty per token (start value if adaptive); without one there is no reference pass and no
+    # kl/ref.
     kl_coef: float = number(0.2, min=0)  # 0 = off
     kl_estimator: str = one_of("k1", "k1", "k2", "k3", "exact")  # how the KL is measured
     kl_adaptive: bool = True  # steer kl_coef towards kl_target

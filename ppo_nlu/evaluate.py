@@ -70,7 +70,7 @@ def answer_all(
 ) -> Iterator[Answer]:
     """Answers in the order of the examples, a window of batches at a time; ends early on `stop`.
 
-    Inside a window rows of like length run together, so little padding is run.
+    Inside a window rows of like length run together, so the plain path runs little padding.
     """
     if isinstance(policy, Encoder):
         found = encoder.answer_all(policy, spec, cfg, examples, decode, stop)

@@ -85,7 +85,8 @@ def _prefill(
     tree = prefix_tree.build(prompts, shared=policy.tree).to(policy.device)
     ran = tree.cost.tokens_run
     saved = sum(tree.lengths[p] for p in owners) - ran
-    profiling.count(ran, saved, positions=len(owners), pairs=tree.cost.pairs)
+    cost, heads = tree.cost, len(owners)
+    profiling.count(ran, saved, positions=heads, pairs=cost.pairs, wanted=cost.wanted)
     flat, state = prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)
     repeat = torch.tensor(owners, device=policy.device)
     place = torch.tensor(tree.lengths, device=policy.device)[repeat]
@@ -123,7 +124,7 @@ def _decode(
             break
         if len(going) <= COMPACT * len(run):
             index = torch.tensor(going, device=device)
-            cache.keep(index)
+            cache.keep(going)
             run, alive, token = [run[i] for i in going], alive[index], token[index]
             place = place[index]
         if profiling.active():

@@ -1,9 +1,9 @@
 """Group relative policy optimisation (arXiv 2402.03300): answers to one prompt against each other.
 
 No critic: an answer's advantage is how much better it scored than its group. Departures from the
-paper, each with the key that takes it back:
+paper, with the key that takes it back where there is one:
 1. The loss is a mean over the tokens of the minibatch, not first over each answer (DAPO, arXiv
-   2503.14476, section 3.3); there is no key for it.
+   2503.14476, section 3.3).
 2. Groups whose scores are all equal teach nothing and are left out, with their KL and their tokens
    (`grpo.drop_even=false`).
 3. KL to the reference is off (`grpo.kl_coef=0.04` is the paper's).

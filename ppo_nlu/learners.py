@@ -156,14 +156,16 @@ class OnPolicy(LoraLearner):
         return {
             "reward_scale": self.scale and self.scale.seen,
             "reuse": self.reuse,
+            "checked": self.checked,
             "reference": self.reference and self.reference.state(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        self.reuse = state["reuse"]
+        # A checkpoint of an earlier version has none of these.
+        self.reuse, self.checked = state.get("reuse"), state.get("checked", True)
         if self.scale is not None:
             self.scale.seen = dict(state["reward_scale"])
-        if self.reference is not None:
+        if self.reference is not None and state.get("reference") is not None:
             self.reference.set_state(state["reference"])
 
     def describe(self, index: Sequence[int]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ Everything but the activations follows from shapes, in bytes:
                  once) and again for each row of the decode buffers, as long as the longest own part
                  of a prompt with the longest answer
     log-probs    two blocks of logits in fp32, never all of them; while answers are drawn
-                 32 bytes an answer and vocabulary entry (logits, their logarithms, running sums)
+                 24 bytes an answer and vocabulary entry (logits, weights, padding, running sums)
 
 Activations are counted: a pass over a few prompts of the run, with the longest answers, tells how
 many bytes autograd keeps for each token. What a layer needs besides while it is run backward is
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import demonstrations, prefix_tree
+from ppo_nlu import demonstrations, prefix_tree, tree_attention
 from ppo_nlu.config import Config
 from ppo_nlu.model import Policy, trainable
 from ppo_nlu.rollout import fit_prompt, longest_prompt
@@ -109,7 +109,7 @@ def plan(
 ) -> MemoryPlan:
     """The plan of a run whose prompts are like these; on a GPU it chooses `micro_batch_tokens`.
 
-    Runs one forward of at most four of the prompts.
+    Runs two forwards of at most four of the prompts.
     """
     sizes = Sizes.of(policy)
     longest = cfg.rollout.max_new_tokens
@@ -130,7 +130,9 @@ def plan(
     cached = prefill + rows * (max(own) + longest)
 
     full = saved_bytes(policy, prompts[:PROBE], longest, values=cfg.method == "ppo")
-    layer = full // sizes.layers
+    with tree_attention.whole():
+        each = saved_bytes(policy, prompts[:PROBE], longest, values=cfg.method == "ppo")
+    layer = each // sizes.layers
     kept = sizes.layers * sizes.hidden * sizes.item + layer if policy.checkpointing else full
     backward = layer // 2
     if policy.device.type != "cpu":  # `tree_attention` forms the scores of a layer there
@@ -152,7 +154,7 @@ def plan(
         adapters=adapters,
         optimizer=states,
         keys_values=cached * sizes.keys_values,
-        drawing=max(rows * sizes.vocab * 32, prefill * layer // 2),
+        drawing=max(rows * sizes.vocab * 24, prefill * layer // 2),
         activations=tokens * per_token,
         backward=tokens * backward,
         logprobs=workspace,

@@ -130,7 +130,9 @@ class Policy:
         self.last_pass = cost = tree.cost
         count = sum(map(len, answers))
         saved = cost.tokens_full - cost.tokens_run
-        profiling.count(cost.tokens_run, saved, positions=count, pairs=cost.pairs)
+        profiling.count(
+            cost.tokens_run, saved, positions=count, pairs=cost.pairs, wanted=cost.wanted
+        )
         flat, _ = prefix_tree.run(self.decoder, tree, self.takes_positions)
         return flat.index_select(0, tree.positions[tree.mask]), tree.mask
 
@@ -334,27 +336,32 @@ def trainable(policy: Policy) -> list[nn.Parameter]:
 
 
 def choose_path(policy: Policy, wanted: str) -> bool:
-    """Whether the prefix tree may be used: two ragged rows go through it and, alone, through HF.
+    """Whether the prefix tree may be used: three ragged answers to two prompts, which share a
+    prefix, go through it, in one pass and token by token, and, alone, through HF.
 
     A model whose window is shorter than its context, or whose cache holds more than plain keys and
     values, takes the plain path. A plain path that differs from the model's own logits is an error.
     """
     ids = policy.encode("The film is good, and long. Now judge the opinion of the sentence.")
-    ids = (ids * 12)[:24]
+    ids = (ids * 40)[:60]
     size = policy.model.config.vocab_size
     other = [(i * 7 + 3) % size for i in range(9)]
-    prompts, answers = [ids[:14], ids[:10] + other], [ids[14:20], other[:3]]
-    wanted_logits = torch.cat([_alone(policy, p, a) for p, a in zip(prompts, answers, strict=True)])
+    prompts = [ids[: prefix_tree.HEAD_COST + 28], [*ids[: prefix_tree.HEAD_COST + 22], *other]]
+    answers, owners = [ids[50:55], other[:3], other[3:7]], [0, 0, 1]
+    rows = zip(owners, answers, strict=True)
+    wanted_logits = torch.cat([_alone(policy, prompts[p], a) for p, a in rows])
 
     def gap(tree: bool) -> float:
         policy.tree = tree
         try:
-            hidden, _ = policy.hidden(prompts, answers)
-        except (NotImplementedError, TypeError, AttributeError):
+            found, _ = policy.hidden(prompts, answers, owners)
+            again = _decoded(policy, prompts, answers, owners) if tree else found
+        except Exception:
             if not tree:
                 raise
-            return math.inf  # a decoder that does not hand `tree` on, or attends in its own way
-        return float((policy.logits(hidden) - wanted_logits).abs().max())
+            return math.inf  # an architecture that attends in its own way
+        both = torch.cat([policy.logits(found), policy.logits(again)])
+        return float((both - wanted_logits.repeat(2, 1)).abs().max())
 
     exact = policy.head.weight.dtype == torch.float32
     # In low precision every layer rounds; what is looked for is a wrong path, not a rounding.
@@ -371,6 +378,23 @@ def choose_path(policy: Policy, wanted: str) -> bool:
                 "padding or a head of its own; this architecture is not supported"
             )
     return False
+
+
+def _decoded(
+    policy: Policy, prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: Sequence[int]
+) -> Tensor:
+    """The states that predict the answers' tokens (N, H), run token by token behind the prompts."""
+    tree = prefix_tree.build(prompts).to(policy.device)
+    flat, state = prefix_tree.run(policy.decoder, tree, keep=True)
+    longest = max(map(len, answers))
+    cache = state.start(owners, longest - 1)
+    place = torch.tensor([tree.lengths[p] for p in owners], device=policy.device)
+    states = [flat[tree.ends[list(owners)]]]
+    for step in range(longest - 1):
+        token = torch.tensor([a[min(step, len(a) - 1)] for a in answers], device=policy.device)
+        states.append(cache.step(policy.decoder, token, place + step))
+    table = torch.stack(states, dim=1)
+    return torch.cat([table[row, : len(answer)] for row, answer in enumerate(answers)])
 
 
 def _alone(policy: Policy, prompt: Tokens, reply: Tokens) -> Tensor:

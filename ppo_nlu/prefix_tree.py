@@ -35,11 +35,13 @@ HEAD_COST = 16  # tokens that one more shared prefix must save to be worth its o
 @dataclass(frozen=True)
 class Cost:
     """Tokens of a pass, padding not counted: as run, and as one row an answer would need; `pairs`
-    counts each token that is run with each one it attends to."""
+    counts each token that is run with each one it attends to, `wanted` those whose states are
+    asked for, where the last block runs no others."""
 
     tokens_run: int
     tokens_full: int
     pairs: int
+    wanted: int | None = None
 
 
 @dataclass
@@ -150,8 +152,9 @@ def _packed(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[i
             _full(prompts, answers, owners),
             _triangles(length for _, length in row.runs)
             + sum(asked * length for _, asked, _, length in (*shared_links, *own_links)),
+            len(wanted),
         ),
-        tree_attention.plan(row.runs, shared_links, own_links, wanted),
+        tree_attention.plan(row.runs, shared_links, own_links, wanted, max(row.places) + 1),
         None,
         heads,
         tails,
@@ -279,7 +282,8 @@ class State:
             return PlainCache(select(self.cache, index), tree.seen[index])
         assert tree.tails is not None and tree.heads is not None and tree.parents is not None
         tails, parents = [tree.tails[r] for r in rows], [tree.parents[r] for r in rows]
-        return TreeCache(self.layers, tree.heads, tails, parents, room)
+        reach = max(tree.lengths) + room
+        return TreeCache(self.layers, tree.heads, tails, parents, room, reach)
 
 
 def run(
@@ -335,8 +339,9 @@ class PlainCache:
         self.cache = out.past_key_values
         return out.last_hidden_state[:, -1]
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, going: Sequence[int]) -> None:
         """Go on with these rows only."""
+        rows = torch.tensor(going, device=self.mask.device)
         self.cache, self.mask = select(self.cache, rows), self.mask[rows]
 
 

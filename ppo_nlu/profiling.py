@@ -10,6 +10,8 @@ FLOPs are counted from what was run and the weights it went through, not measure
     forward   2 for each weight of the blocks, LoRA included, and token run; 2 for each weight of
               the LM head and of the critic and answer position; 4 · (heads · head size) for each
               layer and pair of a token with one it attends to (two products of 2 each)
+              (tokens whose states nobody asks for do not go through the last block's queries,
+              output projection and MLP)
     backward  as much again for a frozen weight, the gradient of its input; twice that for a
               trained one and for attention
 
@@ -52,15 +54,17 @@ def count(
     flops: float | None = None,
     positions: int = 0,
     pairs: int = 0,
+    wanted: int | None = None,
 ) -> None:
     """Book a pass of the model under the phase that is open.
 
     `tokens_run` went through the blocks, `tokens_saved` would have, too, had every row been run by
     itself; at `positions` the head was asked; `pairs` counts tokens with each one they attend to,
-    themselves included. FLOPs follow from these by the formula above, unless they are given.
+    themselves included; `wanted` tokens (None: all) went through the part of the last block that is
+    trimmed. FLOPs follow from these by the formula above, unless they are given.
     """
     if _active is not None:
-        _active.add(tokens_run, tokens_saved, flops, positions, pairs)
+        _active.add(tokens_run, tokens_saved, flops, positions, pairs, wanted)
 
 
 def active() -> bool:
@@ -75,48 +79,74 @@ def step() -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a token goes through: numbers of weights, and layers · heads · head size."""
+    """What a token goes through: numbers of weights, and layers · heads · head size.
+
+    Of the blocks and adapters, the last block's `trimmed` ones run wanted tokens alone.
+    """
 
     blocks: int
     adapters: int
     head: int
     critic: int
     attention: int
+    trimmed_blocks: int = 0
+    trimmed_adapters: int = 0
 
-    def forward(self, tokens: int, positions: int, pairs: int, lora: bool = True) -> float:
+    def forward(
+        self, tokens: int, positions: int, pairs: int, lora: bool = True, wanted: int | None = None
+    ) -> float:
         """FLOPs of a forward pass."""
-        inner = self.blocks + self.adapters * lora
-        return 2.0 * (
-            tokens * inner + positions * (self.head + self.critic) + 2 * pairs * self.attention
-        )
+        frozen, adapters = self._inner(tokens, wanted)
+        ends = positions * (self.head + self.critic)
+        return 2.0 * (frozen + adapters * lora + ends + 2 * pairs * self.attention)
 
-    def backward(self, tokens: int, positions: int, pairs: int) -> float:
+    def backward(self, tokens: int, positions: int, pairs: int, wanted: int | None = None) -> float:
         """FLOPs of its backward pass."""
-        frozen = tokens * self.blocks + positions * self.head
-        trained = tokens * self.adapters + positions * self.critic + 2 * pairs * self.attention
-        return 2.0 * frozen + 4.0 * trained
+        frozen, adapters = self._inner(tokens, wanted)
+        trained = adapters + positions * self.critic + 2 * pairs * self.attention
+        return 2.0 * (frozen + positions * self.head) + 4.0 * trained
+
+    def _inner(self, tokens: int, wanted: int | None) -> tuple[int, int]:
+        """Products of tokens and weights: those of the blocks, and of their adapters."""
+        left = tokens - (tokens if wanted is None else wanted)
+        return (
+            tokens * self.blocks - left * self.trimmed_blocks,
+            tokens * self.adapters - left * self.trimmed_adapters,
+        )
 
 
 def weights_of(policy: Any) -> Weights:
     """Those of a `model.Policy`: the matrices of its blocks (an embedding is a look-up)."""
     head, config = policy.head.weight, policy.model.config
-    blocks = adapters = 0
-    for module in policy.model.modules():
-        own = dict(module.named_parameters(recurse=False))
-        adapters += sum(own[name].numel() for name in ("lora_a", "lora_b") if name in own)
-        weight = own.get("weight")
-        if (
-            weight is None
-            or weight.dim() != 2
-            or weight is head
-            or "Embedding" in repr(type(module))
-        ):
-            continue
-        blocks += weight.numel()
+    blocks, adapters = _matrices(policy.model, head)
+    parts = [m for m in policy.model.modules() if getattr(m, "trimmed", False)]
+    trimmed = [_matrices(part, head) for part in parts]
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     critic = sum(p.numel() for p in policy.value_head.parameters() if p.dim() == 2)
-    return Weights(blocks, adapters, head.numel(), critic, config.num_hidden_layers * heads * size)
+    return Weights(
+        blocks,
+        adapters,
+        head.numel(),
+        critic,
+        config.num_hidden_layers * heads * size,
+        sum(frozen for frozen, _ in trimmed),
+        sum(own for _, own in trimmed),
+    )
+
+
+def _matrices(whole: Any, head: Any) -> tuple[int, int]:
+    """Numbers of weights inside a module that tokens are multiplied by: frozen, and LoRA's."""
+    blocks = adapters = 0
+    for module in whole.modules():
+        own = dict(module.named_parameters(recurse=False))
+        adapters += sum(own[name].numel() for name in ("lora_a", "lora_b") if name in own)
+        weight = own.get("weight")
+        if weight is None or weight.dim() != 2 or weight is head:
+            continue
+        if "Embedding" not in repr(type(module)):
+            blocks += weight.numel()
+    return blocks, adapters
 
 
 @dataclass
@@ -191,25 +221,31 @@ class Profile:
         _active = None
 
     def add(
-        self, tokens_run: int, tokens_saved: int, flops: float | None, positions: int, pairs: int
+        self,
+        tokens_run: int,
+        tokens_saved: int,
+        flops: float | None,
+        positions: int,
+        pairs: int,
+        wanted: int | None,
     ) -> None:
         """See `count`."""
         if flops is None:
-            flops = self._flops(tokens_run, positions, pairs)
+            flops = self._flops(tokens_run, positions, pairs, wanted)
         row = self._row()
         row.tokens_run += tokens_run
         row.tokens_saved += tokens_saved
         row.flops += flops
 
-    def _flops(self, tokens: int, positions: int, pairs: int) -> float:
+    def _flops(self, tokens: int, positions: int, pairs: int, wanted: int | None) -> float:
         import torch
 
         if self.weights is None:
             return 0.0
         lora = "reference" not in self._names
-        flops = self.weights.forward(tokens, positions, pairs, lora)
+        flops = self.weights.forward(tokens, positions, pairs, lora, wanted)
         if torch.is_grad_enabled():
-            flops += self.weights.backward(tokens, positions, pairs)
+            flops += self.weights.backward(tokens, positions, pairs, wanted)
         return flops
 
     def _enter(self, name: str) -> None:

@@ -105,6 +105,10 @@ def teach(
 ) -> None:
     """Train all weights on answers in form; those of the `known` tasks are the base's own."""
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    # The answer's form and nothing else: no worked examples, whose answers are labels.
+    bare = replace(
+        cfg, sft=replace(cfg.sft, loss="completion"), prompt=replace(cfg.prompt, shots=0)
+    )
     optimizer = optim.build_optimizer(cfg.optim, parameters)
     size, seed = cfg.sft.batch_size, cfg.seed
     batches = [mixture.batch(rows, cfg.mixture, size, k, seed) for k in range(cfg.train.steps)]
@@ -119,8 +123,8 @@ def teach(
             for row in batch:
                 words = specs[row.task].words
                 word = own.get(row.task, {}).get(row.id) or words[int(uniform() * len(words))]
-                wanted = replace(row, label=word)
-                prompt, target, _ = sft.targets(policy, specs[row.task], cfg, wanted)
+                wanted = replace(row, label=word, extra={})  # without its written-out reason
+                prompt, target, _ = sft.targets(policy, specs[row.task], bare, wanted)
                 prompts.append(prompt)
                 answers.append(target)
             hidden, _ = policy.hidden(prompts, answers)

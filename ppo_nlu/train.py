@@ -34,7 +34,7 @@ from ppo_nlu import (
 )
 from ppo_nlu.config import Config, diff, dump, load_config, to_dict
 from ppo_nlu.errors import UserError
-from ppo_nlu.learners import LEARNERS, Learner, OnPolicy
+from ppo_nlu.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model import DTYPES, Policy
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
@@ -137,16 +137,21 @@ def _learn(run: Run, examples: list[Example], progress: runlog.Progress) -> dict
             save(run)
             raise UserError(
                 f"optim.lr: {run.bad_in_a_row} steps in a row had a loss or gradient that is not "
-                f"finite (batches in {dumped.parent}); try a lower optim.lr, a higher kl_coef "
-                "or model.dtype=float32"
+                f"finite (batches in {dumped.parent}); try a lower optim.lr, more KL (ppo.kl_coef, "
+                "grpo.kl_coef) or model.dtype=float32"
             ) from None
+        _remark(learner, progress)
         return learner.seen | {"optim/bad_step": 1.0}
     run.bad_in_a_row = 0
-    if learner.remark:
-        for line in learner.remark.splitlines():
-            progress.write(line, None if line.startswith("warning") else sys.stdout)
-        learner.remark = None
+    _remark(learner, progress)
     return metrics
+
+
+def _remark(learner: Learner, progress: runlog.Progress) -> None:
+    """What the learner has to say after a step; warnings go to stderr."""
+    for line in (learner.remark or "").splitlines():
+        progress.write(line, None if line.startswith("warning") else sys.stdout)
+    learner.remark = None
 
 
 def _count(run: Run, samples: int, elapsed: float) -> dict[str, float]:
@@ -277,7 +282,7 @@ def plan_memory(learner: Learner, examples: list[Example]) -> None:
     trained = [parameter for group in learner.parameters() for parameter in group]
     plan = memory.plan(policy, learner.cfg, trained, prompts)
     print("\n".join(plan.lines()))
-    if isinstance(learner, OnPolicy):
+    if isinstance(learner, LoraLearner):
         learner.budget.tokens = plan.micro_batch_tokens
 
 

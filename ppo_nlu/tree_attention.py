@@ -9,8 +9,7 @@ log-sum-exp, as in FlashAttention (arXiv 2205.14135, section 3.1) and cascade in
 With p = exp(s - L), L the log-sum-exp over all parts, the backward of a part needs nothing of the
 others but the merged output and L; so each part's gradient is that of an attention of its own.
 
-`attention` is what transformers' attention interface calls; it reads the plan from the decoder's
-keyword argument `tree`.
+`attention` is what transformers' attention interface calls; `switched_on` tells it the plan.
 """
 
 from __future__ import annotations
@@ -83,7 +82,8 @@ class Part:
 
 @dataclass
 class Plan:
-    """The parts of one pass: `own` covers every token once; `above` leads to the ancestors.
+    """The parts of one pass over `size` tokens at positions below `reach`: `own` covers every token
+    once; `above` leads to the ancestors.
 
     `keep` receives each layer's keys and values (N, heads, d) where it is a list. The last block's
     states are `wanted` at these tokens alone (None: at all of them).
@@ -93,13 +93,14 @@ class Plan:
     above: list[Part]
     keep: list[tuple[Tensor, Tensor]] | None = None
     wanted: Tensor | None = None
-    size: int = 0  # N
+    size: int = 0
+    reach: int = 0
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tensors on `device`."""
         own, above = [p.to(device) for p in self.own], [p.to(device) for p in self.above]
         wanted = None if self.wanted is None else self.wanted.to(device)
-        return Plan(own, above, self.keep, wanted, self.size)
+        return replace(self, own=own, above=above, wanted=wanted)
 
 
 def plan(
@@ -107,8 +108,9 @@ def plan(
     shared: Sequence[tuple[int, int, int, int]],
     own: Sequence[tuple[int, int, int, int]],
     wanted: Tensor | None = None,
+    reach: int = 0,
 ) -> Plan:
-    """The plan of a packed row; `wanted` as in `Plan`.
+    """The plan of a packed row; `wanted` and `reach` as in `Plan`.
 
     Args:
         runs: (start, length) of each run of tokens, which together cover the row.
@@ -124,7 +126,7 @@ def plan(
     above = [
         Part.of([link[:2] for link in batch], [link[2:] for link in batch]) for batch in batches
     ]
-    return Plan(covered, above, None, wanted, sum(length for _, length in runs))
+    return Plan(covered, above, None, wanted, sum(length for _, length in runs), reach)
 
 
 def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:
@@ -162,27 +164,35 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    tree: Any = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed row: query (1, heads, N, d), key and value (1, fewer heads, N, d).
-
-    `tree` is a `Plan`, or a `TreeCache` while decoding. Returns (1, N, heads, d) and no weights.
+    """Attention of a packed row: query (1, heads, N, d), key (1, fewer heads, N, d), value (1,
+    fewer heads, N, up to d). Returns (1, N, heads, size of a value) and no weights.
     """
-    if dropout or rest.get("softcap") or rest.get("sliding_window") or rest.get("s_aux"):
+    tree = _running[0]
+    assert tree is not None, "the prefix tree's attention is called from outside of a pass"
+    window = rest.get("sliding_window")
+    if dropout or rest.get("softcap") or rest.get("s_aux") is not None:
         raise NotImplementedError("the prefix tree knows plain attention without dropout only")
+    if window and window < tree.reach:
+        raise NotImplementedError(f"the prefix tree knows plain attention only, no window {window}")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    size = v.shape[-1]
+    if size < q.shape[-1]:  # multi-head latent attention: its values are smaller
+        v = torch.nn.functional.pad(v, (0, q.shape[-1] - size))
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(tree, TreeCache):
-        return tree.attend(layer, q, k, v, scale)[None], None
+        return tree.attend(layer, q, k, v, scale)[None, ..., :size], None
     if tree.keep is not None:
+        if layer != len(tree.keep):
+            raise NotImplementedError("the prefix tree needs one attention a layer, in their order")
         tree.keep.append((k, v))
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     out: Tensor = _TreeAttention.apply(q, k, v, tree, scale)  # type: ignore[no-untyped-call]
-    return out[None], None
+    return out[None, ..., :size], None
 
 
 AttentionInterface.register(NAME, attention)
@@ -191,18 +201,28 @@ AttentionInterface.register(NAME, attention)
 @contextmanager
 def switched_on(config: Any, tree: Plan | TreeCache) -> Iterator[None]:
     """Inside, the model of this config attends by `attention`, and `trim` knows what is wanted."""
-    before = config._attn_implementation, _asked[0]
-    config._attn_implementation = NAME
-    _asked[0] = None
-    if isinstance(tree, Plan) and tree.wanted is not None:
-        _asked[0] = tree.wanted, tree.size
+    before = config._attn_implementation, _running[0]
+    config._attn_implementation, _running[0] = NAME, tree
     try:
         yield
     finally:
-        config._attn_implementation, _asked[0] = before
+        config._attn_implementation, _running[0] = before
 
 
-_asked: list[tuple[Tensor, int] | None] = [None]  # the wanted tokens, and of how many
+_running: list[Plan | TreeCache | None] = [None]  # what the pass that is under way runs
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Inside, the last block runs all tokens, as the others do: for counting."""
+    _whole[0] = True
+    try:
+        yield
+    finally:
+        _whole[0] = False
+
+
+_whole = [False]
 # Modules of a block that work token by token, as the families of models name them. Keys and values
 # are not among them: those of every token are looked at.
 _TRIMMED = ("mlp", "q_proj", "o_proj", "dense", "attn.c_proj", "out_proj")
@@ -226,18 +246,20 @@ def trim(decoder: nn.Module) -> list[str]:
 
 
 def _pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    if _asked[0] is None:
+    tree = _running[0]
+    if not isinstance(tree, Plan) or tree.wanted is None or _whole[0]:
         return None
-    return (args[0].index_select(1, _asked[0][0]), *args[1:])
+    return (args[0].index_select(1, tree.wanted), *args[1:])
 
 
 def _place(module: nn.Module, args: tuple[Any, ...], out: Any) -> Tensor | None:
-    if _asked[0] is None:
+    tree = _running[0]
+    if not isinstance(tree, Plan) or tree.wanted is None or _whole[0]:
         return None
     if not isinstance(out, Tensor):
         raise NotImplementedError(f"{type(module).__name__} gives more than a tensor")
-    wanted, size = _asked[0]
-    return out.new_zeros(out.shape[0], size, out.shape[2]).index_copy(1, wanted, out)
+    whole = out.new_zeros(out.shape[0], tree.size, out.shape[2])
+    return whole.index_copy(1, tree.wanted, out)
 
 
 # ---- all tokens at once, with gradients ------------------------------------------------------
@@ -418,6 +440,7 @@ class TreeCache:
         tails: Sequence[tuple[int, int]],
         parents: Sequence[int],
         room: int,
+        reach: int,
     ):
         """
         Args:
@@ -426,7 +449,9 @@ class TreeCache:
             tails: (start, length) of each row's own tokens.
             parents: each row's shared run, -1 for none.
             room: how many tokens may follow.
+            reach: how many positions there are with these.
         """
+        self.reach = reach
         device = layers[0][0].device
         index, real = _table(tails)
         index = index.to(device)
@@ -439,10 +464,10 @@ class TreeCache:
         self.shared = [
             [(k[start : start + n], v[start : start + n]) for start, n in heads] for k, v in layers
         ]
-        self.members = [
-            torch.tensor([r for r, p in enumerate(parents) if p == head], device=device)
-            for head in range(len(heads))
+        self.owners = [
+            [r for r, p in enumerate(parents) if p == head] for head in range(len(heads))
         ]
+        self._set_members()
         self.own = [(self._buffer(k, index, room), self._buffer(v, index, room)) for k, v in layers]
         self.used = self.width
 
@@ -485,14 +510,19 @@ class TreeCache:
         self.used += 1
         return out
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, going: Sequence[int]) -> None:
         """Go on with these rows only."""
+        rows = torch.tensor(going, device=self.bias.device)
         self.own = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.own]
         self.bias = self.bias.index_select(0, rows)
-        place = {int(row): new for new, row in enumerate(rows.tolist())}
+        place = {row: new for new, row in enumerate(going)}
+        self.owners = [[place[r] for r in owned if r in place] for owned in self.owners]
+        self._set_members()
+
+    def _set_members(self) -> None:
+        device = self.bias.device
         self.members = [
-            torch.tensor([place[r] for r in m.tolist() if r in place], device=m.device)
-            for m in self.members
+            torch.tensor(owned, device=device, dtype=torch.long) for owned in self.owners
         ]
 
 
@@ -523,13 +553,15 @@ def _blocks(decoder: nn.Module) -> nn.ModuleList:
 
 
 def _recomputing(plain: Callable[..., Any], config: Any) -> Callable[..., Any]:
-    def again(*args: Any, **named: Any) -> Any:
-        with switched_on(config, named["tree"]):  # the backward comes when it is off again
+    def forward(*args: Any, **named: Any) -> Any:
+        tree = _running[0]
+        if not torch.is_grad_enabled() or not isinstance(tree, Plan):
             return plain(*args, **named)
 
-    def forward(*args: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled() or not isinstance(named.get("tree"), Plan):
-            return plain(*args, **named)
+        def again(*args: Any, **named: Any) -> Any:
+            with switched_on(config, tree):  # the backward comes when it is off again
+                return plain(*args, **named)
+
         return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **named)
 
     return forward
@@ -544,6 +576,5 @@ def forward(decoder: nn.Module, ids: Tensor, places: Tensor, tree: Plan | TreeCa
             position_ids=places[None],
             use_cache=False,
             return_dict=True,
-            tree=tree,
         )
     return out.last_hidden_state[0]

@@ -141,7 +141,9 @@ def test_checkpointing_keeps_a_layers_input() -> None:
     tree_attention.checkpoint_blocks(policy.decoder)
     assert memory.saved_bytes(policy, prompts(), 5) == full  # what a block needs while it is rerun
     plan = plan_of(policy, config(), prompts())
-    layer = full // 2
+    with tree_attention.whole():
+        layer = memory.saved_bytes(policy, prompts(), 5) // 2
+    assert layer > full // 2  # of which the last block kept little
     assert plan.per_token == 2 * 32 * 4 + layer + layer // 2
     assert all("forward" in vars(block) for block in policy.decoder.layers)  # wrapped as before
 

@@ -330,3 +330,34 @@ def test_a_tree_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_tree_that_is_asked_for_and_impossible_is_refused(kind: str, changes: dict) -> None:
     with pytest.raises(UserError, match="model.path"):
         choose_path(tiny.policy(kind, **changes), "tree")
+
+
+def test_the_check_at_load_decodes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score passes may be right where token by token is not: the tree is not taken then."""
+    policy = tiny.policy()
+    step = tree_attention.TreeCache.step
+    monkeypatch.setattr(
+        tree_attention.TreeCache, "step", lambda s, d, token, place: step(s, d, token, place + 1)
+    )
+    assert choose_path(policy, "auto") is False
+
+
+def test_the_check_at_load_has_a_shared_prefix_and_several_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong merging of a shared run, or of a prompt with several answers, must be seen."""
+    policy = tiny.policy()
+    plan = tree_attention.plan
+    monkeypatch.setattr(
+        tree_attention, "plan", lambda runs, shared, own, *a: plan(runs, [], own, *a)
+    )
+    assert choose_path(policy, "auto") is False
+    monkeypatch.setattr(
+        tree_attention, "plan", lambda runs, shared, own, *a: plan(runs, shared, [], *a)
+    )
+    assert choose_path(policy, "auto") is False
+
+
+@pytest.mark.parametrize(("window", "tree"), [(64, False), (256, True), (512, True)])
+def test_a_window_as_long_as_the_context_is_none(window: int, tree: bool) -> None:
+    assert tiny.policy("mistral", sliding_window=window).tree is tree

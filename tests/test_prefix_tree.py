@@ -200,7 +200,7 @@ def test_hand_made_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tree.tails == [(8, 4), (12, 1), (13, 5)]
     # Causal pairs of 8, 4, 1 and 5 tokens, and 10 tokens that see the 8 shared ones.
     pairs = 36 + 10 + 1 + 15 + 10 * 8
-    assert tree.cost == prefix_tree.Cost(18, (10 + 2) + (9 + 0) + (12 + 1), pairs)
+    assert tree.cost == prefix_tree.Cost(18, (10 + 2) + (9 + 0) + (12 + 1), pairs, wanted=6)
     assert tree.ends.tolist() == [9, 12, 16]
     assert tree.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
     assert tree.positions[tree.mask].tolist() == [9, 10, 11, 12, 16, 17]
@@ -303,4 +303,7 @@ def test_the_last_block_runs_the_wanted_tokens_alone(kind: str) -> None:
         tiny.close(mine, theirs)
     tree_attention.trim(model.base_model)  # a second policy around the same model
     tiny.close(through(model.base_model, build(prompts, answers, owners)), expected)
-    assert tree_attention._asked == [None]
+    assert tree_attention._running == [None]
+    with tree_attention.whole():
+        through(model.base_model, build(prompts, answers, owners))
+    assert sizes == [6, 6, 18]

@@ -160,6 +160,20 @@ def test_flops_are_those_that_torch_counts(kind: str) -> None:
     assert counter.get_total_flops() == expected
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "neox", "gpt2"])
+def test_flops_of_a_tree_are_those_that_torch_counts(kind: str) -> None:
+    """The products with weights; torch does not count the CPU's fused attention."""
+    policy = tiny.policy(kind, lora_cfg=LoraConfig(r=4))
+    weights = profiling.weights_of(policy)
+    assert policy.tree and weights.trimmed_blocks > 0
+    prompts = [[*range(5, 30), 7, 8], [*range(5, 30), 9, 10, 11]]
+    with torch.no_grad(), flops() as counter:
+        policy.score(prompts, [[3, 4, 5], [6, 7]], values=True)
+    cost = policy.last_pass
+    assert (cost.tokens_run, cost.wanted) == (25 + 2 + 2 + 3 + 1, 5)
+    assert counter.get_total_flops() == weights.forward(cost.tokens_run, 5, 0, wanted=5)
+
+
 @pytest.mark.parametrize(
     ("steps", "traced"), [(1, [1]), (2, [2]), (3, [3]), (4, [3, 4]), (9, [3, 4])]
 )

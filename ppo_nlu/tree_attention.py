@@ -27,7 +27,7 @@ from transformers import AttentionInterface
 
 NAME = "ppo_nlu_tree"
 FUSED_ON = "cpu"  # the device with a fused kernel that gives and takes the log-sum-exp
-LOOSE = 0.7  # rows shorter than this share of the longest go to a batch of their own
+LOOSE = 0.85  # rows shorter than this share of the longest go to a batch of their own
 
 
 Index: TypeAlias = "Tensor | slice"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppo_nlu import prefix_tree, profiling
 from ppo_nlu.model import Policy, unflatten
-from ppo_nlu.prefix_tree import PlainCache, Tokens
+from ppo_nlu.prefix_tree import PlainCache, State, Tokens
 from ppo_nlu.tree_attention import TreeCache
 
 BLOCK = 128  # tokens
@@ -36,7 +36,8 @@ class Generation:
     """Responses with the token that ends each; (B, R), right-padded, zero behind the mask.
 
     `logprobs` are those of the sampling distribution before top-k and top-p; `hidden` (N, H) are
-    the states that the counted tokens were drawn from, row by row, where they were asked for.
+    the states that the counted tokens were drawn from, row by row. `trunk` is the pass over the
+    prompts with its graph, where it was to be kept.
     """
 
     tokens: Tensor
@@ -44,6 +45,7 @@ class Generation:
     logprobs: Tensor
     values: Tensor | None
     hidden: Tensor | None
+    trunk: State | None = None
 
     @property
     def rows(self) -> list[list[int]]:
@@ -61,36 +63,55 @@ def generate(
     samples: int = 1,
     generator: torch.Generator | None = None,
     critic: bool = False,
+    keep_graph: int = 0,
 ) -> Generation:
     """`samples` responses for each prompt, those of one prompt side by side.
 
     A response ends with the token that completes `</Judgement>` in its text, with a token that ends
     the sequence, or at `max_new_tokens`. Random numbers are drawn for all rows and steps
     beforehand, so a row's response does not depend on which other rows have finished.
+
+    Where prompts and longest answers are together at most `keep_graph` tokens, the prompts are run
+    under autograd, and their pass comes back for a later one to stand on.
     """
     sampling = sampling or Sampling()
     device, rows = policy.device, len(prompts) * samples
     draws = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
     owners = [p for p in range(len(prompts)) for _ in range(samples)]
     with profiling.phase("prefill"):
-        hidden, place, cache = _prefill(policy, prompts, owners, max_new_tokens - 1)
+        state, kept = _prefill(policy, prompts, owners, keep_graph - rows * (max_new_tokens - 1))
+        repeat = torch.tensor(owners, device=device)
+        hidden = state.ends.detach()[repeat]
+        place = torch.tensor(state.tree.lengths, device=device)[repeat]
+        cache = state.start(owners, max_new_tokens - 1)
     with profiling.phase("decode"):
-        return _decode(policy, hidden, place, cache, draws, sampling, critic)
+        drawn = _decode(policy, hidden, place, cache, draws, sampling, critic)
+    drawn.trunk = state if kept else None
+    return drawn
 
 
 def _prefill(
-    policy: Policy, prompts: Sequence[Tokens], owners: list[int], room: int
-) -> tuple[Tensor, Tensor, TreeCache | PlainCache]:
-    """Run the prompts; for each row its last hidden state, its length, and the filled cache."""
+    policy: Policy, prompts: Sequence[Tokens], owners: list[int], keep_graph: int
+) -> tuple[State, bool]:
+    """Run the prompts; what decoding needs of them, and whether their graph was kept, which is done
+    where they are at most `keep_graph` tokens and a GPU's memory holds it."""
     tree = prefix_tree.build(prompts, shared=policy.tree).to(policy.device)
-    ran = tree.cost.tokens_run
-    saved = sum(tree.lengths[p] for p in owners) - ran
-    cost, heads = tree.cost, len(owners)
-    profiling.count(ran, saved, positions=heads, pairs=cost.pairs, wanted=cost.wanted)
-    flat, state = prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)
-    repeat = torch.tensor(owners, device=policy.device)
-    place = torch.tensor(tree.lengths, device=policy.device)[repeat]
-    return flat.index_select(0, tree.ends)[repeat], place, state.start(owners, room)
+    cost = tree.cost
+    saved = sum(tree.lengths[p] for p in owners) - cost.tokens_run
+    profiling.count(
+        cost.tokens_run, saved, positions=len(owners), pairs=cost.pairs, wanted=cost.wanted
+    )
+
+    def run() -> State:
+        return prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)[1]
+
+    if tree.plan is not None and cost.tokens_run <= keep_graph:
+        try:
+            with torch.enable_grad():
+                return run(), True
+        except torch.cuda.OutOfMemoryError:
+            pass
+    return run(), False
 
 
 def _decode(
@@ -157,10 +178,10 @@ def _choose(logits: Tensor, draw: Tensor, sampling: Sampling) -> tuple[Tensor, T
     """The next token of each row (B,) and its log-probability at the sampling temperature."""
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
-    highest, best = logits.max(-1, keepdim=True)
+    highest = logits.amax(-1, keepdim=True)
     weights = (logits - highest).exp_()
     if sampling.greedy:
-        token = best.squeeze(1)
+        token = logits.argmax(-1)
     else:
         token = invert(_truncate(weights, sampling), draw)
     chosen = (logits.gather(1, token[:, None]) - highest).squeeze(1)
@@ -178,7 +199,7 @@ def invert(weights: Tensor, draw: Tensor) -> Tensor:
     if blocks * BLOCK > vocab:
         weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocab))
     table = weights.view(rows, blocks, BLOCK)
-    sums = table.sum(-1, dtype=torch.float64).cumsum(-1)
+    sums = table.sum(-1).double().cumsum(-1)
     aim = (draw * sums[:, -1])[:, None]
     block = torch.searchsorted(sums, aim, right=True).clamp_(max=blocks - 1)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp_(min=0)), 0.0)

@@ -54,14 +54,17 @@ def collect(
     scale: RunningScale | None = None,
     reference: ReferenceCache | None = None,
     reuse: bool | None = None,
+    keep_graph: int = 0,
 ) -> tuple[Batch, Metrics]:
     """Sample a group of answers to each row, score them, compare them inside their group.
 
-    `scale`, `reference` and `reuse` as in `ppo.collect`.
+    `scale`, `reference`, `reuse` and `keep_graph` as in `ppo.collect`.
     """
     grpo, size = cfg.grpo, cfg.rollout.samples_per_prompt
     kl: Divergence | None = "k3" if grpo.kl_coef else None
-    rollout = collect_answers(policy, specs, cfg, examples, step, False, reference, kl, reuse)
+    rollout = collect_answers(
+        policy, specs, cfg, examples, step, False, reference, kl, reuse, keep_graph
+    )
     scores = rollout.scores if scale is None else normalised(scale, rollout)
     if grpo.advantage == "rloo":
         advantages = losses.rloo_advantages(scores, size)
@@ -129,7 +132,8 @@ def backward(
 
     def part(micro: list[int]) -> Metrics:
         rows = torch.tensor(micro, device=rollout.mask.device)
-        scored = score_rows(policy, rollout, micro, cfg.rollout.temperature)
+        trunk = rollout.take_trunk(micro)
+        scored = score_rows(policy, rollout, micro, cfg.rollout.temperature, trunk=trunk)
         width = scored.mask.shape[1]
         mask, old = rollout.mask[rows, :width], rollout.logprobs[rows, :width]
         assert torch.equal(mask, scored.mask)

@@ -16,7 +16,7 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ppo_nlu import checkpoint, encoder, grpo, lora, ppo, sft
+from ppo_nlu import checkpoint, encoder, grpo, lora, ppo, sft, updates
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.losses import AdaptiveKL
 from ppo_nlu.model import VALUE_HEAD, Policy, load_policy, resolve
@@ -133,6 +133,8 @@ class OnPolicy(LoraLearner):
 
     def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
         metrics = self.learn(optimizer, examples, step)
+        assert self.rollout is not None
+        self.rollout.trunk = None  # of a step that had nothing to learn from
         remarks = [*self.budget.remarks]
         self.budget.remarks.clear()
         gap = metrics.get("policy/first_ratio_gap")
@@ -144,6 +146,17 @@ class OnPolicy(LoraLearner):
         told = [remark for remark in (self.remark, *remarks) if remark]
         self.remark = "\n".join(told) or None
         return self.seen | metrics
+
+    def keep_graph(self) -> int:
+        """How many tokens of a rollout's pass may stay for the update; 0: none.
+
+        Only where the decode pass is known to be exact, so that the first ratio is 1 on it, too.
+        """
+        policy = self.model
+        if not (self.reuse and policy.tree) or policy.checkpointing:
+            return 0
+        rows = self.batch_size * self.samples
+        return updates.graph_tokens(self.section, self.budget, rows, policy.device)
 
     def collected(self, rollout: Rollout, seen: Metrics) -> None:
         """Remember a rollout and what it showed."""
@@ -202,7 +215,7 @@ class PPO(OnPolicy):
         # Answers, scores, KL-shaped rewards, advantages; then epochs of minibatch updates.
         self.batch, seen = ppo.collect(
             self.model, self.specs, self.cfg, self.kl, examples, step, self.scale,
-            self.reference, self.reuse,
+            self.reference, self.reuse, self.keep_graph(),
         )  # fmt: skip
         self.collected(self.batch.rollout, seen)
         return ppo.update(self.model, optimizer, self.cfg, self.batch, step, self.budget)
@@ -247,8 +260,9 @@ class GRPO(OnPolicy):
     def learn(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
         # Groups of answers, scores, advantages inside each group; then epochs of updates.
         self.batch, seen = grpo.collect(
-            self.model, self.specs, self.cfg, examples, step, self.scale, self.reference, self.reuse
-        )
+            self.model, self.specs, self.cfg, examples, step, self.scale, self.reference,
+            self.reuse, self.keep_graph(),
+        )  # fmt: skip
         self.collected(self.batch.rollout, seen)
         return grpo.update(self.model, optimizer, self.cfg, self.batch, step, self.budget)
 

@@ -10,7 +10,7 @@ Everything but the activations follows from shapes, in bytes:
                  once) and again for each row of the decode buffers, as long as the longest own part
                  of a prompt with the longest answer
     log-probs    two blocks of logits in fp32, never all of them; while answers are drawn
-                 24 bytes an answer and vocabulary entry (logits, weights, padding, running sums)
+                 16 bytes an answer and vocabulary entry (logits, weights, padding, a spare)
 
 Activations are counted: a pass over a few prompts of the run, with the longest answers, tells how
 many bytes autograd keeps for each token. What a layer needs besides while it is run backward is
@@ -18,7 +18,8 @@ taken to be half of what it keeps. With checkpointing a layer keeps its input al
 at a time all the rest. On a GPU the attention's scores of one layer are added: four of fp32 for
 each head and pair of a token with one of the longest run that it attends to.
 
-Rollout and update do not overlap, so the larger of the two counts.
+Rollout and update do not overlap, so the larger of the two counts; but where the first pass of an
+update stands on the rollout's, what autograd keeps of the prompts is there during both.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import demonstrations, prefix_tree, tree_attention
-from ppo_nlu.config import Config
+from ppo_nlu import demonstrations, prefix_tree, tree_attention, updates
+from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.model import Policy, trainable
 from ppo_nlu.rollout import fit_prompt, longest_prompt
 from ppo_nlu.tasks import Example, TaskSpec
@@ -58,6 +59,7 @@ class MemoryPlan:
     answers: int
     micro_batch_tokens: int  # tokens a forward of the update may run; 0 = no limit
     free: int | None = None  # of the GPU, before the first step
+    graph: int = 0  # activations of the prompts' pass that the rollout keeps for the update
 
     @property
     def fixed(self) -> int:
@@ -66,7 +68,7 @@ class MemoryPlan:
 
     @property
     def rollout(self) -> int:
-        return self.keys_values + self.drawing
+        return self.keys_values + self.drawing + self.graph
 
     @property
     def update(self) -> int:
@@ -90,7 +92,8 @@ class MemoryPlan:
             f"  throughout: weights {_size(self.weights)}, adapters and gradients "
             f"{_size(self.adapters)}, optimizer {_size(self.optimizer)}",
             f"  rollout: keys and values {_size(self.keys_values)}, drawing answers "
-            f"{_size(self.drawing)}",
+            f"{_size(self.drawing)}"
+            + (f", activations kept for the update {_size(self.graph)}" if self.graph else ""),
             f"  update: activations {_size(self.activations)} ({self.answers} answers or about "
             f"{self.tokens:,} tokens at a time, {_size(self.per_token)} each), log-probs "
             f"{_size(self.logprobs)}",
@@ -149,12 +152,18 @@ def plan(
         room = MARGIN * free - adapters // 2 - states - workspace
         limit = max(int(room / per_token), head + max(own) + longest)
     tokens = min(tokens, limit) if limit else tokens
+    answered = rows * (longest - 1)
+    stays = 0  # tokens of a pass whose graph stays
+    if cfg.method != "sft" and policy.tree and not policy.checkpointing:
+        section: PPOConfig | GRPOConfig = getattr(cfg, cfg.method)
+        budget = updates.Budget(section.micro_batch_size, limit)
+        stays = updates.graph_tokens(section, budget, rows, policy.device)
     return MemoryPlan(
         weights=sum(_bytes(t) for t in _frozen(policy)),
         adapters=adapters,
         optimizer=states,
         keys_values=cached * sizes.keys_values,
-        drawing=max(rows * sizes.vocab * 24, prefill * layer // 2),
+        drawing=max(rows * sizes.vocab * 16, prefill * layer // 2),
         activations=tokens * per_token,
         backward=tokens * backward,
         logprobs=workspace,
@@ -163,6 +172,8 @@ def plan(
         answers=answers,
         micro_batch_tokens=limit,
         free=free,
+        # Keys and values are counted already.
+        graph=prefill * (kept - sizes.keys_values) if prefill + answered <= stays else 0,
     )
 
 

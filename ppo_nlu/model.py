@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import lora, ops, prefix_tree, profiling, tree_attention
+from ppo_nlu import lora, norms, ops, prefix_tree, profiling, tree_attention
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.prefix_tree import Cost, Tokens
+from ppo_nlu.prefix_tree import Cost, State, Tokens
 from ppo_nlu.prompts import OPENING, STOP, answer, render
 from ppo_nlu.tasks import TaskSpec
 
@@ -61,6 +61,7 @@ class Policy:
         self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
         self.device = next(model.parameters()).device
         self.decoder: nn.Module = model.base_model
+        norms.attach(model)
         tree_attention.trim(self.decoder)
         self.detach_value = cfg.detach_value
         self.tree = True
@@ -136,6 +137,17 @@ class Policy:
         flat, _ = prefix_tree.run(self.decoder, tree, self.takes_positions)
         return flat.index_select(0, tree.positions[tree.mask]), tree.mask
 
+    def _grown(
+        self, trunk: State, answers: Sequence[Tokens], owners: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden` of answers behind prompts that were run before, under autograd."""
+        hidden, mask, cost = prefix_tree.grow(self.decoder, trunk, answers, owners)
+        saved = cost.tokens_full - cost.tokens_run
+        profiling.count(cost.tokens_run, saved, positions=len(hidden), pairs=cost.pairs)
+        before = trunk.tree.cost
+        profiling.count_backward(before.tokens_run, before.pairs, before.wanted)
+        return hidden, mask
+
     def score(
         self,
         prompts: Sequence[Tokens],
@@ -144,12 +156,19 @@ class Policy:
         temperature: float = 1.0,
         values: bool = False,
         entropy_grad: bool = False,
+        trunk: State | None = None,
     ) -> Scored:
         """Log-probabilities, entropies and (where asked) values of the answers' tokens.
 
-        `entropy_grad` says that the loss will ask for the entropy's gradient.
+        `entropy_grad` says that the loss will ask for the entropy's gradient. With `trunk`, a pass
+        over just these prompts that was run under autograd with these weights, the answers alone
+        are run; a trunk serves one backward.
         """
-        hidden, mask = self.hidden(prompts, answers, owners)
+        if trunk is None:
+            hidden, mask = self.hidden(prompts, answers, owners)
+        else:
+            owners = range(len(answers)) if owners is None else owners
+            hidden, mask = self._grown(trunk, answers, owners)
         targets = torch.tensor([t for a in answers for t in a], device=self.device)
         head = self.head
         logprobs, entropy = ops.linear_logprobs(

@@ -38,6 +38,7 @@ def build_optimizer(
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,
+            fused=True,  # one pass over all small tensors, on a CPU too
         )
     if cfg.name == "adafactor":
         from transformers.optimization import Adafactor

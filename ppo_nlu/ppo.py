@@ -56,16 +56,19 @@ def collect(
     scale: RunningScale | None = None,
     reference: ReferenceCache | None = None,
     reuse: bool | None = None,
+    keep_graph: int = 0,
 ) -> tuple[Batch, Metrics]:
     """Sample answers, score them, shape the rewards with KL, estimate advantages and returns.
 
-    With `scale` (`reward.normalise`) each task's scores are put on one scale first. `reference` and
-    `reuse` are those of `rollout.collect_answers`. A `ppo.kl_coef` of 0 stays 0, so nothing is
-    asked of the reference.
+    With `scale` (`reward.normalise`) each task's scores are put on one scale first. `reference`,
+    `reuse` and `keep_graph` are those of `rollout.collect_answers`. A `ppo.kl_coef` of 0 stays 0,
+    so nothing is asked of the reference.
     """
     ppo = cfg.ppo
     how = cast(Divergence, ppo.kl_estimator) if ppo.kl_coef else None
-    rollout = collect_answers(policy, specs, cfg, examples, step, True, reference, how, reuse)
+    rollout = collect_answers(
+        policy, specs, cfg, examples, step, True, reference, how, reuse, keep_graph
+    )
     mask = rollout.mask
     assert rollout.values is not None
     scores = rollout.scores if scale is None else normalised(scale, rollout)
@@ -131,7 +134,8 @@ def backward(
     def part(micro: list[int]) -> Metrics:
         rows = torch.tensor(micro, device=rollout.mask.device)
         temperature, bonus = cfg.rollout.temperature, ppo.entropy_coef != 0
-        scored = score_rows(policy, rollout, micro, temperature, values=True, entropy_grad=bonus)
+        trunk = rollout.take_trunk(micro)
+        scored = score_rows(policy, rollout, micro, temperature, True, bonus, trunk)
         width = scored.mask.shape[1]
         mask = rollout.mask[rows, :width]
         assert scored.values is not None and rollout.values is not None

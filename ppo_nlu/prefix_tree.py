@@ -17,6 +17,7 @@ left-padded. The code that calls `run` does not know the difference.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,24 +111,21 @@ def _packed(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[i
     for head in range(max(parents) + 1):
         first = parents.index(head)
         heads.append(row.add(prompts[first][: cuts[first]], 0))
-    replies: dict[int, list[int]] = {}
-    for j, owner in enumerate(owners):
-        replies.setdefault(owner, []).append(j)
-
+    replies = _replies(owners)
     tails = [(0, 0)] * len(prompts)
     starts = [0] * len(answers)  # of the answers' own runs
     shared_links, own_links = [], []
     for head in range(-1, len(heads)):
         began = len(row.ids)
         members = [p for p, parent in enumerate(parents) if parent == head]
+        # Runs of like length, which attention takes together, lie together.
+        members.sort(key=lambda p: cuts[p] - len(prompts[p]) - (len(answers[p]) if joined else 0))
         for p in members:
             body = answers[p][:-1] if joined else ()
             tails[p] = row.add([*prompts[p][cuts[p] :], *body], cuts[p])
         for p in members if not joined else ():
-            first = len(row.ids)
-            for j in replies.get(p, ()):
-                starts[j] = row.add(answers[j][:-1], len(prompts[p]))[0]
-            own_links.append((first, len(row.ids) - first, *tails[p]))
+            mine = replies.get(p, ())
+            own_links.append(_add_answers(row, answers, mine, len(prompts[p]), tails[p], starts))
         if head >= 0:
             shared_links.append((began, len(row.ids) - began, *heads[head]))
 
@@ -177,6 +175,30 @@ class _Row:
         self.places += range(place, place + len(tokens))
         self.runs.append(run)
         return run
+
+
+def _replies(owners: Sequence[int]) -> dict[int, list[int]]:
+    """The answers of each prompt that has any."""
+    found: dict[int, list[int]] = {}
+    for j, owner in enumerate(owners):
+        found.setdefault(owner, []).append(j)
+    return found
+
+
+def _add_answers(
+    row: _Row,
+    answers: Sequence[Tokens],
+    mine: Sequence[int],
+    place: int,
+    tail: tuple[int, int],
+    starts: list[int],
+) -> tuple[int, int, int, int]:
+    """Append a prompt's answers, each from `place` on, short of its last token; `starts` learns
+    where. Returns the link from all of them to the prompt's own run."""
+    first = len(row.ids)
+    for j in mine:
+        starts[j] = row.add(answers[j][:-1], place)[0]
+    return first, len(row.ids) - first, *tail
 
 
 def _full(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[int]) -> int:
@@ -267,9 +289,11 @@ def common(a: Tokens, b: Tokens) -> int:
 
 @dataclass
 class State:
-    """What a pass left behind for decoding: its tree, and keys and values."""
+    """What a pass over prompts left behind: its tree, the states (P, H) behind the prompts, and
+    keys and values. Where the pass ran under autograd, its graph hangs on the tensors."""
 
     tree: Tree
+    ends: Tensor
     layers: list[tuple[Tensor, Tensor]] | None = None  # packed: (N, heads, d) of each layer
     cache: DynamicCache | None = None  # plain
 
@@ -297,11 +321,56 @@ def run(
     if tree.plan is not None:
         tree.plan.keep = [] if keep else None
         flat = tree_attention.forward(decoder, tree.ids, tree.places, tree.plan)
-        return flat, State(tree, tree.plan.keep)
+        return flat, State(tree, flat.index_select(0, tree.ends), tree.plan.keep)
     assert tree.seen is not None
     places = tree.places if positions else None
     out = forward(decoder, tree.ids, tree.seen, places, None, keep)
-    return out.last_hidden_state.flatten(0, 1), State(tree, cache=out.past_key_values)
+    flat = out.last_hidden_state.flatten(0, 1)
+    return flat, State(tree, flat.index_select(0, tree.ends), cache=_kept(out))
+
+
+def grow(
+    decoder: nn.Module, state: State, answers: Sequence[Tokens], owners: Sequence[int]
+) -> tuple[Tensor, Tensor, Cost]:
+    """Run answers behind prompts that a packed pass has run; its graph is the trunk of theirs.
+
+    Returns the states (N, H) that predict the answers' tokens, row by row, the mask (B, R), and
+    the cost, the prompts' own left out.
+    """
+    tree = state.tree
+    assert state.layers is not None and tree.heads is not None
+    assert tree.tails is not None and tree.parents is not None
+    replies, row = _replies(owners), _Row()
+    starts = [0] * len(answers)
+    shared_links, own_links = [], []
+    for head in range(-1, len(tree.heads)):
+        began = len(row.ids)
+        for p in (p for p, parent in enumerate(tree.parents) if parent == head and p in replies):
+            place, tail = tree.lengths[p], tree.tails[p]
+            own_links.append(_add_answers(row, answers, replies[p], place, tail, starts))
+        if head >= 0:
+            shared_links.append((began, len(row.ids) - began, *tree.heads[head]))
+    count = len(tree.lengths)
+    table, mask = pad(
+        [
+            [owner, *(count + starts[j] + t for t in range(len(answer) - 1))][: len(answer)]
+            for j, (answer, owner) in enumerate(zip(answers, owners, strict=True))
+        ]
+    )
+    device = state.ends.device
+    hidden = state.ends
+    if row.ids:
+        plan = tree_attention.plan(row.runs, shared_links, own_links, None, max(row.places) + 1)
+        plan = plan.to(device)
+        plan.past = state.layers
+        ids, places = (torch.tensor(x, device=device) for x in (row.ids, row.places))
+        hidden = torch.cat([hidden, tree_attention.forward(decoder, ids, places, plan)])
+    full = sum(tree.lengths[o] + len(a) - 1 for a, o in zip(answers, owners, strict=True))
+    pairs = _triangles(length for _, length in row.runs)
+    pairs += sum(asked * length for _, asked, _, length in (*shared_links, *own_links))
+    cost = Cost(len(row.ids), full, pairs)
+    table, mask = table.to(device), mask.to(device)
+    return hidden.index_select(0, table[mask]), mask, cost
 
 
 def forward(
@@ -313,15 +382,26 @@ def forward(
     keep: bool = True,
 ):
     """One call of the decoder: `ids` (rows, length), `mask` (rows, past + length), positions."""
-    extra = {} if place is None else {"position_ids": place}
+    extra: dict[str, Any] = {} if place is None else {"position_ids": place}
+    extra[_cache_argument(decoder)] = cache
     return decoder(
         input_ids=ids,
         attention_mask=mask.long(),
-        past_key_values=cache,
         use_cache=keep,
         return_dict=True,
         **extra,
     )
+
+
+def _cache_argument(decoder: nn.Module) -> str:
+    """What this version of transformers calls the keys and values of earlier tokens."""
+    known = inspect.signature(type(decoder).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
+def _kept(out: Any) -> DynamicCache:
+    """The keys and values in a decoder's output, by either name."""
+    return out.cache if hasattr(out, "cache") else out.past_key_values
 
 
 class PlainCache:
@@ -336,7 +416,7 @@ class PlainCache:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
         places = None if place is None else place[:, None]
         out = forward(decoder, token[:, None], self.mask, places, self.cache)
-        self.cache = out.past_key_values
+        self.cache = _kept(out)
         return out.last_hidden_state[:, -1]
 
     def keep(self, going: Sequence[int]) -> None:
@@ -353,7 +433,7 @@ def select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
         return cache
     taken = DynamicCache()
     for old in layers:
-        layer = DynamicLayer()
+        layer: Any = DynamicLayer()
         layer.keys, layer.values = old.keys.index_select(0, rows), old.values.index_select(0, rows)
         layer.dtype, layer.device, layer.is_initialized = old.keys.dtype, old.keys.device, True
         taken.layers.append(layer)

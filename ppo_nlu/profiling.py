@@ -67,6 +67,12 @@ def count(
         _active.add(tokens_run, tokens_saved, flops, positions, pairs, wanted)
 
 
+def count_backward(tokens: int, pairs: int, wanted: int | None = None) -> None:
+    """Book the backward of a pass that was booked before as a forward alone, as `count` does."""
+    if _active is not None and _active.weights is not None:
+        _active.add(0, 0, _active.weights.backward(tokens, 0, pairs, wanted), 0, 0, None)
+
+
 def active() -> bool:
     """Whether anything is booked: for counts that cost something themselves."""
     return _active is not None

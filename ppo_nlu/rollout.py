@@ -18,12 +18,14 @@ from ppo_nlu.generate import Generation, Sampling, generate
 from ppo_nlu.lora import lora_disabled
 from ppo_nlu.losses import exact_kl, kl_penalty
 from ppo_nlu.model import Policy, Scored, unflatten
+from ppo_nlu.prefix_tree import State
 from ppo_nlu.prompts import OPENING, render, turns
 from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.updates import Metrics
 
 EXACT = 1e-4  # decode and training pass may be this far apart and still count as the same
+MOST = 0.75  # of the prompts have answers in an update's first pass, or the trunk is of no use
 Divergence = Literal["k1", "k2", "k3", "exact"]
 
 
@@ -35,6 +37,7 @@ class Rollout:
     a_t; `scores` is (B,). The mask counts the token that ends the answer and nothing behind it.
     None: not asked for. `gap` is the largest distance between the log-probs of the decode pass and
     those of a training pass, where both were run; `reused` says that the former are `logprobs`.
+    `trunk` is the pass over all prompts with its graph, where that was kept.
     """
 
     prompts: list[list[int]]
@@ -53,11 +56,22 @@ class Rollout:
     dropped: int  # worked examples left out of the prompts
     reused: bool = True
     gap: float | None = None
+    trunk: State | None = None
 
     @property
     def size(self) -> int:
         """B, the number of answers."""
         return len(self.answers)
+
+    def take_trunk(self, index: Sequence[int]) -> State | None:
+        """The trunk, for the first pass of an update to stand on, if these answers are those of
+        most prompts; it is given away once, since the weights move after that.
+
+        Its backward runs all prompts: where many have no answer here, a pass of its own is cheaper.
+        """
+        trunk, self.trunk = self.trunk, None
+        used = len({self.owners[j] for j in index})
+        return trunk if used >= MOST * len(self.prompts) else None
 
     def rows(self, index: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Prompts, answers and owners of some answers, each prompt once."""
@@ -159,6 +173,7 @@ def collect_answers(
     reference: ReferenceCache | None = None,
     kl: Divergence | None = None,
     reuse: bool | None = None,
+    keep_graph: int = 0,
 ) -> Rollout:
     """Sample answers to these rows, parse and score them by the rules of their tasks.
 
@@ -168,6 +183,7 @@ def collect_answers(
         kl: how to measure the KL to the reference; None: not at all, and no pass of it is run.
         reuse: whether the log-probs of the decode pass are exact enough to be the old ones; None:
             as `rollout.reuse_logprobs` says, which on auto compares them with a training pass.
+        keep_graph: keep the graph of a pass over prompts and answers of at most so many tokens.
     """
     roll = cfg.rollout
     longest = longest_prompt(policy, cfg, roll.max_new_tokens)
@@ -185,6 +201,7 @@ def collect_answers(
         samples=roll.samples_per_prompt,
         generator=seeded("rollout", cfg.seed, step),
         critic=critic,
+        keep_graph=keep_graph,
     )
     owners = [p for p in range(len(prompts)) for _ in range(roll.samples_per_prompt)]
     answers = drawn.rows
@@ -213,6 +230,7 @@ def collect_answers(
         torch.tensor(scores, device=policy.device),
         sum(fit.cut for fit in fitted),
         sum(fit.dropped for fit in fitted),
+        trunk=drawn.trunk,
     )
     if reuse is None and roll.reuse_logprobs != "auto":
         reuse = roll.reuse_logprobs == "always"
@@ -282,14 +300,17 @@ def score_rows(
     temperature: float,
     values: bool = False,
     entropy_grad: bool = False,
+    trunk: State | None = None,
 ) -> Scored:
     """`policy.score` of some answers; where one prompt has the same answer twice it is run once."""
-    prompts, answers, owners = rollout.rows(index)
+    if trunk is None:
+        prompts, answers, owners = rollout.rows(index)
+    else:
+        prompts, answers = rollout.prompts, [rollout.answers[j] for j in index]
+        owners = [rollout.owners[j] for j in index]
     place: dict[tuple[int, tuple[int, ...]], int] = {}
     keys = [(owner, tuple(answer)) for owner, answer in zip(owners, answers, strict=True)]
     rows = [place.setdefault(key, len(place)) for key in keys]
-    if len(place) == len(rows):
-        return policy.score(prompts, answers, owners, temperature, values, entropy_grad)
     scored = policy.score(
         prompts,
         [list(answer) for _, answer in place],
@@ -297,7 +318,10 @@ def score_rows(
         temperature,
         values,
         entropy_grad,
+        trunk,
     )
+    if len(place) == len(rows):
+        return scored
     taken = torch.tensor(rows, device=scored.mask.device)
     mask = scored.mask[taken]
     states = unflatten(torch.arange(len(scored.hidden), device=mask.device), scored.mask)

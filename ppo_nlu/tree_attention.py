@@ -67,8 +67,8 @@ class Part:
             at, seen = _table(keys)
             if not bool(seen.all()):
                 bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None, None]
-        tokens = index[real]
-        if len(tokens) == index.numel():
+        tokens = _run(index[real])
+        if bool(real.all()):
             return cls(index, at, keys is None, bias, tokens, None, None)
         picked = real.flatten().nonzero().squeeze(1)
         return cls(index, at, keys is None, bias, tokens, picked, ~real[:, None])
@@ -86,7 +86,8 @@ class Plan:
     once; `above` leads to the ancestors.
 
     `keep` receives each layer's keys and values (N, heads, d) where it is a list. The last block's
-    states are `wanted` at these tokens alone (None: at all of them).
+    states are `wanted` at these tokens alone (None: at all of them). `past` are each layer's keys
+    and values of tokens that an earlier pass ran: `above` counts keys from the first of them on.
     """
 
     own: list[Part]
@@ -95,6 +96,7 @@ class Plan:
     wanted: Tensor | None = None
     size: int = 0
     reach: int = 0
+    past: list[tuple[Tensor, Tensor]] | None = None
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tensors on `device`."""
@@ -153,6 +155,14 @@ def _table(spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     return starts[:, None] + torch.minimum(column, lengths[:, None] - 1), real
 
 
+def _run(tokens: Tensor) -> Index:
+    """The same tokens as a slice, where they follow each other: copies are then plain ones."""
+    first, count = int(tokens[0]), len(tokens)
+    if torch.equal(tokens, torch.arange(first, first + count)):
+        return slice(first, first + count)
+    return tokens
+
+
 # ---- the interface of transformers -----------------------------------------------------------
 
 
@@ -188,6 +198,9 @@ def attention(
         if layer != len(tree.keep):
             raise NotImplementedError("the prefix tree needs one attention a layer, in their order")
         tree.keep.append((k, v))
+    if tree.past is not None:
+        old_k, old_v = tree.past[layer]
+        k, v = torch.cat([old_k, k]), torch.cat([old_v, v])
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -266,22 +279,25 @@ def _place(module: nn.Module, args: tuple[Any, ...], out: Any) -> Tensor | None:
 
 
 class _TreeAttention(torch.autograd.Function):
-    """q, k, v (N, heads, d) to the output (N, heads, d)."""
+    """q (N, heads, d), k and v (past + N, heads, d) to the output (N, heads, d)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: Plan, scale: float) -> Tensor:
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
         if q.dtype == torch.float64:
             lse = lse.double()
+        past = len(k) - len(q)
         for part in tree.own:
-            o, norm = _product(q, k, v, part, scale)
+            o, norm = _product(q, k[past:], v[past:], part, scale)
             _put(out, part.tokens, o)
             _put(lse, part.tokens, norm)
         for part in tree.above:
+            more = _product(q, k, v, part, scale)
             before = _take(out, part.tokens), _take(lse, part.tokens)
-            o, norm = merge(*before, *_product(q, k, v, part, scale))
-            _put(out, part.tokens, o)
-            _put(lse, part.tokens, norm)
+            _merge_into(*before, *more)
+            if not isinstance(part.tokens, slice):  # these were copies
+                _put(out, part.tokens, before[0])
+                _put(lse, part.tokens, before[1])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tree, ctx.scale = tree, scale
         return out
@@ -290,12 +306,14 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         grad = grads[0]
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for part in ctx.tree.own:  # which cover each token once
-            gq, gk, gv = _part_grads(grad, q, k, v, out, lse, part, ctx.scale)
+        past = len(k) - len(q)
+        new = torch.zeros_like if past else torch.empty_like
+        dq, dk, dv = torch.empty_like(q), new(k), new(v)
+        for part in ctx.tree.own:  # which cover each token of this pass once
+            gq, gk, gv = _part_grads(grad, q, k[past:], v[past:], out, lse, part, ctx.scale)
             _put(dq, part.tokens, _real(gq, part))
-            _put(dk, part.tokens, _real(gk, part))
-            _put(dv, part.tokens, _real(gv, part))
+            _put(dk[past:], part.tokens, _real(gk, part))
+            _put(dv[past:], part.tokens, _real(gv, part))
         for part in ctx.tree.above:
             gq, gk, gv = _part_grads(grad, q, k, v, out, lse, part, ctx.scale)
             _add(dq, part.queries, _flat(gq))
@@ -317,9 +335,7 @@ def _part_grads(
     """Gradients (rows, heads, length, d) of a part's queries, keys and values; 0 in the padding."""
     d_out, norm = _rows(grad, part.queries), _rows(lse, part.queries)
     if part.padded is not None:
-        # No gradient comes in there, and with L = inf these queries have no weights either.
-        d_out = d_out.masked_fill(part.padded[..., None], 0.0)
-        norm = norm.masked_fill(part.padded, math.inf)
+        norm = norm.masked_fill(part.padded, math.inf)  # all weights of these queries are 0
     rows = _rows(q, part.queries), _rows(k, part.keys), _rows(v, part.keys)
     return _backward(d_out, *rows, _rows(out, part.queries), norm, part.causal, part.bias, scale)
 
@@ -365,6 +381,14 @@ def _real(x: Tensor, part: Part) -> Tensor:
     """(rows, heads, length, ...) of queries to (n, heads, ...) of those that are no padding."""
     x = _flat(x)
     return x if part.real is None else x.index_select(0, part.real)
+
+
+def _merge_into(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> None:
+    """`merge`, in place of the first two."""
+    total = torch.logaddexp(lse, norm)
+    old, new = lse.sub_(total).exp_(), norm.sub_(total).exp_()
+    out.mul_(old[..., None]).addcmul_(more, new[..., None].to(out.dtype))
+    lse.copy_(total)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

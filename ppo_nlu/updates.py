@@ -7,6 +7,7 @@ tokens; every loss is divided by a count of the whole minibatch, so the cuts cha
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -62,6 +63,21 @@ class Budget:
         remark = "out of GPU memory: a smaller micro-batch from here on, with the same result"
         if remark not in self.remarks:
             self.remarks.append(remark)
+
+
+def graph_tokens(
+    section: PPOConfig | GRPOConfig, budget: Budget, rows: int, device: torch.device
+) -> int:
+    """How many tokens the first forward of an update may hold where it is one of all `rows`
+    answers, and so can stand on the rollout's pass over their prompts; 0 where it is not.
+
+    On a GPU half of the budget: the rollout has to fit beside it.
+    """
+    if min(section.minibatch_size or rows, budget.rows or rows) < rows:
+        return 0
+    if not budget.tokens:
+        return sys.maxsize
+    return budget.tokens // (1 if device.type == "cpu" else 2)
 
 
 # --- one step of a method -------------------------------------------------------------------------

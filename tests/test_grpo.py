@@ -283,6 +283,21 @@ def test_a_step_of_even_groups_moves_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
+def test_on_the_rollouts_pass_left_out_groups_change_nothing() -> None:
+    """Three of four groups are trained; the fourth's prompt is in the trunk, without gradient."""
+    policy, cfg = tiny.policy(), config(kl_coef=0.1)
+    rows = tiny.examples(4)
+    found = []
+    for tokens in (10**6, 0):
+        batch, _ = grpo.collect(policy, tiny.SPECS, cfg, rows, 0, reuse=True, keep_graph=tokens)
+        assert (batch.rollout.trunk is None) == (tokens == 0)
+        batch.advantages = torch.linspace(-1, 1, 12)
+        found.append(gradients(policy, cfg, batch, [9, 10, 11, 0, 1, 2, 5, 4, 3]))
+    for mine, theirs in zip(found[0][0], found[1][0], strict=True):
+        tiny.close(mine, theirs)
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)
+
+
 # ---- updates --------------------------------------------------------------------------------
 
 

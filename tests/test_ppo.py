@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from ppo_nlu import lora, ppo, updates
+from ppo_nlu import lora, ppo, prefix_tree, updates
 from ppo_nlu.config import Config, LoraConfig, PPOConfig, RewardConfig, RolloutConfig, load_config
 from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.errors import UserError
@@ -86,6 +86,64 @@ def gradients(policy: Policy, cfg: Config, batch: ppo.Batch) -> tuple[list[Tenso
 
 def sgd(policy: Policy, lr: float = 0.1) -> SGD:
     return SGD(trainable(policy), lr=lr)
+
+
+# ---- standing on the rollout's pass ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", tiny.TREE_KINDS)
+def test_an_update_on_the_rollouts_pass_has_the_same_gradient(kind: str) -> None:
+    policy, cfg = tiny.policy(kind), config(entropy_coef=0.1)
+    rows = tiny.examples(cfg.rollout.batch_size)
+    kept, plain = (
+        ppo.collect(policy, tiny.SPECS, cfg, kl_of(cfg), rows, 0, reuse=True, keep_graph=tokens)[0]
+        for tokens in (10**6, 0)
+    )
+    assert kept.rollout.answers == plain.rollout.answers
+    assert kept.rollout.trunk is not None and plain.rollout.trunk is None
+    for tensor in (kept.rollout.logprobs, kept.rollout.values, kept.rollout.ref_logprobs):
+        assert tensor is not None and not tensor.requires_grad
+    mine, metrics = gradients(policy, cfg, kept)
+    assert kept.rollout.trunk is None, "it serves one pass: then the weights move"
+    theirs, wanted = gradients(policy, cfg, plain)
+    for a, b in zip(mine, theirs, strict=True):
+        tiny.close(a, b)
+    assert metrics == pytest.approx(wanted, abs=1e-5)
+    assert metrics["policy/ratio_gap"] < 1e-4
+
+
+def test_the_prompts_are_run_once_for_rollout_and_first_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two epochs: prefill, answers behind it, then a whole pass for the second one."""
+    policy, cfg = tiny.policy(), config(epochs=2, kl_coef=0.0)
+    rows = tiny.examples(cfg.rollout.batch_size)
+    kl = kl_of(cfg)
+    batch, _ = ppo.collect(policy, tiny.SPECS, cfg, kl, rows, 0, reuse=True, keep_graph=9999)
+    sizes: list[int] = []
+    policy.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    metrics = ppo.update(policy, sgd(policy), cfg, batch, 0)
+    assert len(sizes) == 2 and sizes[0] < sizes[1] / 4
+    assert sizes[0] <= sum(len(answer) - 1 for answer in batch.rollout.answers)
+    assert metrics["policy/first_ratio_gap"] < 1e-4 < metrics["policy/ratio_gap"]
+
+
+def test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on() -> None:
+    policy, cfg = tiny.policy(), config()
+    rows, kl = tiny.examples(cfg.rollout.batch_size), kl_of(cfg)
+
+    def collected(tokens: int) -> ppo.Batch:
+        return ppo.collect(policy, tiny.SPECS, cfg, kl, rows, 0, reuse=True, keep_graph=tokens)[0]
+
+    run = prefix_tree.build(collected(0).rollout.prompts).cost.tokens_run
+    longest = cfg.rollout.batch_size * 2 * (cfg.rollout.max_new_tokens - 1)
+    assert collected(run + longest - 1).rollout.trunk is None
+    batch = collected(run + longest)
+    assert batch.rollout.trunk is not None
+    assert batch.rollout.take_trunk([0, 1, 2, 3]) is None, "two prompts of four"
+    assert batch.rollout.trunk is None
 
 
 # ---- the first ratio ------------------------------------------------------------------------

@@ -99,6 +99,26 @@ def test_tree_equals_one_row_at_a_time(kind: str, name: str, training: bool) -> 
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", tiny.TREE_KINDS)
+def test_answers_on_a_trunk_equal_one_row_at_a_time(kind: str, name: str) -> None:
+    decoder = tiny.causal_lm(kind).base_model
+    params = list(decoder.parameters())
+    tree_attention.trim(decoder)  # the trunk's last block runs the ends of the prompts alone
+    prompts, answers, owners = SHAPES[name]
+    given = list(range(len(answers))) if owners is None else owners
+    _, trunk = run(decoder, build(prompts), keep=True)
+    actual, mask, cost = prefix_tree.grow(decoder, trunk, answers, given)
+    assert mask.sum(1).tolist() == [len(answer) for answer in answers]
+    assert cost.tokens_run == sum(len(answer) - 1 for answer in answers)
+    whole = tiny.causal_lm(kind).base_model
+    expected = by_row(whole, prompts, answers, owners)
+    tiny.close(actual, expected)
+    pulled = pull(expected, list(whole.parameters()))
+    for mine, theirs in zip(pull(actual, params), pulled, strict=True):
+        tiny.close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_eager_attention_too(name: str) -> None:
     model = tiny.causal_lm("llama")
     model.set_attn_implementation("eager")
@@ -192,18 +212,19 @@ def test_padding_changes_nothing(name: str) -> None:
 
 
 def test_hand_made_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 shared tokens; 2, 1 and 4 more per prompt; answers without their last: 2, 0 and 1."""
+    """8 shared tokens; 2, 1 and 4 more per prompt; answers without their last: 2, 0 and 1. The
+    longest run, the third prompt's, lies first."""
     tree = build(*SHAPES["shared prefix"])
-    assert tree.ids.tolist() == [*BASE, 20, 21, 31, 12, 23, 24, 26, 27, 28, 13]
-    assert tree.places.tolist() == [*range(8), 8, 9, 10, 11, 8, 8, 9, 10, 11, 12]
+    assert tree.ids.tolist() == [*BASE, 24, 26, 27, 28, 13, 20, 21, 31, 12, 23]
+    assert tree.places.tolist() == [*range(8), 8, 9, 10, 11, 12, 8, 9, 10, 11, 8]
     assert tree.heads == [(0, 8)] and tree.parents == [0, 0, 0]
-    assert tree.tails == [(8, 4), (12, 1), (13, 5)]
+    assert tree.tails == [(13, 4), (17, 1), (8, 5)]
     # Causal pairs of 8, 4, 1 and 5 tokens, and 10 tokens that see the 8 shared ones.
     pairs = 36 + 10 + 1 + 15 + 10 * 8
     assert tree.cost == prefix_tree.Cost(18, (10 + 2) + (9 + 0) + (12 + 1), pairs, wanted=6)
-    assert tree.ends.tolist() == [9, 12, 16]
+    assert tree.ends.tolist() == [14, 17, 11]
     assert tree.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
-    assert tree.positions[tree.mask].tolist() == [9, 10, 11, 12, 16, 17]
+    assert tree.positions[tree.mask].tolist() == [14, 15, 16, 17, 11, 12]
     assert tree.lengths == [10, 9, 12]
     monkeypatch.setattr(prefix_tree, "HEAD_COST", 16)  # the 2 x 8 tokens saved are not worth it
     few = build(*SHAPES["shared prefix"])

@@ -202,3 +202,14 @@ def test_a_minibatch_of_nothing_takes_no_step() -> None:
     assert metrics["policy/first_ratio_gap"] == 0.5 and metrics["policy/ratio_gap"] == 1.5
     nothing = updates.run([weight], optimizer, cfg, cfg.grpo, lambda epoch: [], backward)
     assert nothing == {"optim/steps": 0.0, "optim/skipped": 0.0}
+
+
+def test_an_update_stands_on_the_rollout_only_where_it_is_one_forward() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    whole = PPOConfig(minibatch_size=16)
+    assert updates.graph_tokens(whole, Budget(), 16, cpu) > 10**9
+    assert updates.graph_tokens(whole, Budget(tokens=900), 16, cpu) == 900
+    assert updates.graph_tokens(whole, Budget(tokens=900), 16, gpu) == 450
+    assert updates.graph_tokens(whole, Budget(), 17, cpu) == 0, "minibatches of 16"
+    assert updates.graph_tokens(whole, Budget(rows=8), 16, cpu) == 0, "micro-batches of 8"
+    assert updates.graph_tokens(GRPOConfig(), Budget(), 64, cpu) > 10**9

@@ -165,7 +165,7 @@ def close(actual: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
 def force(patch: pytest.MonkeyPatch, made: Policy, answers: list[list[int]]) -> None:
     """Makes every rollout give these answers, with the log-probs and values that they have."""
 
-    def generate(policy, prompts, limit, sampling, samples=1, generator=None, critic=False):
+    def generate(policy, prompts, limit, sampling, samples=1, generator=None, critic=False, **more):
         owners = [p for p in range(len(prompts)) for _ in range(samples)]
         with torch.no_grad():
             scored = policy.score(prompts, answers, owners, sampling.temperature, values=True)

@@ -204,7 +204,10 @@ def invert(weights: Tensor, draw: Tensor) -> Tensor:
     block = torch.searchsorted(sums, aim, right=True).clamp_(max=blocks - 1)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp_(min=0)), 0.0)
     inner = table.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].double().cumsum(-1)
-    token = torch.searchsorted(inner, (aim - before).clamp_(min=0.0), right=True)
+    # The sum inside the block is in double precision and the table's is not: the rest of the aim is
+    # put on its scale.
+    scale = inner[:, -1:] / (sums.gather(1, block) - before).clamp_(min=1e-300)
+    token = torch.searchsorted(inner, (aim - before).clamp_(min=0.0) * scale, right=True)
     # Rounding may lead past the last token of the block that has any weight.
     last = (inner < inner[:, -1:]).sum(-1, keepdim=True)
     return (block * BLOCK + torch.minimum(token, last)).squeeze(1)

@@ -118,7 +118,8 @@ class OnPolicy(LoraLearner):
         self.samples = cfg.rollout.samples_per_prompt
         self.scale = RunningScale() if cfg.reward.normalise else None
         self.reference = ReferenceCache() if cfg.rollout.reference_cache else None
-        self.reuse: bool | None = None  # old log-probs out of the decode pass; None: to be seen
+        # Old log-probs out of the decode pass; None: to be seen.
+        self.reuse: bool | None = {"always": True, "never": False}.get(cfg.rollout.reuse_logprobs)
         self.budget = Budget(self.section.micro_batch_size, cfg.train.micro_batch_tokens)
         self.checked = False  # whether the first ratio was looked at
         self.rollout: Rollout | None = None
@@ -132,6 +133,7 @@ class OnPolicy(LoraLearner):
         """Those of an answer of the last step, for a human to look at."""
 
     def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
+        stood = self.keep_graph() > 0
         metrics = self.learn(optimizer, examples, step)
         assert self.rollout is not None
         self.rollout.trunk = None  # of a step that had nothing to learn from
@@ -139,7 +141,8 @@ class OnPolicy(LoraLearner):
         self.budget.remarks.clear()
         gap = metrics.get("policy/first_ratio_gap")
         if gap is not None and not self.checked:
-            self.checked = True
+            # Once more where later updates stand on the rollout's pass and this one did not.
+            self.checked = stood or not self.keep_graph()
             remarks.append(check_first_ratio(gap, self.cfg.model.dtype == "float32") or "")
         if step == 0:
             remarks.append(check_form(self.seen["answer/unparsed"]) or "")
@@ -150,7 +153,8 @@ class OnPolicy(LoraLearner):
     def keep_graph(self) -> int:
         """How many tokens of a rollout's pass may stay for the update; 0: none.
 
-        Only where the decode pass is known to be exact, so that the first ratio is 1 on it, too.
+        Only where the decode pass gives the old log-probs: in low precision a pass that is cut
+        otherwise rounds otherwise, and the first ratio would not be that of a training pass.
         """
         policy = self.model
         if not (self.reuse and policy.tree) or policy.checkpointing:

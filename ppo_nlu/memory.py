@@ -154,7 +154,9 @@ def plan(
     tokens = min(tokens, limit) if limit else tokens
     answered = rows * (longest - 1)
     stays = 0  # tokens of a pass whose graph stays
-    if cfg.method != "sft" and policy.tree and not policy.checkpointing:
+    how = cfg.rollout.reuse_logprobs
+    reused = how == "always" or (how == "auto" and cfg.model.dtype == "float32")
+    if cfg.method != "sft" and policy.tree and not policy.checkpointing and reused:
         section: PPOConfig | GRPOConfig = getattr(cfg, cfg.method)
         budget = updates.Budget(section.micro_batch_size, limit)
         stays = updates.graph_tokens(section, budget, rows, policy.device)

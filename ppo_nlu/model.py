@@ -61,7 +61,6 @@ class Policy:
         self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
         self.device = next(model.parameters()).device
         self.decoder: nn.Module = model.base_model
-        norms.attach(model)
         tree_attention.trim(self.decoder)
         self.detach_value = cfg.detach_value
         self.tree = True
@@ -167,6 +166,7 @@ class Policy:
         if trunk is None:
             hidden, mask = self.hidden(prompts, answers, owners)
         else:
+            assert trunk.tree.lengths == [len(prompt) for prompt in prompts]
             owners = range(len(answers)) if owners is None else owners
             hidden, mask = self._grown(trunk, answers, owners)
         targets = torch.tensor([t for a in answers for t in a], device=self.device)
@@ -320,6 +320,7 @@ def load_policy(cfg: Config) -> Policy:
     model, tokenizer = load_base(cfg.model)
     torch.manual_seed(cfg.seed)
     lora.attach(model, cfg.lora)
+    norms.attach(model)
     if cfg.init_from:
         # Start from a trained adapter, which as a frozen copy is the reference too.
         lora.load_adapter(model, adapter_folder(cfg.init_from))

@@ -321,12 +321,14 @@ def run(
     if tree.plan is not None:
         tree.plan.keep = [] if keep else None
         flat = tree_attention.forward(decoder, tree.ids, tree.places, tree.plan)
-        return flat, State(tree, flat.index_select(0, tree.ends), tree.plan.keep)
+        # The graph's nodes hold the plan: keys and values left in it would never be freed.
+        layers, tree.plan.keep = tree.plan.keep, None
+        return flat, State(tree, flat.index_select(0, tree.ends), layers)
     assert tree.seen is not None
     places = tree.places if positions else None
     out = forward(decoder, tree.ids, tree.seen, places, None, keep)
     flat = out.last_hidden_state.flatten(0, 1)
-    return flat, State(tree, flat.index_select(0, tree.ends), cache=_kept(out))
+    return flat, State(tree, flat.index_select(0, tree.ends), cache=kept_cache(out))
 
 
 def grow(
@@ -383,7 +385,7 @@ def forward(
 ):
     """One call of the decoder: `ids` (rows, length), `mask` (rows, past + length), positions."""
     extra: dict[str, Any] = {} if place is None else {"position_ids": place}
-    extra[_cache_argument(decoder)] = cache
+    extra[cache_argument(decoder)] = cache
     return decoder(
         input_ids=ids,
         attention_mask=mask.long(),
@@ -393,13 +395,13 @@ def forward(
     )
 
 
-def _cache_argument(decoder: nn.Module) -> str:
+def cache_argument(decoder: nn.Module) -> str:
     """What this version of transformers calls the keys and values of earlier tokens."""
     known = inspect.signature(type(decoder).forward).parameters
     return "cache" if "cache" in known else "past_key_values"
 
 
-def _kept(out: Any) -> DynamicCache:
+def kept_cache(out: Any) -> Any:
     """The keys and values in a decoder's output, by either name."""
     return out.cache if hasattr(out, "cache") else out.past_key_values
 
@@ -416,7 +418,7 @@ class PlainCache:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
         places = None if place is None else place[:, None]
         out = forward(decoder, token[:, None], self.mask, places, self.cache)
-        self.cache = _kept(out)
+        self.cache = kept_cache(out)
         return out.last_hidden_state[:, -1]
 
     def keep(self, going: Sequence[int]) -> None:

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from ppo_nlu import cli
 from ppo_nlu.answers import parse
 from ppo_nlu.errors import UserError
+from ppo_nlu.prefix_tree import cache_argument, kept_cache
 from ppo_nlu.prompts import STOP, answer, render
 from ppo_nlu.strict_config import below_one, load_dataclass, number, one_of, positive, share
 from ppo_nlu.tasks import Label, TaskSpec, get_task
@@ -743,7 +744,7 @@ def shared_cache(model: Any, prefix: list[int], size: int) -> Any:
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    once = model.model(input_ids=torch.tensor([prefix]), use_cache=True).past_key_values
+    once = kept_cache(model.model(input_ids=torch.tensor([prefix]), use_cache=True))
     for index, layer in enumerate(once.layers):
         keys, values = (x.expand(size, -1, -1, -1) for x in (layer.keys, layer.values))
         cache.update(keys, values, index)
@@ -759,7 +760,8 @@ def last_hidden(model: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
     pad = tokenizer.pad_token_id
     ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rests])
     cache = shared_cache(model, rows[0][:shared], len(rows))
-    hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+    before = {cache_argument(model.model): cache}
+    hidden = model.model(input_ids=ids, use_cache=True, **before).last_hidden_state
     return hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rests])]
 
 
@@ -811,7 +813,8 @@ def answer_logprobs(model: Any, tokenizer: Any, prompts: list[str], words: list[
     rests = [row[shared:] for row in wholes]
     ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rests])  # causal: pad is idle
     cache = shared_cache(model, wholes[0][:shared], len(wholes))
-    hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+    before = {cache_argument(model.model): cache}
+    hidden = model.model(input_ids=ids, use_cache=True, **before).last_hidden_state
     place = torch.arange(1, longest)
     starts = torch.tensor([len(row) - shared for row in heads])[:, None]
     ends = torch.tensor([len(row) for row in rests])[:, None]
@@ -979,8 +982,9 @@ def respond(
         ids = torch.tensor([prompts[i] for i in group])
         cache, made = None, torch.zeros(len(group), 0, dtype=torch.long)
         for _ in range(cfg.max_new_tokens):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            before = {cache_argument(model): cache}
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **before)
+            cache = kept_cache(out)
             probs = out.logits[:, -1].float().softmax(-1)
             greedy = probs.argmax(-1, keepdim=True)
             ids = greedy if rng is None else probs.multinomial(1, generator=rng)

@@ -15,7 +15,8 @@ FLOPs are counted from what was run and the weights it went through, not measure
     backward  as much again for a frozen weight, the gradient of its input; twice that for a
               trained one and for attention
 
-A pass under autograd counts as forward and backward. What is run a second time, under
+A pass under autograd counts as forward and backward, but the backward of a rollout's kept pass is
+booked under the update that takes it. What is run a second time, under
 checkpointing or inside a fused op, is not counted again, nor is the elementwise work.
 """
 
@@ -68,8 +69,11 @@ def count(
 
 
 def count_backward(tokens: int, pairs: int, wanted: int | None = None) -> None:
-    """Book the backward of a pass that was booked before as a forward alone, as `count` does."""
-    if _active is not None and _active.weights is not None:
+    """Book the backward of a pass that was booked before as a forward alone: that over a rollout's
+    prompts, which an update stands on."""
+    import torch
+
+    if _active is not None and _active.weights is not None and torch.is_grad_enabled():
         _active.add(0, 0, _active.weights.backward(tokens, 0, pairs, wanted), 0, 0, None)
 
 

@@ -65,7 +65,7 @@ class Rollout:
 
     def take_trunk(self, index: Sequence[int]) -> State | None:
         """The trunk, for the first pass of an update to stand on, if these answers are those of
-        most prompts; it is given away once, since the weights move after that.
+        most prompts; it is given away once: a backward frees it, and then the weights move.
 
         Its backward runs all prompts: where many have no answer here, a pass of its own is cheaper.
         """

@@ -87,7 +87,7 @@ class Plan:
 
     `keep` receives each layer's keys and values (N, heads, d) where it is a list. The last block's
     states are `wanted` at these tokens alone (None: at all of them). `past` are each layer's keys
-    and values of tokens that an earlier pass ran: `above` counts keys from the first of them on.
+    and values of an earlier pass, where `above` leads to its tokens.
     """
 
     own: list[Part]
@@ -198,13 +198,11 @@ def attention(
         if layer != len(tree.keep):
             raise NotImplementedError("the prefix tree needs one attention a layer, in their order")
         tree.keep.append((k, v))
-    if tree.past is not None:
-        old_k, old_v = tree.past[layer]
-        k, v = torch.cat([old_k, k]), torch.cat([old_v, v])
+    pairs = [k, v, *(tree.past[layer] if tree.past is not None else ())]
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out: Tensor = _TreeAttention.apply(q, k, v, tree, scale)  # type: ignore[no-untyped-call]
+        pairs = [x.repeat_interleave(groups, dim=1) for x in pairs]
+    out: Tensor = _TreeAttention.apply(tree, scale, q, *pairs)  # type: ignore[no-untyped-call]
     return out[None, ..., :size], None
 
 
@@ -279,47 +277,51 @@ def _place(module: nn.Module, args: tuple[Any, ...], out: Any) -> Tensor | None:
 
 
 class _TreeAttention(torch.autograd.Function):
-    """q (N, heads, d), k and v (past + N, heads, d) to the output (N, heads, d)."""
+    """q, k, v (N, heads, d) to the output (N, heads, d); `past` are the keys and values (M, heads,
+    d) of an earlier pass, where the parts above lead to that."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: Plan, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, tree: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, *past: Tensor
+    ) -> Tensor:
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
         if q.dtype == torch.float64:
             lse = lse.double()
-        past = len(k) - len(q)
         for part in tree.own:
-            o, norm = _product(q, k[past:], v[past:], part, scale)
+            o, norm = _product(q, k, v, part, scale)
             _put(out, part.tokens, o)
             _put(lse, part.tokens, norm)
         for part in tree.above:
-            more = _product(q, k, v, part, scale)
+            above_k, above_v = past or (k, v)
+            more = _product(q, above_k, above_v, part, scale)
             before = _take(out, part.tokens), _take(lse, part.tokens)
             _merge_into(*before, *more)
             if not isinstance(part.tokens, slice):  # these were copies
                 _put(out, part.tokens, before[0])
                 _put(lse, part.tokens, before[1])
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, out, lse, k, v, *past)
         ctx.tree, ctx.scale = tree, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, out, lse, k, v, *past = ctx.saved_tensors
         grad = grads[0]
-        past = len(k) - len(q)
-        new = torch.zeros_like if past else torch.empty_like
-        dq, dk, dv = torch.empty_like(q), new(k), new(v)
-        for part in ctx.tree.own:  # which cover each token of this pass once
-            gq, gk, gv = _part_grads(grad, q, k[past:], v[past:], out, lse, part, ctx.scale)
-            _put(dq, part.tokens, _real(gq, part))
-            _put(dk[past:], part.tokens, _real(gk, part))
-            _put(dv[past:], part.tokens, _real(gv, part))
-        for part in ctx.tree.above:
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for part in ctx.tree.own:  # which cover each token once
             gq, gk, gv = _part_grads(grad, q, k, v, out, lse, part, ctx.scale)
+            _put(dq, part.tokens, _real(gq, part))
+            _put(dk, part.tokens, _real(gk, part))
+            _put(dv, part.tokens, _real(gv, part))
+        above_k, above_v = past or (k, v)
+        older = [torch.zeros_like(x) for x in past]
+        sum_k, sum_v = older or (dk, dv)
+        for part in ctx.tree.above:
+            gq, gk, gv = _part_grads(grad, q, above_k, above_v, out, lse, part, ctx.scale)
             _add(dq, part.queries, _flat(gq))
-            _add(dk, part.keys, _flat(gk))
-            _add(dv, part.keys, _flat(gv))
-        return dq, dk, dv, None, None
+            _add(sum_k, part.keys, _flat(gk))
+            _add(sum_v, part.keys, _flat(gv))
+        return None, None, dq, dk, dv, *older
 
 
 def _part_grads(
@@ -384,10 +386,15 @@ def _real(x: Tensor, part: Part) -> Tensor:
 
 
 def _merge_into(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> None:
-    """`merge`, in place of the first two."""
+    """`merge` into the first two; the others are used up."""
+    if out.dtype != lse.dtype:  # in low precision the sum is rounded once
+        both, total = merge(out, lse, more, norm)
+        out.copy_(both)
+        lse.copy_(total)
+        return
     total = torch.logaddexp(lse, norm)
     old, new = lse.sub_(total).exp_(), norm.sub_(total).exp_()
-    out.mul_(old[..., None]).addcmul_(more, new[..., None].to(out.dtype))
+    out.mul_(old[..., None]).addcmul_(more, new[..., None])
     lse.copy_(total)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -154,6 +155,27 @@ def test_invert_by_hand() -> None:
     assert invert(weights, draws).tolist() == [0, 0, 2, 2, 2]
     ends = torch.tensor([[0.0, 1.0, 0.0]]).expand(5, 3)
     assert invert(ends, draws).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("vocab", [256, 300, 1000])
+def test_invert_over_several_blocks(vocab: int) -> None:
+    """Against numpy's running sum in double precision, some tokens without any weight."""
+    draw = torch.Generator().manual_seed(vocab)
+    weights = torch.rand(64, vocab, generator=draw) ** 8
+    weights[:, ::3] = 0.0
+    weights[:8, 128:256] = 0.0  # a whole block
+    draws = torch.rand(64, generator=draw, dtype=torch.float64)
+    draws[0], draws[1] = 0.0, 1 - 2**-53
+    sums = np.cumsum(weights.double().numpy(), axis=1)
+    aims = (draws.numpy() * sums[:, -1])[:, None]
+    found = invert(weights, draws)
+    assert bool((weights.gather(1, found[:, None]) > 0).all())
+    # Both round: the token found is that of the sum, or borders on it within a part in 10⁶.
+    above = np.take_along_axis(sums, found.numpy()[:, None], 1)
+    below = above - np.take_along_axis(weights.double().numpy(), found.numpy()[:, None], 1)
+    slack = 1e-6 * sums[:, -1:]
+    assert bool(((aims <= above + slack) & (aims >= below - slack)).all())
+    assert (found.numpy() == (sums <= aims).sum(1)).mean() > 0.95
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mpt", "mistral"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from ppo_nlu import grpo, lora, losses
+from ppo_nlu import grpo, lora, losses, prefix_tree
 from ppo_nlu.config import Config, GRPOConfig, RolloutConfig
 from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.losses import grpo_loss, rloo_advantages
@@ -283,16 +283,21 @@ def test_a_step_of_even_groups_moves_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
-def test_on_the_rollouts_pass_left_out_groups_change_nothing() -> None:
+def test_on_the_rollouts_pass_left_out_groups_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Three of four groups are trained; the fourth's prompt is in the trunk, without gradient."""
     policy, cfg = tiny.policy(), config(kl_coef=0.1)
     rows = tiny.examples(4)
-    found = []
+    found, grown = [], []
+    plain = prefix_tree.grow
+    monkeypatch.setattr(prefix_tree, "grow", lambda *a: grown.append(0) or plain(*a))
     for tokens in (10**6, 0):
         batch, _ = grpo.collect(policy, tiny.SPECS, cfg, rows, 0, reuse=True, keep_graph=tokens)
         assert (batch.rollout.trunk is None) == (tokens == 0)
         batch.advantages = torch.linspace(-1, 1, 12)
         found.append(gradients(policy, cfg, batch, [9, 10, 11, 0, 1, 2, 5, 4, 3]))
+    assert len(grown) == 1
     for mine, theirs in zip(found[0][0], found[1][0], strict=True):
         tiny.close(mine, theirs)
     assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)

@@ -41,7 +41,7 @@ def test_value_and_gradient_are_those_of_the_library(scale: float) -> None:
     tiny.close(scale * found[0][1], scale * found[1][1])
 
 
-def test_gradient_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_by_finite_differences() -> None:
     weight = torch.linspace(-1, 2, 7, dtype=torch.float64)
     x = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     assert torch.autograd.gradcheck(
@@ -62,13 +62,37 @@ def test_others_are_left_alone() -> None:
         assert norms.attach(model) == 0 and model.inner.norm is norm
 
 
+@pytest.mark.parametrize("what", ["a trained weight", "bf16 tokens"])
+def test_otherwise_it_does_as_the_library_does(what: str) -> None:
+    """As for the model that `lora.merge` returns, or under autocast."""
+    theirs = shaken(LlamaRMSNorm(16))
+    model = holder(theirs)
+    norms.attach(model)
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(4))
+    if what == "bf16 tokens":
+        x = x.bfloat16()
+        assert torch.equal(model.inner.norm(x), theirs(x))
+        return
+    theirs.weight.requires_grad_(True)  # the same parameter
+    found = [torch.autograd.grad(n(x).square().sum(), theirs.weight)[0]
+             for n in (model.inner.norm, theirs)]  # fmt: skip
+    tiny.close(*found)
+    assert float(found[0].abs().min()) > 0.0
+
+
 def test_a_module_of_that_name_that_computes_something_else_is_left_alone() -> None:
     class OddRMSNorm(LlamaRMSNorm):
         def forward(self, hidden_states):
             return super().forward(hidden_states) * 1.01
 
-    model = holder(shaken(OddRMSNorm(8)))
-    assert norms.attach(model) == 0
+    class TwoRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states, gate):
+            return super().forward(hidden_states) * gate
+
+    for kind in (OddRMSNorm, TwoRMSNorm):
+        assert norms.attach(holder(shaken(kind(8)))) == 0
+    twice = holder(shaken(LlamaRMSNorm(8)))
+    assert [norms.attach(twice), norms.attach(twice)] == [1, 0]
 
 
 def test_a_policy_has_them_under_the_same_names() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,16 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from ppo_nlu import lora, ppo, prefix_tree, updates
-from ppo_nlu.config import Config, LoraConfig, PPOConfig, RewardConfig, RolloutConfig, load_config
+from ppo_nlu import learners, lora, ppo, prefix_tree, updates
+from ppo_nlu.config import (
+    Config,
+    LoraConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    load_config,
+)
 from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.errors import UserError
 from ppo_nlu.losses import AdaptiveKL
@@ -128,6 +137,42 @@ def test_the_prompts_are_run_once_for_rollout_and_first_epoch(
     assert len(sizes) == 2 and sizes[0] < sizes[1] / 4
     assert sizes[0] <= sum(len(answer) - 1 for answer in batch.rollout.answers)
     assert metrics["policy/first_ratio_gap"] < 1e-4 < metrics["policy/ratio_gap"]
+
+
+@pytest.mark.parametrize("end", ["a step", "no use for it", "an error"])
+def test_a_kept_pass_is_freed(end: str) -> None:
+    """Its graph must not hold on to itself: Python's collector does not see through autograd."""
+    policy, cfg = tiny.policy(), config(epochs=2)
+    rows = tiny.examples(cfg.rollout.batch_size)
+    kl = kl_of(cfg)
+    batch, _ = ppo.collect(policy, tiny.SPECS, cfg, kl, rows, 0, reuse=True, keep_graph=9999)
+    trunk = batch.rollout.trunk
+    assert trunk is not None and trunk.layers is not None
+    seen = [weakref.ref(x) for pair in trunk.layers for x in pair]
+    del trunk
+    if end == "a step":
+        ppo.update(policy, sgd(policy), cfg, batch, 0)
+    elif end == "no use for it":
+        batch.rollout.take_trunk([0])
+    else:
+        batch.advantages = batch.advantages[:, :1]
+        with pytest.raises(Exception):  # noqa: B017
+            ppo.update(policy, sgd(policy), cfg, batch, 0)
+    assert all(x() is None for x in seen)
+
+
+def test_the_first_ratio_is_looked_at_on_the_pass_that_is_used() -> None:
+    """The first step compares decode and training pass; from the second on updates stand on the
+    rollout's pass, whose first ratio is looked at then."""
+    cfg = replace(config(kl_coef=0.0), model=ModelConfig(name_or_path="bundled"))
+    learner = learners.PPO(cfg, tiny.SPECS)
+    optimizer = sgd(learner.model, 1e-3)
+    used, checked = [], []
+    for step in range(3):
+        used.append(learner.keep_graph() > 0)
+        learner.step(optimizer, tiny.examples(cfg.rollout.batch_size), step)
+        checked.append(learner.checked)
+    assert used == [False, True, True] and checked == [False, True, True]
 
 
 def test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on() -> None:

@@ -99,8 +99,13 @@ def test_tree_equals_one_row_at_a_time(kind: str, name: str, training: bool) -> 
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("kind", tiny.TREE_KINDS)
-def test_answers_on_a_trunk_equal_one_row_at_a_time(kind: str, name: str) -> None:
+@pytest.mark.parametrize("kind", [*tiny.TREE_KINDS, "llama, as on a GPU"])
+def test_answers_on_a_trunk_equal_one_row_at_a_time(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, _, unfused = kind.partition(",")
+    if unfused:
+        monkeypatch.setattr(tree_attention, "FUSED_ON", "none")
     decoder = tiny.causal_lm(kind).base_model
     params = list(decoder.parameters())
     tree_attention.trim(decoder)  # the trunk's last block runs the ends of the prompts alone
@@ -274,7 +279,7 @@ def test_the_products_of_a_gpu_are_those_of_the_cpu(
     found = []
     for fused in (True, False):
         monkeypatch.setattr(tree_attention, "FUSED_ON", "cpu" if fused else "none")
-        out = tree_attention._TreeAttention.apply(q, k, v, tree.plan, 0.3)
+        out = tree_attention._TreeAttention.apply(tree.plan, 0.3, q, k, v)
         found.append([out, *torch.autograd.grad((out * weights).sum(), (q, k, v))])
     for a, b in zip(*found, strict=True):
         tiny.close(a, b, 1e-6)

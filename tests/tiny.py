@@ -22,7 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from ppo_nlu import lora, prefix_tree, rollout
+from ppo_nlu import lora, norms, prefix_tree, rollout
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.generate import Generation
 from ppo_nlu.model import Policy, ValueHead, choose_path, load_policy
@@ -102,6 +102,7 @@ def policy(
     model = causal_lm(kind, len(words), seed, **changes).requires_grad_(False)
     torch.manual_seed(seed)
     lora.attach(model, lora_cfg or LoraConfig(r=4, alpha=8.0))
+    norms.attach(model)
     head = ValueHead(model.config.hidden_size, cfg.value_head, cfg.value_hidden)
     made = Policy(model, words, head, cfg)
     made.tree = choose_path(made, cfg.path)

@@ -54,6 +54,7 @@ setup(
             "scikit-learn",
             "scipy",
             "matplotlib",
+            "pyarrow",
             "ruff",
             "mypy",
             "types-PyYAML",

@@ -253,9 +253,9 @@ def notes(results: Results) -> Iterator[Part]:
         f"**{title_of(task)}**: "
         f"{'; '.join(dict.fromkeys(text for row in rows if (text := row.note)))}"
         for task in results.tasks()
-        if (rows := [row for row in results.pick(task=task) if row.entry.get("partial")])
+        if (rows := [row for row in results.pick(task=task) if row.partial])
     ]
-    yield Heading("Tasks measured on partial data", 3)
+    yield Heading("Tasks measured or trained on partial data", 3)
     yield Items(partial) if partial else Text("None: every task had its whole official files.")
     capped = [f"{name}: {row['note']}" for name, row in results.started.items() if row.get("note")]
     if capped:

@@ -333,6 +333,8 @@ def backbones_of(args: Any) -> list[Backbone]:
             raise UserError(f"--preset: {name!r} is none; choose from {', '.join(BUDGETS)}")
     if args.model and len(presets) > 1:
         raise UserError("--model: give one --preset with it, whose settings the models take")
+    if args.model and not args.preset and args.benchmark in ("glue", "superglue"):
+        raise UserError("--model: give --preset with it, whose settings the model takes")
     found = [Backbone(presets[0], model) for model in args.model] or [Backbone(p) for p in presets]
     if len(found) > 1 and args.benchmark != "backbones":
         raise UserError(f"--preset, --model: {args.benchmark} takes one; see `backbones`")

@@ -67,8 +67,19 @@ class Score:
     @property
     def note(self) -> str:
         """How the data was found and what else is to be known, without folders of this machine."""
-        parts = (self.entry.get("note"), self.started.get("note"))
+        taught = f"trained on {self.entry.get('train_note')}" if self.partly_taught else None
+        parts = (self.entry.get("note"), taught, self.started.get("note"))
         return short_paths("; ".join(str(part) for part in parts if part))
+
+    @property
+    def partly_taught(self) -> bool:
+        """Whether it was trained on a part of the official training set."""
+        return bool(self.entry.get("train_partial"))
+
+    @property
+    def partial(self) -> bool:
+        """Whether it was measured or trained on a part of an official set."""
+        return bool(self.entry.get("partial")) or self.partly_taught
 
 
 @dataclass(frozen=True)
@@ -374,7 +385,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
                 "train_steps": summary.get("train_steps", ""),
                 "train_s": _number(summary.get("train_s"), 1),
                 "wall_s": _number(summary.get("wall_s"), 1),
-                "partial": "yes" if score.entry.get("partial") else "no",
+                "partial": "yes" if score.partial else "no",
                 "note": score.note,
             }
         )

@@ -266,6 +266,8 @@ def _lacking(part: Part) -> Iterator[str]:
         yield f"{file.name}: {count:,} test rows, the official file has {file.rows:,}"
     elif part.spec.benchmark == "glue" and [_index(e) for e in examples] != list(range(count)):
         yield f"{file.name}: the test rows are not numbered 0 to {count - 1:,} in order"
+    elif len({example.id for example in examples}) < len(examples):
+        yield f"{file.name}: some test rows come twice, so others are missing"
 
 
 def _index(example: Example) -> int:

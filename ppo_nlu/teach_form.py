@@ -50,9 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     if free := [name for name, spec in specs.items() if not spec.words]:
         raise UserError(f"tasks: {free[0]} has no list of answers to teach; leave it out")
     seen = data.saw_labels(cfg.model.name_or_path)
-    rows = {
-        name: data.train_examples(spec, cfg.data, seen).examples for name, spec in specs.items()
-    }
+    rows, absent = {}, {}
+    for name, spec in specs.items():
+        try:
+            rows[name] = data.train_examples(spec, cfg.data, seen).examples
+        except UserError as error:  # its own runs say so; the others' need not wait for it
+            absent[name] = error
+            print(f"warning: {name} is left out: {error}", file=sys.stderr)
+    if not rows:
+        raise next(iter(absent.values()))
+    specs = {name: spec for name, spec in specs.items() if name in rows}
     torch.manual_seed(cfg.seed)
     policy = _load(cfg)
     for spec in specs.values():
@@ -73,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         folder / "summary.json",
         {
             "task": "+".join(specs),
+            "left_out": sorted(absent),
             "method": "form",
             "model": cfg.model.name_or_path,
             "seed": cfg.seed,

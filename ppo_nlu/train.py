@@ -68,6 +68,7 @@ class Run:
     train_rows: dict[str, list[Example]]
     held: dict[str, data.Dataset]
     source: str
+    learned_from: dict[str, data.Dataset] = field(default_factory=dict)  # by task; to be told
     started: float = field(default_factory=time.perf_counter)  # of the program
     step: int = 0
     saved: int = 0  # the step of the newest checkpoint
@@ -270,7 +271,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
         folder = checkpoint.claim(output or checkpoint.new_run_dir(), dump(cfg))
     print(f"run folder: {folder}", flush=True)
     source = "+".join(dict.fromkeys(found.source for found in rows.values()))
-    return Run(cfg, specs, folder, learner, optimizer, train_rows, held, source)
+    return Run(cfg, specs, folder, learner, optimizer, train_rows, held, source, rows)
 
 
 def plan_memory(learner: Learner, examples: list[Example]) -> None:
@@ -338,6 +339,8 @@ def finish(run: Run, stop: checkpoint.StopRequest) -> bool:
         "wall_s": time.perf_counter() - run.started,
         "peak_memory_mb": runlog.peak_memory_mb(learner.model.device),
     }
+    for name, rows in run.learned_from.items():
+        summary["tasks"][name] |= {"train_note": rows.note, "train_partial": rows.partial}
     checkpoint.atomic_write_json(folder / "summary.json", summary)
     show(run, summary)
     return True

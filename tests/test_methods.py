@@ -154,6 +154,9 @@ def test_several_tasks_have_rewards_tables_and_predictions_of_their_own(
         for decode in evaluate.DECODES:
             each = [entry[when][decode] for entry in summary["tasks"].values()]
             assert summary[when][decode] == pytest.approx(sum(each) / 2)
+    for entry in summary["tasks"].values():
+        assert entry["train_partial"] is False
+        assert "CoLA" in entry["train_note"] or "SST-2" in entry["train_note"]
     rows = lines(folder / "run" / "predictions.jsonl")
     assert [row["task"] for row in rows] == ["sst2"] * 8 + ["cola"] * 8
     # One of the two, by name, from the same adapter.
@@ -266,6 +269,20 @@ def test_a_task_of_one_s_own_from_file_to_predictions(
     assert all(row["prediction"] in ("no", "yes") for row in rows)
 
 
+def test_a_run_says_that_it_learned_from_a_part_of_the_official_set(folder: Path) -> None:
+    (folder / "glue" / "QNLI").mkdir()
+    for name, count in (("train.subset10k.tsv", 20), ("dev.tsv", 8)):
+        rows = [
+            f"{i}\tWho sang {i}?\tBill did.\t{'not_' * (i % 2)}entailment" for i in range(count)
+        ]
+        text = "\n".join(["index\tquestion\tsentence\tlabel", *rows, ""])
+        (folder / "glue" / "QNLI" / name).write_text(text)
+    assert run(write(folder, "task: qnli\n"), "--output", "run") == 0
+    entry = read(folder / "run" / "summary.json")["tasks"]["qnli"]
+    assert entry["train_partial"] is True and "train.subset10k.tsv" in entry["train_note"]
+    assert entry["partial"] is False
+
+
 def test_a_form_is_taught_without_a_label(folder: Path, capsys) -> None:
     """CoLA's words are never said by the bundled model; behind 40 steps they are, whatever the
     labels in the file."""
@@ -284,6 +301,14 @@ def test_a_form_is_taught_without_a_label(folder: Path, capsys) -> None:
     # What the bundled model has seen stays left out of the training of its offspring.
     assert data.saw_labels(str(folder / "form" / "model")) and data.saw_labels("bundled")
     assert not data.saw_labels("no/such/model")
+    # A task whose files are not there does not keep the others from it.
+    capsys.readouterr()
+    two = write(folder, "tasks: [qqp, cola]\n")
+    some = [str(two), "train.steps=1", "sft.batch_size=4", "--output", "some"]
+    assert cli.run(teach_form.main, some) == 0
+    assert "warning: qqp is left out" in capsys.readouterr().err
+    assert read(folder / "some" / "summary.json")["left_out"] == ["qqp"]
+    config = write(folder, "task: cola\n")
     assert run(config, "model.name_or_path=form/model", "--output", "run") == 0
     assert cli.run(teach_form.main, arguments) == 2
 

@@ -370,6 +370,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
         (["tiny", "--methods", "ppo-mt", "--tasks", "cb"], "no cell is left"),
         (["glue", "--model", "a", "b"], "glue takes one"),
         (["backbones", "--model", "a"], "give one --preset"),
+        (["glue", "--model", "a"], "--model: give --preset with it"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path: Path, argv: list[str], said: str) -> None:

@@ -44,6 +44,7 @@ _lock = threading.Lock()
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    args.data = args.data and str(Path(args.data).resolve())  # the cells run in another folder
     if "summary" in args.parts:
         print(engine_summary.report(engine_cells.read(args.csv), args.run))
         return 0

@@ -148,8 +148,7 @@ def _packed(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[i
         Cost(
             len(row.ids),
             _full(prompts, answers, owners),
-            _triangles(length for _, length in row.runs)
-            + sum(asked * length for _, asked, _, length in (*shared_links, *own_links)),
+            row.pairs([*shared_links, *own_links]),
             len(wanted),
         ),
         tree_attention.plan(row.runs, shared_links, own_links, wanted, max(row.places) + 1),
@@ -175,6 +174,11 @@ class _Row:
         self.places += range(place, place + len(tokens))
         self.runs.append(run)
         return run
+
+    def pairs(self, links: Iterable[tuple[int, int, int, int]]) -> int:
+        """How many pairs of tokens attend: inside each run, and along these links to other runs."""
+        inside = _triangles(length for _, length in self.runs)
+        return inside + sum(asked * length for _, asked, _, length in links)
 
 
 def _replies(owners: Sequence[int]) -> dict[int, list[int]]:
@@ -368,9 +372,7 @@ def grow(
         ids, places = (torch.tensor(x, device=device) for x in (row.ids, row.places))
         hidden = torch.cat([hidden, tree_attention.forward(decoder, ids, places, plan)])
     full = sum(tree.lengths[o] + len(a) - 1 for a, o in zip(answers, owners, strict=True))
-    pairs = _triangles(length for _, length in row.runs)
-    pairs += sum(asked * length for _, asked, _, length in (*shared_links, *own_links))
-    cost = Cost(len(row.ids), full, pairs)
+    cost = Cost(len(row.ids), full, row.pairs([*shared_links, *own_links]))
     table, mask = table.to(device), mask.to(device)
     return hidden.index_select(0, table[mask]), mask, cost
 

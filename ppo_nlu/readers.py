@@ -473,8 +473,8 @@ def json_text(value: Any, where: str) -> str:
 
 def _parquet_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
     try:
-        import pyarrow  # type: ignore[import-not-found]
-        from pyarrow import parquet  # type: ignore[import-not-found]
+        import pyarrow
+        from pyarrow import parquet
     except ImportError:
         raise UserError(
             f"{path}: reading .parquet needs pyarrow; pip install -e '.[parquet]'"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import lora, norms, ops, prefix_tree, profiling, tree_attention
+from ppo_nlu import llama_block, lora, norms, ops, prefix_tree, profiling, tree_attention
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.errors import UserError
@@ -321,6 +321,7 @@ def load_policy(cfg: Config) -> Policy:
     torch.manual_seed(cfg.seed)
     lora.attach(model, cfg.lora)
     norms.attach(model)
+    llama_block.attach(model.base_model)
     if cfg.init_from:
         # Start from a trained adapter, which as a frozen copy is the reference too.
         lora.load_adapter(model, adapter_folder(cfg.init_from))

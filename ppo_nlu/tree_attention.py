@@ -198,11 +198,8 @@ def attention(
         if layer != len(tree.keep):
             raise NotImplementedError("the prefix tree needs one attention a layer, in their order")
         tree.keep.append((k, v))
-    pairs = [k, v, *(tree.past[layer] if tree.past is not None else ())]
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        pairs = [x.repeat_interleave(groups, dim=1) for x in pairs]
-    out: Tensor = _TreeAttention.apply(tree, scale, q, *pairs)  # type: ignore[no-untyped-call]
+    past = tree.past[layer] if tree.past is not None else ()
+    out: Tensor = _TreeAttention.apply(tree, scale, q, k, v, *past)  # type: ignore[no-untyped-call]
     return out[None, ..., :size], None
 
 
@@ -221,6 +218,19 @@ def switched_on(config: Any, tree: Plan | TreeCache) -> Iterator[None]:
 
 
 _running: list[Plan | TreeCache | None] = [None]  # what the pass that is under way runs
+
+
+def running() -> Plan | TreeCache | None:
+    """The plan or cache of the pass that is under way; None outside of one."""
+    return _running[0]
+
+
+def wanted(module: nn.Module) -> Tensor | None:
+    """The tokens that a module runs alone, if `trim` has found it and this pass wants a few."""
+    tree = _running[0]
+    if not isinstance(tree, Plan) or _whole[0] or not getattr(module, "trimmed", False):
+        return None
+    return tree.wanted
 
 
 @contextmanager
@@ -257,71 +267,115 @@ def trim(decoder: nn.Module) -> list[str]:
 
 
 def _pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    tree = _running[0]
-    if not isinstance(tree, Plan) or tree.wanted is None or _whole[0]:
-        return None
-    return (args[0].index_select(1, tree.wanted), *args[1:])
+    picked = wanted(module)
+    return None if picked is None else (args[0].index_select(1, picked), *args[1:])
 
 
 def _place(module: nn.Module, args: tuple[Any, ...], out: Any) -> Tensor | None:
-    tree = _running[0]
-    if not isinstance(tree, Plan) or tree.wanted is None or _whole[0]:
+    picked, tree = wanted(module), _running[0]
+    if picked is None or not isinstance(tree, Plan):
         return None
     if not isinstance(out, Tensor):
         raise NotImplementedError(f"{type(module).__name__} gives more than a tensor")
     whole = out.new_zeros(out.shape[0], tree.size, out.shape[2])
-    return whole.index_copy(1, tree.wanted, out)
+    return whole.index_copy(1, picked, out)
 
 
 # ---- all tokens at once, with gradients ------------------------------------------------------
 
 
 class _TreeAttention(torch.autograd.Function):
-    """q, k, v (N, heads, d) to the output (N, heads, d); `past` are the keys and values (M, heads,
-    d) of an earlier pass, where the parts above lead to that."""
+    """`attend` and `attend_backward`, for autograd."""
 
     @staticmethod
     def forward(
         ctx: Any, tree: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, *past: Tensor
     ) -> Tensor:
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
-        if q.dtype == torch.float64:
-            lse = lse.double()
-        for part in tree.own:
-            o, norm = _product(q, k, v, part, scale)
-            _put(out, part.tokens, o)
-            _put(lse, part.tokens, norm)
-        for part in tree.above:
-            above_k, above_v = past or (k, v)
-            more = _product(q, above_k, above_v, part, scale)
-            before = _take(out, part.tokens), _take(lse, part.tokens)
-            _merge_into(*before, *more)
-            if not isinstance(part.tokens, slice):  # these were copies
-                _put(out, part.tokens, before[0])
-                _put(lse, part.tokens, before[1])
-        ctx.save_for_backward(q, out, lse, k, v, *past)
+        out, lse = attend(tree, scale, q, k, v, past)
+        ctx.save_for_backward(q, k, v, out, lse, *past)
         ctx.tree, ctx.scale = tree, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, out, lse, k, v, *past = ctx.saved_tensors
-        grad = grads[0]
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for part in ctx.tree.own:  # which cover each token once
-            gq, gk, gv = _part_grads(grad, q, k, v, out, lse, part, ctx.scale)
-            _put(dq, part.tokens, _real(gq, part))
-            _put(dk, part.tokens, _real(gk, part))
-            _put(dv, part.tokens, _real(gv, part))
-        above_k, above_v = past or (k, v)
-        older = [torch.zeros_like(x) for x in past]
-        sum_k, sum_v = older or (dk, dv)
-        for part in ctx.tree.above:
-            gq, gk, gv = _part_grads(grad, q, above_k, above_v, out, lse, part, ctx.scale)
-            _add(dq, part.queries, _flat(gq))
-            _add(sum_k, part.keys, _flat(gk))
-            _add(sum_v, part.keys, _flat(gv))
-        return None, None, dq, dk, dv, *older
+        q, k, v, out, lse, *past = ctx.saved_tensors
+        into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        older = attend_backward(ctx.tree, ctx.scale, grads[0], q, k, v, out, lse, past, into)
+        return None, None, *into, *older
+
+
+def attend(
+    tree: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, past: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """The output (N, heads, d) and log-sum-exp (N, heads) of queries (N, heads, d) over keys and
+    values (N, fewer heads, d); `past` are those (M, fewer heads, d) of an earlier pass, where the
+    parts above lead to that."""
+    k, v, *past = _repeated(q, k, v, *past)
+    above_k, above_v = past or (k, v)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], device=q.device)
+    if q.dtype == torch.float64:
+        lse = lse.double()
+    for part in tree.own:
+        o, norm = _product(q, k, v, part, scale)
+        _put(out, part.tokens, o)
+        _put(lse, part.tokens, norm)
+    for part in tree.above:
+        more = _product(q, above_k, above_v, part, scale)
+        before = _take(out, part.tokens), _take(lse, part.tokens)
+        _merge_into(*before, *more)
+        if not isinstance(part.tokens, slice):  # these were copies
+            _put(out, part.tokens, before[0])
+            _put(lse, part.tokens, before[1])
+    return out, lse
+
+
+def attend_backward(
+    tree: Plan,
+    scale: float,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    past: Sequence[Tensor],
+    into: tuple[Tensor, Tensor, Tensor],
+) -> list[Tensor]:
+    """Write the gradients of q, k and v into `into`; returns those of `past`. The others are what
+    `attend` took and gave, and the gradient (N, heads, d) of its output."""
+    repeated = q.shape[1] != k.shape[1]
+    fewer, fewer_past = into[1:], past
+    k, v, *past = _repeated(q, k, v, *past)
+    dq = into[0]
+    dk, dv = (torch.empty_like(k), torch.empty_like(v)) if repeated else fewer
+    for part in tree.own:  # which cover each token once
+        gq, gk, gv = _part_grads(grad, q, k, v, out, lse, part, scale)
+        _put(dq, part.tokens, _real(gq, part))
+        _put(dk, part.tokens, _real(gk, part))
+        _put(dv, part.tokens, _real(gv, part))
+    above_k, above_v = past or (k, v)
+    older = [torch.zeros_like(x) for x in past]
+    sum_k, sum_v = older or (dk, dv)
+    for part in tree.above:
+        gq, gk, gv = _part_grads(grad, q, above_k, above_v, out, lse, part, scale)
+        _add(dq, part.queries, _flat(gq))
+        _add(sum_k, part.keys, _flat(gk))
+        _add(sum_v, part.keys, _flat(gv))
+    if repeated:  # heads that share keys are summed
+        for small, large in zip(fewer, (dk, dv), strict=True):
+            torch.sum(large.unflatten(1, (small.shape[1], -1)), 2, out=small)
+        older = [
+            x.unflatten(1, (few.shape[1], -1)).sum(2)
+            for x, few in zip(older, fewer_past, strict=True)
+        ]
+    return older
+
+
+def _repeated(q: Tensor, *pairs: Tensor) -> list[Tensor]:
+    """Keys and values with as many heads as q has."""
+    groups = q.shape[1] // pairs[0].shape[1]
+    return [x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in pairs]
 
 
 def _part_grads(
@@ -386,23 +440,22 @@ def _real(x: Tensor, part: Part) -> Tensor:
 
 
 def _merge_into(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> None:
-    """`merge` into the first two; the others are used up."""
-    if out.dtype != lse.dtype:  # in low precision the sum is rounded once
-        both, total = merge(out, lse, more, norm)
-        out.copy_(both)
-        lse.copy_(total)
-        return
-    total = torch.logaddexp(lse, norm)
-    old, new = lse.sub_(total).exp_(), norm.sub_(total).exp_()
-    out.mul_(old[..., None]).addcmul_(more, new[..., None])
-    lse.copy_(total)
+    """`merge` into the first two."""
+    if out.dtype == lse.dtype:
+        out.lerp_(more, torch.sigmoid(norm - lse)[..., None])
+    else:
+        out.copy_(merge(out, lse, more, norm))
+    torch.logaddexp(lse, norm, out=lse)
 
 
-def merge(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Two attentions (…, d) of the same queries over different keys, as one over all of them."""
-    total = torch.logaddexp(lse, norm)
-    old, new = (lse - total).exp_()[..., None], (norm - total).exp_()[..., None]
-    return (out * old + more * new).to(out.dtype), total
+def merge(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> Tensor:
+    """Two attentions (…, d) of the same queries over different keys, as one over all of them.
+
+    The second's share is exp(norm) / (exp(lse) + exp(norm)). In low precision the sum is rounded
+    once.
+    """
+    share = torch.sigmoid(norm - lse)[..., None]
+    return torch.lerp(out.to(share.dtype), more.to(share.dtype), share).to(out.dtype)
 
 
 def partial_attention(
@@ -529,9 +582,9 @@ class TreeCache:
             asked = q if all_rows else q[members]
             more, norm = _against(asked, head_k, head_v, scale)
             if all_rows:
-                out, lse = merge(out, lse, more, norm)
+                out = merge(out, lse, more, norm)
             else:
-                out[members], lse[members] = merge(out[members], lse[members], more, norm)
+                out[members] = merge(out[members], lse[members], more, norm)
         return out
 
     def step(self, decoder: nn.Module, token: Tensor, place: Tensor | None) -> Tensor:

@@ -14,9 +14,9 @@ Everything but the activations follows from shapes, in bytes:
 
 Activations are counted: a pass over a few prompts of the run, with the longest answers, tells how
 many bytes autograd keeps for each token. What a layer needs besides while it is run backward is
-taken to be two thirds of what it keeps. With checkpointing a layer keeps its input alone, and one layer
-at a time all the rest. On a GPU the attention's scores of one layer are added: four of fp32 for
-each head and pair of a token with one of the longest run that it attends to.
+taken to be two thirds of what it keeps. With checkpointing a layer keeps its input alone, and one
+layer at a time all the rest. On a GPU the attention's scores of one layer are added: four of fp32
+for each head and pair of a token with one of the longest run that it attends to.
 
 Rollout and update do not overlap, so the larger of the two counts; but where the first pass of an
 update stands on the rollout's, what autograd keeps of the prompts is there during both.

@@ -109,7 +109,9 @@ def _weights(block: Any, hidden: Tensor, reach: int) -> _Weights | None:
     """The block's weights as they are now; None where the pass is not one for this module."""
     attention, mlp = block.self_attn, block.mlp
     window = getattr(attention, "sliding_window", None)
-    if hidden.device.type != "cpu" or hidden.shape[0] != 1 or (window and window < reach):
+    if hidden.device.type != "cpu" or hidden.dtype not in (torch.float32, torch.float64):
+        return None
+    if hidden.shape[0] != 1 or (window and window < reach):
         return None
     if torch.is_autocast_enabled("cpu") or ops.choose_backend(hidden) != "torch":
         return None

@@ -368,7 +368,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
         (["tiny", "--seeds", "1", "train.steps=3"], "use --budget"),
         (["tiny", "ppo.clop=3"], "ppo.clip"),
         (["tiny", "--methods", "ppo-mt", "--tasks", "cb"], "no cell is left"),
-        (["glue", "--model", "a", "b"], "glue takes one"),
+        (["glue", "--preset", "tiny", "--model", "a", "b"], "glue takes one"),
         (["backbones", "--model", "a"], "give one --preset"),
         (["glue", "--model", "a"], "--model: give --preset with it"),
     ],

@@ -399,7 +399,10 @@ def test_test_rows_must_be_numbered_from_0(world: World, monkeypatch: pytest.Mon
     assert files["CoLA.tsv"] == b"index\tprediction\n1\t1\n0\t0\n"
 
 
-def test_a_row_that_comes_twice_stands_for_one_that_is_missing(world: World) -> None:
+def test_a_row_that_comes_twice_stands_for_one_that_is_missing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sized(monkeypatch)
     run = world.run("w", "wic", answers={"wic": ["Same", "Different"]})
     first = world.splits["wic", "test"][0]
     world.splits["wic", "test"] = [first, first]

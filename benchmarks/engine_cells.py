@@ -108,7 +108,7 @@ def bars() -> list[Cell]:
             micro = 16 if (task, answers) == ("glue/rte", 64) else 0
             found += pair(cell, 2 if (task, answers) == ("sst2", 16) else 1, micro)
             cell = replace(cell, method="grpo", prompts=answers // GROUP, group=GROUP)
-            found += pair(cell, 2 if answers == 16 else 1)
+            found += pair(cell, 4 if answers == 16 else 1)
     return found
 
 

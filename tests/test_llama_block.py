@@ -15,13 +15,18 @@ from ppo_nlu.llama_block import PackedBlock
 from ppo_nlu.model import Policy
 from ppo_nlu.prefix_tree import build, run
 
-KINDS = ("llama", "qwen2", "mistral")  # heads that share keys; biases of q, k and v
+# Heads that share keys; biases of q, k and v; biases of all.
+KINDS = {
+    "llama": {},
+    "qwen2": {},
+    "mistral": {"sliding_window": None},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+}
 _every_prefix_counts = test_prefix_tree._every_prefix_counts
 
 
 def made(kind: str, **options) -> Policy:
-    changes = {"sliding_window": None} if kind == "mistral" else {}
-    policy = tiny.policy(kind, **changes, **options)
+    policy = tiny.policy(kind.partition(",")[0], **KINDS[kind], **options)
     assert policy.tree and all(isinstance(b, PackedBlock) for b in policy.decoder.layers)
     return policy
 

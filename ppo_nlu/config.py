@@ -147,6 +147,7 @@ class RolloutConfig:
     # Old log-probs out of the decode pass; auto: where a check at the start finds them exact.
     reuse_logprobs: str = one_of("auto", "auto", "always", "never")  # never: one more pass a step
     reference_cache: bool = True  # keep the reference's log-probs of answers seen before
+    cuda_graph: bool = True  # on a GPU: decode by recorded steps, where the model allows it
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Batched generation: one pass of the prefix tree over the prompts, then token by token.
 
-Finished rows leave the batch, some at a time. Log-probabilities, values and hidden states come out
-of the decode pass itself; nothing is run twice.
+Finished rows leave the batch, some at a time; where steps are recorded (`decode_graph`, on a GPU)
+they stay in it and count no more. Log-probabilities, values and hidden states come out of the
+decode pass itself; nothing is run twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppo_nlu import prefix_tree, profiling
+from ppo_nlu.decode_graph import GraphedStep
 from ppo_nlu.model import Policy, unflatten
 from ppo_nlu.prefix_tree import PlainCache, State, Tokens
 from ppo_nlu.tree_attention import TreeCache
@@ -78,40 +80,42 @@ def generate(
     device, rows = policy.device, len(prompts) * samples
     draws = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
     owners = [p for p in range(len(prompts)) for _ in range(samples)]
-    with profiling.phase("prefill"):
-        state, kept = _prefill(policy, prompts, owners, keep_graph - rows * (max_new_tokens - 1))
-        repeat = torch.tensor(owners, device=device)
-        hidden = state.ends.detach()[repeat]
-        place = torch.tensor(state.tree.lengths, device=device)[repeat]
-        cache = state.start(owners, max_new_tokens - 1)
-    with profiling.phase("decode"):
-        drawn = _decode(policy, hidden, place, cache, draws, sampling, critic)
-    drawn.trunk = state if kept else None
-    return drawn
+
+    def run(graph: int) -> Generation:
+        with profiling.phase("prefill"):
+            state, kept = _prefill(policy, prompts, owners, graph)
+            repeat = torch.tensor(owners, device=device)
+            hidden = state.ends.detach()[repeat]
+            place = torch.tensor(state.tree.lengths, device=device)[repeat]
+            cache = state.start(owners, max_new_tokens - 1, policy.graphs)
+        with profiling.phase("decode"):
+            drawn = _decode(policy, hidden, place, cache, draws, sampling, critic)
+        drawn.trunk = state if kept else None
+        return drawn
+
+    graph = keep_graph - rows * (max_new_tokens - 1)
+    if graph > 0:
+        try:
+            return run(graph)
+        except torch.cuda.OutOfMemoryError:
+            pass  # and once more without; outside of the handler, whose traceback keeps it all
+    return run(0)
 
 
 def _prefill(
     policy: Policy, prompts: Sequence[Tokens], owners: list[int], keep_graph: int
 ) -> tuple[State, bool]:
     """Run the prompts; what decoding needs of them, and whether their graph was kept, which is done
-    where they are at most `keep_graph` tokens and a GPU's memory holds it."""
+    where they are at most `keep_graph` tokens."""
     tree = prefix_tree.build(prompts, shared=policy.tree).to(policy.device)
     cost = tree.cost
     saved = sum(tree.lengths[p] for p in owners) - cost.tokens_run
     profiling.count(
         cost.tokens_run, saved, positions=len(owners), pairs=cost.pairs, wanted=cost.wanted
     )
-
-    def run() -> State:
-        return prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)[1]
-
-    if tree.plan is not None and cost.tokens_run <= keep_graph:
-        try:
-            with torch.enable_grad():
-                return run(), True
-        except torch.cuda.OutOfMemoryError:
-            pass
-    return run(), False
+    kept = tree.plan is not None and cost.tokens_run <= keep_graph
+    with torch.set_grad_enabled(kept):
+        return prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)[1], kept
 
 
 def _decode(
@@ -128,22 +132,24 @@ def _decode(
     run, alive = list(range(rows)), torch.arange(rows, device=device)  # the rows in the batch
     over = [False] * rows
     replies: list[list[int]] = [[] for _ in range(rows)]
-    steps: list[tuple[Tensor, Tensor, Tensor]] = []
+    found = _Found()
+    recorded = None
+    if policy.graphs and isinstance(cache, TreeCache):
+        recorded = GraphedStep(policy.decoder, cache)
     for step in range(longest):
         token, logprob = _choose(policy.logits(hidden), draws[alive, step], sampling)
         drawn = token.tolist()  # the one wait for the device in a step
         going = [i for i, row in enumerate(run) if not over[row]]
         for i in going:
             replies[run[i]].append(drawn[i])
-        index = torch.tensor(going, device=device)
-        steps.append((alive[index], logprob[index], hidden[index]))
+        found.add([(run[i], step, i) for i in going], logprob, hidden)
         ended = policy.stop.ended([replies[run[i]] for i in going])
         for i, end in zip(going, ended, strict=True):
             over[run[i]] = end
         going = [i for i in going if not over[run[i]]]
         if step + 1 == longest or not going:
             break
-        if len(going) <= COMPACT * len(run):
+        if recorded is None and len(going) <= COMPACT * len(run):
             index = torch.tensor(going, device=device)
             cache.keep(going)
             run, alive, token = [run[i] for i in going], alive[index], token[index]
@@ -151,27 +157,39 @@ def _decode(
         if profiling.active():
             pairs = int((place + 1).sum())
             profiling.count(len(run), positions=len(run), pairs=pairs)
-        hidden = cache.step(policy.decoder, token, place if policy.takes_positions else None)
+        if recorded is not None:
+            hidden = recorded(token, place)
+        else:
+            hidden = cache.step(policy.decoder, token, place if policy.takes_positions else None)
         place = place + 1
-    return _collect(policy, replies, steps, critic)
-
-
-def _collect(
-    policy: Policy,
-    replies: list[list[int]],
-    steps: list[tuple[Tensor, Tensor, Tensor]],
-    critic: bool,
-) -> Generation:
-    """What the decode steps left, put in the order of the rows."""
     tokens, mask = prefix_tree.pad(replies)
-    tokens, mask = tokens.to(policy.device), mask.to(policy.device)
-    row = torch.cat([alive for alive, _, _ in steps])
-    column = torch.cat([torch.full_like(alive, t) for t, (alive, _, _) in enumerate(steps)])
-    order = torch.argsort(row * len(steps) + column)
-    hidden = torch.cat([state for _, _, state in steps]).index_select(0, order)
-    logprobs = torch.cat([logprob for _, logprob, _ in steps]).index_select(0, order)
-    values = unflatten(policy.value(hidden), mask) if critic else None
-    return Generation(tokens, mask, unflatten(logprobs, mask), values, hidden)
+    tokens, mask = tokens.to(device), mask.to(device)
+    logprobs, states = found.in_order(device)
+    values = unflatten(policy.value(states), mask) if critic else None
+    return Generation(tokens, mask, unflatten(logprobs, mask), values, states)
+
+
+class _Found:
+    """What the decode steps leave: all rows of each step, and which of them count."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Tensor, Tensor]] = []
+        self.counted: list[tuple[int, int, int]] = []  # row, step, place in the rows of all steps
+        self.size = 0
+
+    def add(self, counted: list[tuple[int, int, int]], logprob: Tensor, hidden: Tensor) -> None:
+        """A step's log-probabilities (rows,) and states (rows, H); of the counted the row, the step
+        and their place among these."""
+        self.counted += [(row, step, self.size + i) for row, step, i in counted]
+        self.steps.append((logprob, hidden))
+        self.size += len(logprob)
+
+    def in_order(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (N,) and states (N, H) of the counted, row by row."""
+        index = torch.tensor([place for _, _, place in sorted(self.counted)], device=device)
+        logprobs = torch.cat([logprob for logprob, _ in self.steps])
+        states = torch.cat([hidden for _, hidden in self.steps])
+        return logprobs.index_select(0, index), states.index_select(0, index)
 
 
 def _choose(logits: Tensor, draw: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

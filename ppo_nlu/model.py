@@ -66,6 +66,7 @@ class Policy:
         self.tree = True
         self.last_pass = Cost(0, 0, 0)
         self.checkpointing = False
+        self.graphs = False  # decode by recorded steps
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self.stop = StopDetector(model, tokenizer)
 
@@ -330,6 +331,7 @@ def load_policy(cfg: Config) -> Policy:
     head = ValueHead(hidden, cfg.model.value_head, cfg.model.value_hidden)
     policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)
     policy.tree = choose_path(policy, cfg.model.path)
+    policy.graphs = policy.tree and policy.device.type == "cuda" and cfg.rollout.cuda_graph
     if cfg.model.checkpointing:
         if not policy.tree:
             raise UserError(

@@ -301,8 +301,9 @@ class State:
     layers: list[tuple[Tensor, Tensor]] | None = None  # packed: (N, heads, d) of each layer
     cache: DynamicCache | None = None  # plain
 
-    def start(self, rows: Sequence[int], room: int) -> TreeCache | PlainCache:
-        """A cache with a row for each of these prompts (one may come often), `room` to grow."""
+    def start(self, rows: Sequence[int], room: int, static: bool = False) -> TreeCache | PlainCache:
+        """A cache with a row for each of these prompts (one may come often), `room` to grow;
+        `static`: as in `TreeCache`, where it is one."""
         tree = self.tree
         if self.layers is None:
             assert self.cache is not None and tree.seen is not None
@@ -311,7 +312,7 @@ class State:
         assert tree.tails is not None and tree.heads is not None and tree.parents is not None
         tails, parents = [tree.tails[r] for r in rows], [tree.parents[r] for r in rows]
         reach = max(tree.lengths) + room
-        return TreeCache(self.layers, tree.heads, tails, parents, room, reach)
+        return TreeCache(self.layers, tree.heads, tails, parents, room, reach, static)
 
 
 def run(

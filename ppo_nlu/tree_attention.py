@@ -514,7 +514,9 @@ class TreeCache:
     """Keys and values while decoding: each shared run once, and a buffer for each row.
 
     A row's buffer holds the rest of its prompt, right-padded, then its answer as it grows; nothing
-    is copied from step to step.
+    is copied from step to step. In the static form a step attends to whole buffers, what is not
+    there yet masked, and the place of the next token is a tensor, `slot`: every step runs the same
+    kernels on the same memory, so that it can be recorded.
     """
 
     def __init__(
@@ -525,6 +527,7 @@ class TreeCache:
         parents: Sequence[int],
         room: int,
         reach: int,
+        static: bool = False,
     ):
         """
         Args:
@@ -534,8 +537,9 @@ class TreeCache:
             parents: each row's shared run, -1 for none.
             room: how many tokens may follow.
             reach: how many positions there are with these.
+            static: take the static form.
         """
-        self.reach = reach
+        self.reach, self.static = reach, static
         device = layers[0][0].device
         index, real = _table(tails)
         index = index.to(device)
@@ -543,8 +547,10 @@ class TreeCache:
         rows = len(tails)
         self.bias = torch.full((rows, 1, 1, self.width + room), -math.inf)
         self.bias[:, 0, 0, : self.width].masked_fill_(real, 0.0)
-        self.bias[:, 0, 0, self.width :] = 0.0
+        if not static:
+            self.bias[:, 0, 0, self.width :] = 0.0
         self.bias = self.bias.to(device)
+        self.slot = torch.tensor([self.width], device=device)
         self.shared = [
             [(k[start : start + n], v[start : start + n]) for start, n in heads] for k, v in layers
         ]
@@ -565,8 +571,13 @@ class TreeCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """One new token a row: q (rows, heads, d), k and v (rows, fewer heads, d)."""
         keys, values = self.own[layer]
-        keys[:, :, self.used], values[:, :, self.used] = k, v
-        stop = self.used + 1
+        if self.static:
+            keys.index_copy_(2, self.slot, k[:, :, None])
+            values.index_copy_(2, self.slot, v[:, :, None])
+            stop = keys.shape[2]
+        else:
+            keys[:, :, self.used], values[:, :, self.used] = k, v
+            stop = self.used + 1
         groups = q.shape[1] // k.shape[1]
         rows = q[:, :, None]  # (rows, heads, 1, d)
         bias = self.bias[..., :stop]
@@ -590,12 +601,18 @@ class TreeCache:
     def step(self, decoder: nn.Module, token: Tensor, place: Tensor | None) -> Tensor:
         """Run one token a row, at its position; the last hidden states (rows, H)."""
         assert place is not None
+        if self.static:
+            self.bias.index_fill_(3, self.slot, 0.0)
         out = forward(decoder, token, place, self)
-        self.used += 1
+        if self.static:
+            self.slot.add_(1)
+        else:
+            self.used += 1
         return out
 
     def keep(self, going: Sequence[int]) -> None:
         """Go on with these rows only."""
+        assert not self.static
         rows = torch.tensor(going, device=self.bias.device)
         self.own = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.own]
         self.bias = self.bias.index_select(0, rows)

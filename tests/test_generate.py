@@ -11,6 +11,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from ppo_nlu import generate as generation
 from ppo_nlu import tree_attention
 from ppo_nlu.generate import Sampling, generate, invert
 from ppo_nlu.model import Policy
@@ -210,6 +211,35 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
     prompts = ragged(4)
     together = generate(policy, prompts, 8, GREEDY).rows
     assert together == [generate(policy, [prompt], 8, GREEDY).rows[0] for prompt in prompts]
+
+
+def test_out_of_memory_behind_a_kept_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompts' graph is let go, and the same answers are drawn without it."""
+    policy = tiny.policy()
+    endless(policy, monkeypatch)
+    decode, prefill, kept = generation._decode, generation._prefill, []
+
+    def spy(*args: Any):
+        state, graph = prefill(*args)
+        kept.append(graph)
+        return state, graph
+
+    def short_of_memory(*args: Any):
+        if len(kept) == 2:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return decode(*args)
+
+    monkeypatch.setattr(generation, "_prefill", spy)
+    monkeypatch.setattr(generation, "_decode", short_of_memory)
+    first = generate(policy, ragged(), 6, None, 2, seeded(), keep_graph=10_000)
+    second = generate(policy, ragged(), 6, None, 2, seeded(), keep_graph=10_000)
+    assert kept == [True, True, False]
+    assert first.trunk is not None and second.trunk is None
+    assert torch.equal(first.tokens, second.tokens)
+    tiny.close(first.logprobs, second.logprobs, 1e-6)
+    kept[:] = [False]
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        generate(policy, ragged(), 6, None, 2, seeded())
 
 
 def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

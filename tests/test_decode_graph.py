@@ -1,0 +1,163 @@
+"""Recorded decode steps: the static cache, and the order of recording and replaying.
+
+No GPU is needed: the recording is one that runs the step again, into the same tensor.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from test_generate import KINDS, endless, policy_of, ragged, seeded
+from torch import Tensor
+
+from ppo_nlu import decode_graph, prefix_tree, tree_attention
+from ppo_nlu import generate as generation
+from ppo_nlu.decode_graph import GraphedStep
+from ppo_nlu.generate import Generation, generate
+from ppo_nlu.model import Policy
+from ppo_nlu.tree_attention import TreeCache
+
+TREES = [kind for kind in KINDS if kind in tiny.TREE_KINDS]
+
+
+class Again:
+    """A recording for the CPU; what it is asked to do is written down."""
+
+    log: list[str] = []
+    off = 0.0  # added to every replayed state
+
+    def record(self, call: Callable[[], Tensor]) -> Tensor:
+        self.call, self.out = call, torch.empty(0)
+        self.out = call().clone()
+        self.log.append("record")
+        return self.out
+
+    def replay(self) -> None:
+        self.out.copy_(self.call() + self.off)
+        self.log.append("replay")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(Again, "log", [])
+    monkeypatch.setattr(generation, "GraphedStep", partial(GraphedStep, recording=Again))
+    return Again.log
+
+
+def made(kind: str = "llama", **options) -> Policy:
+    policy = policy_of(kind, **options)
+    assert policy.tree and not policy.graphs  # which are for a GPU
+    return policy
+
+
+def assert_same(found: Generation, expected: Generation) -> None:
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.mask, expected.mask)
+    assert found.hidden is not None and expected.hidden is not None
+    tiny.close(found.hidden, expected.hidden)
+    tiny.close(found.logprobs, expected.logprobs)
+    if expected.values is not None:
+        assert found.values is not None
+        tiny.close(found.values, expected.values)
+
+
+@pytest.mark.parametrize("device", ["cpu", "as on a GPU"])
+@pytest.mark.parametrize("kind", TREES)
+def test_the_static_cache(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step by step what the growing one gives, for rows behind a shared run and others."""
+    if device != "cpu":
+        monkeypatch.setattr(tree_attention, "FUSED_ON", "none")
+    monkeypatch.setattr(prefix_tree, "HEAD_COST", 0)
+    policy, prompts = made(kind), ragged()
+    owners = [0, 0, 1, 2, 3, 4, 4]
+    place = torch.tensor([len(prompts[p]) for p in owners])
+    with torch.no_grad():
+        state = prefix_tree.run(policy.decoder, prefix_tree.build(prompts), keep=True)[1]
+        grown, static = state.start(owners, 4), state.start(owners, 4, static=True)
+        assert isinstance(static, TreeCache) and static.shared[0]
+        before = [k.data_ptr() for k, _ in static.own]
+        for step in range(4):
+            token = torch.tensor([(7 * row + 3 * step) % 20 + 3 for row in range(len(owners))])
+            expected = grown.step(policy.decoder, token, place + step)
+            tiny.close(static.step(policy.decoder, token, place + step), expected)
+    assert [k.data_ptr() for k, _ in static.own] == before
+    assert static.slot.tolist() == [static.width + 4]
+
+
+def test_recorded_once_then_replayed(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = made()
+    endless(policy, monkeypatch)
+    expected = generate(policy, ragged(), 7, None, 2, seeded(), critic=True)
+    policy.graphs = True
+    assert_same(generate(policy, ragged(), 7, None, 2, seeded(), critic=True), expected)
+    # Six steps: a plain one, then the recording, its comparison with another plain one, and five
+    # replays.
+    assert log == ["record", "replay", *["replay"] * 5]
+    log.clear()
+    assert_same(generate(policy, ragged(), 7, None, 2, seeded(), critic=True), expected)
+    assert log == ["record", *["replay"] * 5]  # it has been compared
+    log.clear()
+    assert_same(generate(policy, ragged(), 2, None, 2, seeded()),
+                generate(made(), ragged(), 2, None, 2, seeded()))  # fmt: skip
+    assert log == []  # one step is not worth it
+
+
+def test_finished_rows_stay_and_count_no_more(log: list[str]) -> None:
+    policy = made(few=True)
+    prompts = ragged(2, size=12)
+    expected = generate(policy, prompts, 10, None, 4, seeded(5), critic=True)
+    lengths = expected.mask.sum(1)
+    assert len(set(lengths.tolist())) > 2
+    policy.graphs = True
+    assert_same(generate(policy, prompts, 10, None, 4, seeded(5), critic=True), expected)
+    # All rows over: no further step. The first step is plain.
+    assert log == ["record", *["replay"] * (int(lengths.max()) - 1)]
+
+
+def test_a_step_that_cannot_be_recorded(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = made()
+    endless(policy, monkeypatch)
+    expected = generate(policy, ragged(), 5, None, 1, seeded())
+    policy.graphs = True
+
+    def refuse(self: Again, call: Callable[[], Tensor]) -> Tensor:
+        call()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Again, "record", refuse)
+    with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted"):
+        found = generate(policy, ragged(), 5, None, 1, seeded())
+    assert_same(found, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once, tried once
+        assert_same(generate(policy, ragged(), 5, None, 1, seeded()), expected)
+    assert log == []
+
+
+def test_a_replay_that_differs(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = made()
+    endless(policy, monkeypatch)
+    expected = generate(policy, ragged(), 5, None, 1, seeded())
+    policy.graphs = True
+    monkeypatch.setattr(Again, "off", 1.0)
+    with pytest.warns(UserWarning, match="away from a plain step"):
+        found = generate(policy, ragged(), 5, None, 1, seeded())
+    assert_same(found, expected)
+    assert log == ["record", "replay"]
+
+
+def test_no_model_is_kept_alive_by_what_was_found(log: list[str]) -> None:
+    before = len(decode_graph._sound)
+    policy = made()
+    policy.graphs = True
+    generate(policy, ragged(), 5, None, 1, seeded())
+    assert len(decode_graph._sound) == before + 1
+    del policy
+    import gc
+
+    gc.collect()
+    assert len(decode_graph._sound) <= before

@@ -25,8 +25,8 @@ from benchmarks.engine_job import (
 
 def ours(job: Job, meter: Meter) -> None:
     """PPO, GRPO or SFT of ours, through the classes that training goes through."""
+    from ppo_nlu import llama_block, optim, profiling
     from ppo_nlu import model as models
-    from ppo_nlu import optim, profiling
     from ppo_nlu.config import load_config
     from ppo_nlu.learners import LEARNERS
     from ppo_nlu.tasks import Example, get_task
@@ -63,6 +63,8 @@ def ours(job: Job, meter: Meter) -> None:
         policy.stop.may_end.zero_()
     if job["variant"] == "all-logits":
         all_logits(policy)
+    if job["variant"] == "no-block":
+        llama_block.detach(policy.decoder)
     optimizer = optim.build_optimizer(cfg.optim, *learner.parameters())
     trained = [p for group in learner.parameters() for p in group]
     examples = [
@@ -146,7 +148,9 @@ class CountPasses:
 
 def all_logits(policy: Any) -> None:
     """Run the LM head on every position of each scoring pass, forward and backward, as a causal LM
-    does (generation asks for the last one only, there too). The states go through unchanged."""
+    does (generation asks for the last one only, there too). A rollout's pass over its prompts that
+    is kept for the update, and so is run under autograd, counts as one. The states go through
+    unchanged."""
     import torch
 
     weight = policy.head.weight
@@ -175,7 +179,7 @@ def all_logits(policy: Any) -> None:
             scoring = False
 
     def hook(module: Any, args: Any, out: Any) -> Any:
-        if scoring:
+        if scoring or torch.is_grad_enabled():
             out.last_hidden_state = Head.apply(out.last_hidden_state)
         return out
 

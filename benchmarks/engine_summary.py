@@ -20,7 +20,9 @@ SPEED = {
 }
 MEMORY = 0.5  # of theirs, at most; B 64
 FIRST_STEP = 2.0  # seconds
-MATCH = ("part", "method", "model", "task", "B", "G", "tokens", "stop", "length", "shared", "seed")
+MATCH = (
+    "part", "method", "model", "task", "B", "G", "tokens", "stop", "length", "shared", "N", "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

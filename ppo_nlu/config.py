@@ -68,7 +68,7 @@ class LoraConfig:
     r: int = number(16, min=1)  # rank
     alpha: float = positive(32.0)  # the update is scaled by alpha / r
     rslora: bool = False  # true: scaled by alpha / sqrt(r)
-    dropout: float = below_one(0.0)  # on the input of LoRA; 0 = off, and PPO runs without it
+    dropout: float = below_one(0.0)  # on the input of LoRA, in sft; ppo and grpo run without it
     targets: str | list[str] = "all-linear"  # all-linear, attention, or module name endings
 
 

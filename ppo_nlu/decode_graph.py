@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -45,8 +46,11 @@ class CudaRecording:
             self.graph.capture_begin()
             try:
                 out = call()
-            finally:
-                self.graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that the recording is broken is known
+                    self.graph.capture_end()
+                raise
+            self.graph.capture_end()
         current.wait_stream(stream)
         return out
 
@@ -86,6 +90,8 @@ class GraphedStep:
         reason = None
         try:
             self.out = graph.record(lambda: self.cache.step(self.decoder, self.token, self.place))
+        except torch.cuda.OutOfMemoryError:
+            raise  # which is not the model's doing
         except Exception as error:  # whatever a model does that cannot be recorded
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         self.cache.slot.copy_(slot)

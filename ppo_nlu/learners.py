@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,7 +23,7 @@ from ppo_nlu.losses import AdaptiveKL
 from ppo_nlu.model import VALUE_HEAD, Policy, load_policy, resolve
 from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.rewards import RunningScale
-from ppo_nlu.rollout import Rollout, tell_reuse
+from ppo_nlu.rollout import Rollout, seeded, tell_reuse
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.updates import Budget, Metrics, check_first_ratio
 
@@ -133,7 +134,6 @@ class OnPolicy(LoraLearner):
         """Those of an answer of the last step, for a human to look at."""
 
     def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
-        stood = self.keep_graph() > 0
         metrics = self.learn(optimizer, examples, step)
         assert self.rollout is not None
         self.rollout.trunk = None  # of a step that had nothing to learn from
@@ -142,7 +142,7 @@ class OnPolicy(LoraLearner):
         gap = metrics.get("policy/first_ratio_gap")
         if gap is not None and not self.checked:
             # Once more where later updates stand on the rollout's pass and this one did not.
-            self.checked = stood or not self.keep_graph()
+            self.checked = self.rollout.stood or not self.keep_graph()
             remarks.append(check_first_ratio(gap, self.cfg.model.dtype == "float32") or "")
         if step == 0:
             remarks.append(check_form(self.seen["answer/unparsed"]) or "")
@@ -302,7 +302,10 @@ class SFT(LoraLearner):
 
     def step(self, optimizer: Optimizer, examples: Sequence[Example], step: int) -> Metrics:
         self.rows, self.seen = examples, {}
-        metrics = sft.update(self.model, self.specs, optimizer, self.cfg, examples, self.budget)
+        # Masks of a seed of their own, so that a resumed run draws the same.
+        with torch.random.fork_rng(devices=[]), lora.dropout_on(self.model.model):
+            torch.manual_seed(seeded("dropout", self.cfg.seed, step).initial_seed())
+            metrics = sft.update(self.model, self.specs, optimizer, self.cfg, examples, self.budget)
         self.remark = "\n".join(self.budget.remarks) or None
         self.budget.remarks.clear()
         self.truncated = int(metrics["answer/truncated_prompts"])

@@ -33,8 +33,7 @@ def attach(decoder: nn.Module) -> int:
     """Give every block of a kind that is known this forward, in place; returns how many."""
     blocks = [m for m in decoder.modules() if type(m).__name__ in TYPES and _known(m)]
     for block in blocks:
-        kind = type(block)
-        block.__class__ = type(f"Packed{kind.__name__}", (PackedBlock, kind), {})
+        block.__class__ = _packed(type(block))
     return len(blocks)
 
 
@@ -43,6 +42,20 @@ def detach(decoder: nn.Module) -> None:
     for block in decoder.modules():
         if isinstance(block, PackedBlock):
             block.__class__ = type(block).__bases__[1]
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _packed(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _classes:
+        _classes[kind] = type(f"Packed{kind.__name__}", (PackedBlock, kind), {})
+    return _classes[kind]
+
+
+def _empty(kind: type[nn.Module]) -> nn.Module:
+    packed: Any = _packed(kind)
+    return packed.__new__(packed)
 
 
 def _known(block: Any) -> bool:
@@ -61,6 +74,9 @@ def _known(block: Any) -> bool:
 
 class PackedBlock(nn.Module):
     """The forward that `attach` puts before that of the library's class."""
+
+    def __reduce__(self) -> Any:
+        return _empty, (type(self).__bases__[1],), self.__dict__  # the class itself has no address
 
     def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
         """(1, N, H) of a packed row, or of one token a row while decoding, to the same shape."""
@@ -81,7 +97,9 @@ class PackedBlock(nn.Module):
         constants = weights, cos, sin, tree, wanted, len(past)
         y, k, v = _Block.apply(*constants, x, *past, *trained)  # type: ignore[no-untyped-call]
         if tree.keep is not None:
-            tree.keep.append((k, v))
+            # Without a graph, whose node holds q too, they are copied so that q can go.
+            held = (k, v) if torch.is_grad_enabled() else (k.contiguous(), v.contiguous())
+            tree.keep.append(held)
         return y[None]
 
 
@@ -108,10 +126,13 @@ class _Weights(NamedTuple):
 def _weights(block: Any, hidden: Tensor, reach: int) -> _Weights | None:
     """The block's weights as they are now; None where the pass is not one for this module."""
     attention, mlp = block.self_attn, block.mlp
-    window = getattr(attention, "sliding_window", None)
+    config = attention.config  # Qwen2 has a window for some layers, Mistral one for all
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     if hidden.device.type != "cpu" or hidden.dtype not in (torch.float32, torch.float64):
         return None
     if hidden.shape[0] != 1 or (window and window < reach):
+        return None
+    if attention.training and attention.attention_dropout:
         return None
     if torch.is_autocast_enabled("cpu") or ops.choose_backend(hidden) != "torch":
         return None
@@ -294,7 +315,7 @@ class _Block(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         past = more[:count]
         done = _forward(w, x, cos, sin, tree, wanted, past)
-        ctx.save_for_backward(cos, sin, *past, *done[1:-1], *done.lows)
+        ctx.save_for_backward(cos, sin, *more, *done[1:-1], *done.lows)
         ctx.w, ctx.tree, ctx.wanted, ctx.count = w, tree, wanted, count
         ctx.set_materialize_grads(False)
         many, few = w.heads
@@ -306,13 +327,19 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin, *saved = ctx.saved_tensors
         past, saved = saved[: ctx.count], saved[ctx.count :]
+        trained, saved = saved[: 2 * len(LINEARS)], saved[2 * len(LINEARS) :]
+        # As they were saved: autograd sees to it that they have not changed since.
+        ab = zip(ctx.w.linears, trained[::2], trained[1::2], strict=True)
+        w = ctx.w._replace(linears=[linear._replace(a=a, b=b) for linear, a, b in ab])
         size = len(_Pass._fields) - 2
         done = _Pass._make([saved[0], *saved[:size], saved[size:]])  # y is not looked at
-        return (None,) * 6 + _gradients(ctx, done, cos, sin, past, grads)
+        with torch.autocast("cpu", enabled=False):
+            return (None,) * 6 + _gradients(ctx, w, done, cos, sin, past, grads)
 
 
 def _gradients(
     ctx: Any,
+    w: _Weights,
     f: _Pass,
     cos: Tensor,
     sin: Tensor,
@@ -320,7 +347,6 @@ def _gradients(
     grads: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, of the earlier keys and values, and of each A and B."""
-    w: _Weights = ctx.w
     wanted: Index = ctx.wanted
     q_, k_, v_, o_, gate_, up_, down_ = w.linears
     low_q, low_k, low_v, low_o, low_gate, low_up, low_down = f.lows

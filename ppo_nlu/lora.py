@@ -178,6 +178,20 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
             layer.disabled = disabled
 
 
+@contextmanager
+def dropout_on(model: nn.Module) -> Iterator[None]:
+    """Inside, LoRA drops out of its input as it was attached to; the base stays in eval mode."""
+    layers = list(lora_layers(model).values())
+    before = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training
+
+
 def freeze_reference(model: nn.Module) -> None:
     """Make today's A and B the reference (PPO after SFT); the base alone is it otherwise."""
     for layer in lora_layers(model).values():

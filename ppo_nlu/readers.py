@@ -153,7 +153,7 @@ def _examples(
     examples, without = [], 0
     columns = [(name, spec.columns.get(name, name)) for name in spec.fields]
     undecided = bool(spec.labels) and spec.word_of("-") is None
-    known: dict[str | None, str | None] = {}  # the labels of cells, of which there are few
+    known: dict[str | None, str | None] = {}  # what a cell stands for
     file = str(path)
     for count, (number, row) in enumerate(rows):
         value = row.get(spec.label_column)
@@ -162,6 +162,8 @@ def _examples(
             continue
         where = f"{file}:{number}"
         if value not in known:
+            if not spec.labels:
+                known.clear()  # texts and ratings are many
             known[value] = gold(spec, value, where)
         fields = {name: row[column] for name, column in columns}
         place = count if start is None else number - start

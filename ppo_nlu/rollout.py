@@ -57,6 +57,7 @@ class Rollout:
     reused: bool = True
     gap: float | None = None
     trunk: State | None = None
+    stood: bool = False  # whether an update's first pass stood on the trunk
 
     @property
     def size(self) -> int:
@@ -71,7 +72,8 @@ class Rollout:
         """
         trunk, self.trunk = self.trunk, None
         used = len({self.owners[j] for j in index})
-        return trunk if used >= MOST * len(self.prompts) else None
+        self.stood = trunk is not None and used >= MOST * len(self.prompts)
+        return trunk if self.stood else None
 
     def rows(self, index: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Prompts, answers and owners of some answers, each prompt once."""

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any, TypeAlias
 
 import torch
@@ -209,15 +210,16 @@ AttentionInterface.register(NAME, attention)
 @contextmanager
 def switched_on(config: Any, tree: Plan | TreeCache) -> Iterator[None]:
     """Inside, the model of this config attends by `attention`, and `trim` knows what is wanted."""
-    before = config._attn_implementation, _running[0]
-    config._attn_implementation, _running[0] = NAME, tree
+    before = config._attn_implementation, _running[0], _config[0]
+    config._attn_implementation, _running[0], _config[0] = NAME, tree, config
     try:
         yield
     finally:
-        config._attn_implementation, _running[0] = before
+        config._attn_implementation, _running[0], _config[0] = before
 
 
 _running: list[Plan | TreeCache | None] = [None]  # what the pass that is under way runs
+_config: list[Any] = [None]  # and the config of the model that runs it
 
 
 def running() -> Plan | TreeCache | None:
@@ -645,7 +647,7 @@ def checkpoint_blocks(decoder: nn.Module) -> None:
     transformers' own switch works in train mode only, which turns dropout on.
     """
     for block in _blocks(decoder):
-        block.forward = _recomputing(block.forward, decoder.config)
+        block.forward = MethodType(_recomputed, block)  # a copy of the block gets its own
 
 
 def _blocks(decoder: nn.Module) -> nn.ModuleList:
@@ -653,19 +655,17 @@ def _blocks(decoder: nn.Module) -> nn.ModuleList:
     return next(module for module in decoder.modules() if isinstance(module, nn.ModuleList))
 
 
-def _recomputing(plain: Callable[..., Any], config: Any) -> Callable[..., Any]:
-    def forward(*args: Any, **named: Any) -> Any:
-        tree = _running[0]
-        if not torch.is_grad_enabled() or not isinstance(tree, Plan):
+def _recomputed(block: nn.Module, *args: Any, **named: Any) -> Any:
+    plain: Callable[..., Any] = MethodType(type(block).forward, block)
+    tree, config = _running[0], _config[0]
+    if not torch.is_grad_enabled() or not isinstance(tree, Plan):
+        return plain(*args, **named)
+
+    def again(*args: Any, **named: Any) -> Any:
+        with switched_on(config, tree):  # the backward comes when it is off again
             return plain(*args, **named)
 
-        def again(*args: Any, **named: Any) -> Any:
-            with switched_on(config, tree):  # the backward comes when it is off again
-                return plain(*args, **named)
-
-        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **named)
-
-    return forward
+    return checkpoint(again, *args, use_reentrant=False, **named)
 
 
 def forward(decoder: nn.Module, ids: Tensor, places: Tensor, tree: Plan | TreeCache) -> Tensor:

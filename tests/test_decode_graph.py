@@ -138,6 +138,24 @@ def test_a_step_that_cannot_be_recorded(log: list[str], monkeypatch: pytest.Monk
     assert log == []
 
 
+def test_out_of_memory_while_recording(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the model's doing: told on, and the next rollout tries again."""
+    policy = made()
+    endless(policy, monkeypatch)
+    policy.graphs = True
+    record = Again.record
+
+    def full(self: Again, call: Callable[[], Tensor]) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Again, "record", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        generate(policy, ragged(), 5, None, 1, seeded())
+    monkeypatch.setattr(Again, "record", record)
+    generate(policy, ragged(), 5, None, 1, seeded())
+    assert log[0] == "record"
+
+
 def test_a_replay_that_differs(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = made()
     endless(policy, monkeypatch)

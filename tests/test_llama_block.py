@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import test_prefix_tree
 import tiny
@@ -142,6 +144,76 @@ def test_checkpointed(runs: list[int]) -> None:
         tiny.close(plain, again, 1e-6)
 
 
+def test_in_double_precision(runs: list[int]) -> None:
+    """Against finite differences, so against no other code: of A and B of every layer."""
+    policy = made("llama, biases", lora_cfg=LoraConfig(r=1, alpha=2.0))
+    policy.model.double()
+    policy.decoder.norm = nn.Identity()  # which rounds to single precision, as the library's do
+    decoder, params = policy.decoder, lora.lora_parameters(policy.model)
+    prompts, answers, owners = SHAPES["several answers a prompt"]
+    tree_attention.trim(decoder)
+    runs.clear()
+
+    def value() -> torch.Tensor:
+        return (through(decoder, build(prompts, answers, owners)) ** 2).sum()
+
+    slopes = torch.autograd.grad(value(), params)
+    assert runs == [0, 1]
+    draw = torch.Generator().manual_seed(4)
+    ways = [torch.randn(p.shape, generator=draw, dtype=torch.float64) for p in params]
+    for p, slope, way in zip(params, slopes, ways, strict=True):
+        values = []
+        with torch.no_grad():
+            for size in (1e-6, -2e-6):
+                p.add_(way, alpha=size)
+                values.append(float(value()))
+            p.add_(way, alpha=1e-6)
+        difference = (values[0] - values[1]) / 2e-6
+        assert difference == pytest.approx(float((slope * way).sum()), rel=1e-5, abs=1e-5)
+
+
+def test_weights_that_moved_before_the_backward() -> None:
+    """Autograd says so, as it does of the library's modules."""
+    policy = made("llama")
+    hidden = through(policy.decoder, build(*SHAPES["shared prefix"]))
+    with torch.no_grad():
+        lora.lora_parameters(policy.model)[-1].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hidden.sum().backward()
+
+
+def test_keys_and_values_that_stay_hold_nothing_else() -> None:
+    """Of a pass without a graph; with heads that share keys q is the larger part."""
+    policy = made("llama")
+    for graph in (True, False):
+        with torch.set_grad_enabled(graph):
+            state = run(policy.decoder, build(SHAPES["shared prefix"][0]), keep=True)[1]
+        assert state.layers is not None
+        for x in (x for pair in state.layers for x in pair):
+            assert (x.untyped_storage().nbytes() == 4 * x.numel()) is not graph
+
+
+def test_a_window_is_refused_here_too() -> None:
+    policy = tiny.policy("mistral", sliding_window=13)
+    assert not policy.tree and isinstance(policy.decoder.layers[0], PackedBlock)
+    shape = SHAPES["shared prefix"]
+    with torch.no_grad():
+        through(policy.decoder, build(*shape))  # 13 positions, all inside of it
+        policy.model.config.sliding_window = 12
+        with pytest.raises(NotImplementedError, match="plain attention"):
+            through(policy.decoder, build(*shape))
+
+
+def test_a_model_can_still_be_pickled() -> None:
+    policy = made("llama")
+    again = pickle.loads(pickle.dumps(policy.model))
+    assert type(again.base_model.layers[1]) is type(policy.decoder.layers[1])
+    shape = SHAPES["shared prefix"]
+    with torch.no_grad():
+        expected = through(policy.decoder, build(*shape))
+        assert torch.equal(through(again.base_model, build(*shape)), expected)
+
+
 def test_other_passes_take_the_library(runs: list[int]) -> None:
     shape = SHAPES["shared prefix"]
 
@@ -157,17 +229,20 @@ def test_other_passes_take_the_library(runs: list[int]) -> None:
     assert pull(states(trained), [weight])[0].abs().max() > 0
     dropped = made("llama", lora_cfg=LoraConfig(r=4, alpha=8.0, dropout=0.5))
     expected = through(dropped.decoder, build(*shape))
-    dropped.model.train()
-    assert float((states(dropped) - expected).abs().max()) > 1e-3
+    with lora.dropout_on(dropped.model):
+        assert float((states(dropped) - expected).abs().max()) > 1e-3
     low = made("llama")
     low.model.to(torch.bfloat16)
     with torch.no_grad():
         states(low)
 
 
-def test_a_merged_model_is_run_as_it_is() -> None:
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_merged_model_is_run_as_it_is(checkpointed: bool) -> None:
     """A copy's blocks read the copy's weights, not those of the model they were attached to."""
     policy = made("llama")
+    if checkpointed:
+        tree_attention.checkpoint_blocks(policy.decoder)
     shape = SHAPES["shared prefix"]
     merged = lora.merge(policy.model).requires_grad_(False)
     with torch.no_grad():

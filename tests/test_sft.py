@@ -11,10 +11,12 @@ import torch
 
 from ppo_nlu import lora, sft
 from ppo_nlu.answers import parse
-from ppo_nlu.config import Config, PromptConfig, RolloutConfig, SFTConfig
+from ppo_nlu.config import Config, LoraConfig, PromptConfig, RolloutConfig, SFTConfig
 from ppo_nlu.generate import Sampling, generate
+from ppo_nlu.learners import SFT
 from ppo_nlu.prompts import OPENING, render
 from ppo_nlu.tasks import TASKS, Example
+from ppo_nlu.updates import Budget
 
 CFG = Config(task="sst2", method="sft", rollout=RolloutConfig(4, 1, 4))
 
@@ -110,3 +112,22 @@ def test_a_loss_that_is_not_finite_moves_nothing() -> None:
         sft.update(policy, tiny.SPECS, optimizer_of(policy, 0.1), CFG, tiny.examples(3))
     for old, new in zip(before, lora.lora_parameters(policy.model), strict=True):
         assert torch.equal(old, new) or bool(old.isnan().any())
+
+
+def test_dropout_has_an_effect_and_a_seed_of_its_own() -> None:
+    """The same step draws the same masks whatever was drawn before, another step others."""
+
+    def moved(dropout: float, step: int) -> torch.Tensor:
+        learner = object.__new__(SFT)
+        learner.model = tiny.policy(lora_cfg=LoraConfig(r=4, alpha=8.0, dropout=dropout))
+        learner.cfg, learner.specs, learner.budget = Config(task="sst2"), tiny.SPECS, Budget()
+        rows = tiny.examples(4)
+        learner.step(optimizer_of(learner.model, 1e-2), rows, step)
+        assert not any(layer.training for layer in lora.lora_layers(learner.model.model).values())
+        return torch.cat([p.detach().flatten() for p in lora.lora_parameters(learner.model.model)])
+
+    plain, first = moved(0.0, 0), moved(0.5, 0)
+    torch.rand(3)
+    assert torch.equal(moved(0.5, 0), first)
+    assert not torch.equal(moved(0.5, 1), first) and not torch.equal(plain, first)
+    assert torch.equal(moved(0.0, 1), plain)

@@ -231,6 +231,13 @@ def test_other_passes_take_the_library(runs: list[int]) -> None:
     expected = through(dropped.decoder, build(*shape))
     with lora.dropout_on(dropped.model):
         assert float((states(dropped) - expected).abs().max()) > 1e-3
+    policy = made("llama")
+    for block in policy.decoder.layers:
+        block.self_attn.attention_dropout = 0.5
+    through(policy.decoder, build(*shape))
+    policy.model.train()
+    with pytest.raises(NotImplementedError, match="without dropout"):
+        states(policy)
     low = made("llama")
     low.model.to(torch.bfloat16)
     with torch.no_grad():

@@ -1,10 +1,11 @@
 """A decode step as a CUDA graph: one launch in place of the thousand that a step is made of.
 
 A step of few rows keeps a GPU busy for less time than the host takes to launch its kernels. So the
-first step of a rollout runs plainly, which compiles and tunes the kernels, the second is recorded,
-and from then on the recording is replayed. A recording reads and writes the same places every time,
-which `TreeCache` in its static form does. The first recording of a model is compared with a plain
-step; a model whose step cannot be recorded, or comes out otherwise, goes on with plain steps.
+first steps of a rollout run plainly, which compiles and tunes the kernels, and is all that a label
+needs; the next is recorded, and from then on the recording is replayed. A recording reads and
+writes the same places every time, which `TreeCache` in its static form does. The first recording of
+a model is compared with a plain step; a model whose step cannot be recorded, or comes out
+otherwise, goes on with plain steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ppo_nlu.tree_attention import TreeCache
 
+PLAIN = 2  # steps before the one that is recorded
 NEAR = 0.02  # of the largest state: how far a replayed step may be from a plain one
 _sound: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what the comparison found
 
@@ -59,7 +61,7 @@ class CudaRecording:
 
 
 class GraphedStep:
-    """`TreeCache.step` of a static cache, by a recording from the second step on."""
+    """`TreeCache.step` of a static cache, by a recording once `PLAIN` steps are over."""
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class GraphedStep:
     def __call__(self, token: Tensor, place: Tensor) -> Tensor:
         """One token a row (rows,) at its position; the last hidden states (rows, H)."""
         self.steps += 1
-        if self.steps == 2 and _sound.get(self.decoder, True):
+        if self.steps == PLAIN + 1 and _sound.get(self.decoder, True):
             self._record(token, place)
         if self.graph is None:
             return self.cache.step(self.decoder, token, place)

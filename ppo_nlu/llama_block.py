@@ -82,7 +82,7 @@ class PackedBlock(nn.Module):
         """(1, N, H) of a packed row, or of one token a row while decoding, to the same shape."""
         tree, rotary = tree_attention.running(), named.get("position_embeddings")
         block: Any = self
-        if tree is None or rotary is None:
+        if tree is None or rotary is None or rotary[0].shape[-1] != block.self_attn.head_dim:
             return super().forward(hidden_states, *args, **named)
         weights = _weights(block, hidden_states, tree.reach)
         if weights is None:
@@ -182,7 +182,7 @@ def _linear(module: nn.Module, dtype: torch.dtype) -> _Linear | None:
 
 
 class _Pass(NamedTuple):
-    """What a forward leaves for its backward, and y. With `wanted` tokens the rows of `out` and of
+    """What a forward leaves for its backward, and y. With `wanted` tokens the rows of `h` and of
     all that follows are theirs."""
 
     y: Tensor  # (N, H)

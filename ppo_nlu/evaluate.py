@@ -29,6 +29,7 @@ from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.model import VALUE_HEAD, Policy, check_words, load_policy
+from ppo_nlu.prefix_tree import Opening
 from ppo_nlu.prompts import answer
 from ppo_nlu.rollout import Fitted, fit_prompt, longest_prompt, seeded
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
@@ -70,7 +71,8 @@ def answer_all(
 ) -> Iterator[Answer]:
     """Answers in the order of the examples, a window of batches at a time; ends early on `stop`.
 
-    Inside a window rows of like length run together, so the plain path runs little padding.
+    Inside a window rows of like length run together, so the plain path runs little padding; what
+    all of its prompts begin with is run once.
     """
     if isinstance(policy, Encoder):
         found = encoder.answer_all(policy, spec, cfg, examples, decode, stop)
@@ -86,16 +88,19 @@ def answer_all(
         window = examples[start : start + 16 * size]
         fitted = [fit_prompt(policy, spec, row, longest, cfg.prompt, shots) for row in window]
         order = sorted(range(len(window)), key=lambda i: -len(fitted[i].ids))
+        opening = None
+        if len(window) > size:
+            opening = policy.opening([fit.ids for fit in fitted])
         done: dict[int, Answer] = {}
         for index in _batches(order, size):
             if stop():
                 return
             rows, prompts = [window[i] for i in index], [fitted[i] for i in index]
             if decode == "score":
-                answers = _by_score(policy, spec, rows, prompts, cfg.prompt.form)
+                answers = _by_score(policy, spec, rows, prompts, cfg.prompt.form, opening)
             else:
                 generator = seeded("evaluate", cfg.seed, start, index[0])
-                answers = _by_decoding(policy, spec, cfg, rows, prompts, decode, generator)
+                answers = _by_decoding(policy, spec, cfg, rows, prompts, decode, generator, opening)
             for i, row in zip(index, answers, strict=True):
                 done[i] = replace(row, cut=fitted[i].cut, dropped=fitted[i].dropped)
         yield from (done[i] for i in range(len(window)))
@@ -136,6 +141,7 @@ def _by_decoding(
     prompts: Sequence[Fitted],
     decode: str,
     generator: torch.Generator,
+    opening: Opening | None,
 ) -> list[Answer]:
     drawn = generate(
         policy,
@@ -143,6 +149,7 @@ def _by_decoding(
         cfg.rollout.max_new_tokens,
         Sampling(1.0, decode == "greedy", cfg.eval.top_k, cfg.eval.top_p),
         generator=generator,
+        opening=opening,
     )
     texts = [policy.decode(row) for row in drawn.rows]
     form = cfg.prompt.form
@@ -151,7 +158,11 @@ def _by_decoding(
 
 @torch.no_grad()
 def label_probabilities(
-    policy: Policy, spec: TaskSpec, prompts: Sequence[Fitted], form: str = "judgement"
+    policy: Policy,
+    spec: TaskSpec,
+    prompts: Sequence[Fitted],
+    form: str = "judgement",
+    opening: Opening | None = None,
 ) -> torch.Tensor:
     """softmax over the labels of log π(` Word </Judgement>` | prompt), (P, K), no length norm.
 
@@ -166,15 +177,20 @@ def label_probabilities(
         heads.append(prompt.ids[:cut])
         answers += [row[cut:] for row in whole]
         owners += [number] * len(whole)
-    scored = policy.score(heads, answers, owners)
+    scored = policy.score(heads, answers, owners, opening=opening)
     return scored.logprobs.sum(1).view(len(prompts), -1).softmax(-1)
 
 
 def _by_score(
-    policy: Policy, spec: TaskSpec, rows: Sequence[Example], prompts: Sequence[Fitted], form: str
+    policy: Policy,
+    spec: TaskSpec,
+    rows: Sequence[Example],
+    prompts: Sequence[Fitted],
+    form: str,
+    opening: Opening | None,
 ) -> list[Answer]:
     """The likeliest word; for a rating the expectation over its grid."""
-    table = label_probabilities(policy, spec, prompts, form).tolist()
+    table = label_probabilities(policy, spec, prompts, form, opening).tolist()
     answers = []
     for example, probabilities in zip(rows, table, strict=True):
         by_word = dict(zip(spec.words, probabilities, strict=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ppo_nlu import prefix_tree, profiling
 from ppo_nlu.decode_graph import GraphedStep
 from ppo_nlu.model import Policy, unflatten
-from ppo_nlu.prefix_tree import PlainCache, State, Tokens
+from ppo_nlu.prefix_tree import Opening, PlainCache, State, Tokens
 from ppo_nlu.tree_attention import TreeCache
 
 BLOCK = 128  # tokens
@@ -66,6 +66,7 @@ def generate(
     generator: torch.Generator | None = None,
     critic: bool = False,
     keep_graph: int = 0,
+    opening: Opening | None = None,
 ) -> Generation:
     """`samples` responses for each prompt, those of one prompt side by side.
 
@@ -74,8 +75,10 @@ def generate(
     beforehand, so a row's response does not depend on which other rows have finished.
 
     Where prompts and longest answers are together at most `keep_graph` tokens, the prompts are run
-    under autograd, and their pass comes back for a later one to stand on.
+    under autograd, and their pass comes back for a later one to stand on. An `opening` of the
+    prompts, run with these weights, is not run again; one and a kept graph exclude each other.
     """
+    assert opening is None or not keep_graph
     sampling = sampling or Sampling()
     device, rows = policy.device, len(prompts) * samples
     draws = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
@@ -83,7 +86,7 @@ def generate(
 
     def run(graph: int) -> Generation:
         with profiling.phase("prefill"):
-            state, kept = _prefill(policy, prompts, owners, graph)
+            state, kept = _prefill(policy, prompts, owners, graph, opening)
             repeat = torch.tensor(owners, device=device)
             hidden = state.ends.detach()[repeat]
             place = torch.tensor(state.tree.lengths, device=device)[repeat]
@@ -103,11 +106,15 @@ def generate(
 
 
 def _prefill(
-    policy: Policy, prompts: Sequence[Tokens], owners: list[int], keep_graph: int
+    policy: Policy,
+    prompts: Sequence[Tokens],
+    owners: list[int],
+    keep_graph: int,
+    opening: Opening | None,
 ) -> tuple[State, bool]:
     """Run the prompts; what decoding needs of them, and whether their graph was kept, which is done
     where they are at most `keep_graph` tokens."""
-    tree = prefix_tree.build(prompts, shared=policy.tree).to(policy.device)
+    tree = prefix_tree.build(prompts, shared=policy.tree, opening=opening).to(policy.device)
     cost = tree.cost
     saved = sum(tree.lengths[p] for p in owners) - cost.tokens_run
     profiling.count(

@@ -17,7 +17,7 @@ from ppo_nlu import llama_block, lora, norms, ops, prefix_tree, profiling, tree_
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.prefix_tree import Cost, State, Tokens
+from ppo_nlu.prefix_tree import Cost, Opening, State, Tokens
 from ppo_nlu.prompts import OPENING, STOP, answer, render
 from ppo_nlu.tasks import TaskSpec
 
@@ -125,9 +125,10 @@ class Policy:
         prompts: Sequence[Tokens],
         answers: Sequence[Tokens],
         owners: Sequence[int] | None = None,
+        opening: Opening | None = None,
     ) -> tuple[Tensor, Tensor]:
         """States that predict the answers' tokens (N, H), row by row, and the mask (B, R)."""
-        tree = prefix_tree.build(prompts, answers, owners, shared=self.tree).to(self.device)
+        tree = prefix_tree.build(prompts, answers, owners, self.tree, opening).to(self.device)
         self.last_pass = cost = tree.cost
         count = sum(map(len, answers))
         saved = cost.tokens_full - cost.tokens_run
@@ -157,15 +158,17 @@ class Policy:
         values: bool = False,
         entropy_grad: bool = False,
         trunk: State | None = None,
+        opening: Opening | None = None,
     ) -> Scored:
         """Log-probabilities, entropies and (where asked) values of the answers' tokens.
 
         `entropy_grad` says that the loss will ask for the entropy's gradient. With `trunk`, a pass
         over just these prompts that was run under autograd with these weights, the answers alone
-        are run; a trunk serves one backward.
+        are run; a trunk serves one backward. An `opening` of the prompts, run with these weights,
+        is not run again; it gets no gradient.
         """
         if trunk is None:
-            hidden, mask = self.hidden(prompts, answers, owners)
+            hidden, mask = self.hidden(prompts, answers, owners, opening)
         else:
             assert trunk.tree.lengths == [len(prompt) for prompt in prompts]
             owners = range(len(answers)) if owners is None else owners
@@ -184,6 +187,18 @@ class Policy:
         if values:
             critic = unflatten(self.value(hidden), mask)
         return Scored(mask, unflatten(logprobs, mask), unflatten(entropy, mask), critic, hidden)
+
+    def opening(self, prompts: Sequence[Tokens]) -> Opening | None:
+        """What these prompts begin with, run once for all passes over some of them with today's
+        weights; None where that is little, or on the plain path."""
+        if not self.tree:
+            return None
+        with profiling.phase("prefill"):
+            found = prefix_tree.opening_of(self.decoder, prompts)
+            if found is not None:
+                n = len(found.tokens)
+                profiling.count(n, -n, pairs=n * (n + 1) // 2, wanted=1)
+        return found
 
     def value(self, hidden: Tensor) -> Tensor:
         """V(s) for each state (N, H), fp32."""

@@ -46,6 +46,20 @@ class Cost:
 
 
 @dataclass
+class Opening:
+    """What many passes with the same weights share: its tokens, and each layer's keys and values
+    (n, heads, d)."""
+
+    tokens: list[int]
+    layers: list[tuple[Tensor, Tensor]]
+
+    def fits(self, prompts: Iterable[Tokens]) -> bool:
+        """Whether all of the prompts begin with it, and go on."""
+        size = len(self.tokens)
+        return all(len(p) > size and list(p[:size]) == self.tokens for p in prompts)
+
+
+@dataclass
 class Tree:
     """What to run, where each prompt ends, and where each answer token is predicted from.
 
@@ -53,7 +67,8 @@ class Tree:
     has no `plan`; `places`, of the same shape, are positions, and `seen` is the mask of the rows.
     `ends (P,)` and `positions (B, R)` are indices into the flattened hidden states; `mask (B, R)`
     tells which answer tokens count. `heads` and `tails` are the (start, length) of the shared runs
-    and of each prompt's own run, `parents` the shared run of each prompt, -1 for none.
+    and of each prompt's own run, `parents` the shared run of each prompt, -1 for none. Behind an
+    opening the one shared run lies in that.
     """
 
     ids: Tensor
@@ -92,25 +107,40 @@ def build(
     answers: Sequence[Tokens] = (),
     owners: Sequence[int] | None = None,
     shared: bool = True,
+    opening: Opening | None = None,
 ) -> Tree:
     """The tree of these prompts and answers; answer j belongs to prompt `owners[j]` (default: j).
 
-    Every prompt holds at least one token. With `shared=False` the plain path's padded rows.
+    Every prompt holds at least one token. With `shared=False` the plain path's padded rows. An
+    `opening` that fits the prompts is not run again; it gets no gradient.
     """
     owners = list(range(len(answers))) if owners is None else list(owners)
     assert len(owners) == len(answers) and all(len(prompt) for prompt in prompts)
-    return (_packed if shared else _plain)(prompts, answers, owners)
+    if not shared:
+        return _plain(prompts, answers, owners)
+    if opening is not None and not opening.fits(prompts):
+        opening = None
+    return _packed(prompts, answers, owners, opening)
 
 
-def _packed(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[int]) -> Tree:
+def _packed(
+    prompts: Sequence[Tokens],
+    answers: Sequence[Tokens],
+    owners: list[int],
+    opening: Opening | None,
+) -> Tree:
     """All runs end to end: the shared ones, then below each its prompts, then their answers."""
     joined = len(answers) > 0 and owners == list(range(len(prompts)))
-    cuts, parents = _shared_prefixes(prompts)
     row = _Row()
     heads: list[tuple[int, int]] = []
-    for head in range(max(parents) + 1):
-        first = parents.index(head)
-        heads.append(row.add(prompts[first][: cuts[first]], 0))
+    if opening is not None:
+        heads.append((0, len(opening.tokens)))
+        cuts, parents = [len(opening.tokens)] * len(prompts), [0] * len(prompts)
+    else:
+        cuts, parents = _shared_prefixes(prompts)
+        for head in range(max(parents) + 1):
+            first = parents.index(head)
+            heads.append(row.add(prompts[first][: cuts[first]], 0))
     replies = _replies(owners)
     tails = [(0, 0)] * len(prompts)
     starts = [0] * len(answers)  # of the answers' own runs
@@ -138,6 +168,10 @@ def _packed(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[i
     ]
     table, mask = pad(positions)
     wanted = torch.tensor(sorted({*ends, *(place for line in positions for place in line)}))
+    plan = tree_attention.plan(
+        row.runs, shared_links, own_links, wanted, max(row.places) + 1, (opening is not None, False)
+    )
+    plan.past = None if opening is None else opening.layers
     return Tree(
         torch.tensor(row.ids),
         torch.tensor(row.places),
@@ -151,7 +185,7 @@ def _packed(prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: list[i
             row.pairs([*shared_links, *own_links]),
             len(wanted),
         ),
-        tree_attention.plan(row.runs, shared_links, own_links, wanted, max(row.places) + 1),
+        plan,
         None,
         heads,
         tails,
@@ -312,7 +346,8 @@ class State:
         assert tree.tails is not None and tree.heads is not None and tree.parents is not None
         tails, parents = [tree.tails[r] for r in rows], [tree.parents[r] for r in rows]
         reach = max(tree.lengths) + room
-        return TreeCache(self.layers, tree.heads, tails, parents, room, reach, static)
+        above = None if tree.plan is None else tree.plan.past
+        return TreeCache(self.layers, tree.heads, tails, parents, room, reach, static, above)
 
 
 def run(
@@ -336,6 +371,20 @@ def run(
     return flat, State(tree, flat.index_select(0, tree.ends), cache=kept_cache(out))
 
 
+@torch.no_grad()
+def opening_of(decoder: nn.Module, prompts: Sequence[Tokens]) -> Opening | None:
+    """What all of these prompts begin with, run once; None where that is too little."""
+    size = min((common(prompts[0], p) for p in prompts), default=0)
+    size = min([size, *(len(p) - 1 for p in prompts)])
+    if size < HEAD_COST:
+        return None
+    tokens = list(prompts[0][:size])
+    tree = build([tokens]).to(next(decoder.parameters()).device)
+    layers = run(decoder, tree, keep=True)[1].layers
+    assert layers is not None
+    return Opening(tokens, layers)
+
+
 def grow(
     decoder: nn.Module, state: State, answers: Sequence[Tokens], owners: Sequence[int]
 ) -> tuple[Tensor, Tensor, Cost]:
@@ -346,6 +395,7 @@ def grow(
     """
     tree = state.tree
     assert state.layers is not None and tree.heads is not None
+    assert tree.plan is not None and tree.plan.past is None
     assert tree.tails is not None and tree.parents is not None
     replies, row = _replies(owners), _Row()
     starts = [0] * len(answers)
@@ -367,7 +417,8 @@ def grow(
     device = state.ends.device
     hidden = state.ends
     if row.ids:
-        plan = tree_attention.plan(row.runs, shared_links, own_links, None, max(row.places) + 1)
+        reach = max(row.places) + 1
+        plan = tree_attention.plan(row.runs, shared_links, own_links, None, reach, (True, True))
         plan = plan.to(device)
         plan.past = state.layers
         ids, places = (torch.tensor(x, device=device) for x in (row.ids, row.places))

@@ -40,7 +40,8 @@ class Part:
 
     `bias` (rows, 1, 1, keys) is -inf on padded keys, None where there are none to be seen. Of the
     flattened queries `real` are no padding (None: all of them), and `tokens` are their tokens;
-    `padded` (rows, 1, queries) marks the others.
+    `padded` (rows, 1, queries) marks the others. The keys are those of an `earlier` pass, or of
+    this one.
     """
 
     queries: Index
@@ -50,6 +51,7 @@ class Part:
     tokens: Index
     real: Tensor | None
     padded: Tensor | None
+    earlier: bool = False
 
     @classmethod
     def of(
@@ -88,7 +90,7 @@ class Plan:
 
     `keep` receives each layer's keys and values (N, heads, d) where it is a list. The last block's
     states are `wanted` at these tokens alone (None: at all of them). `past` are each layer's keys
-    and values of an earlier pass, where `above` leads to its tokens.
+    and values of an earlier pass, where some of `above` lead to its tokens.
     """
 
     own: list[Part]
@@ -112,6 +114,7 @@ def plan(
     own: Sequence[tuple[int, int, int, int]],
     wanted: Tensor | None = None,
     reach: int = 0,
+    earlier: tuple[bool, bool] = (False, False),
 ) -> Plan:
     """The plan of a packed row; `wanted` and `reach` as in `Plan`.
 
@@ -120,14 +123,16 @@ def plan(
         shared: (start, length, start, length) of queries and of the run that they stand behind; a
             few, each with many queries, so each is a product of its own.
         own: the same for runs with few queries each, such as a prompt's answers.
+        earlier: whether `shared`, and `own`, lead to tokens of an earlier pass.
     """
     ordered = sorted((run for run in runs if run[1]), key=lambda run: -run[1])
     covered = [Part.of(batch) for batch in _batches(ordered, [length for _, length in ordered])]
     links = sorted((link for link in own if link[1] and link[3]), key=lambda link: -link[3])
-    batches = [[link] for link in shared if link[1] and link[3]]
-    batches += _batches(links, [link[3] for link in links])
+    batches = [([link], earlier[0]) for link in shared if link[1] and link[3]]
+    batches += [(batch, earlier[1]) for batch in _batches(links, [link[3] for link in links])]
     above = [
-        Part.of([link[:2] for link in batch], [link[2:] for link in batch]) for batch in batches
+        replace(Part.of([x[:2] for x in batch], [x[2:] for x in batch]), earlier=before)
+        for batch, before in batches
     ]
     return Plan(covered, above, None, wanted, sum(length for _, length in runs), reach)
 
@@ -310,10 +315,8 @@ def attend(
     tree: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, past: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """The output (N, heads, d) and log-sum-exp (N, heads) of queries (N, heads, d) over keys and
-    values (N, fewer heads, d); `past` are those (M, fewer heads, d) of an earlier pass, where the
-    parts above lead to that."""
+    values (N, fewer heads, d); `past` are those (M, fewer heads, d) of an earlier pass."""
     k, v, *past = _repeated(q, k, v, *past)
-    above_k, above_v = past or (k, v)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], device=q.device)
     if q.dtype == torch.float64:
@@ -323,6 +326,7 @@ def attend(
         _put(out, part.tokens, o)
         _put(lse, part.tokens, norm)
     for part in tree.above:
+        above_k, above_v = past if part.earlier else (k, v)
         more = _product(q, above_k, above_v, part, scale)
         before = _take(out, part.tokens), _take(lse, part.tokens)
         _merge_into(*before, *more)
@@ -356,10 +360,10 @@ def attend_backward(
         _put(dq, part.tokens, _real(gq, part))
         _put(dk, part.tokens, _real(gk, part))
         _put(dv, part.tokens, _real(gv, part))
-    above_k, above_v = past or (k, v)
     older = [torch.zeros_like(x) for x in past]
-    sum_k, sum_v = older or (dk, dv)
     for part in tree.above:
+        above_k, above_v = past if part.earlier else (k, v)
+        sum_k, sum_v = older if part.earlier else (dk, dv)
         gq, gk, gv = _part_grads(grad, q, above_k, above_v, out, lse, part, scale)
         _add(dq, part.queries, _flat(gq))
         _add(sum_k, part.keys, _flat(gk))
@@ -530,11 +534,12 @@ class TreeCache:
         room: int,
         reach: int,
         static: bool = False,
+        above: Sequence[tuple[Tensor, Tensor]] | None = None,
     ):
         """
         Args:
             layers: keys and values (N, heads, d) of each layer's packed tokens.
-            heads: (start, length) of the shared runs.
+            heads: (start, length) of the shared runs, in the same tokens or in those of `above`.
             tails: (start, length) of each row's own tokens.
             parents: each row's shared run, -1 for none.
             room: how many tokens may follow.
@@ -554,7 +559,8 @@ class TreeCache:
         self.bias = self.bias.to(device)
         self.slot = torch.tensor([self.width], device=device)
         self.shared = [
-            [(k[start : start + n], v[start : start + n]) for start, n in heads] for k, v in layers
+            [(k[start : start + n], v[start : start + n]) for start, n in heads]
+            for k, v in above or layers
         ]
         self.owners = [
             [r for r, p in enumerate(parents) if p == head] for head in range(len(heads))

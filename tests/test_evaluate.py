@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppo_nlu import checkpoint, cli, data, evaluate
+from ppo_nlu import checkpoint, cli, data, evaluate, prefix_tree, tree_attention
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config
 from ppo_nlu.evaluate import Answer
@@ -88,6 +88,42 @@ def test_the_order_is_that_of_the_examples(
             next(evaluate.answer_all(policy, SPEC, few, [row], decode)).response for row in rows
         ]
         assert [got.response for got in found[:12]] == alone
+
+
+@pytest.mark.parametrize("decode", ["greedy", "score"])
+def test_what_all_prompts_begin_with_is_run_once_a_window(
+    loaded: tuple[Config, Policy],
+    rows: list[Example],
+    decode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tokens of the first pass of each batch: without the opening, which one pass has run. The
+    scores are those of batches that run it themselves."""
+    cfg, policy = loaded
+    few = replace(cfg, eval=replace(cfg.eval, batch_size=4))
+    sizes: list[int] = []
+    plain = tree_attention.forward
+
+    def spy(decoder, ids, *rest):
+        sizes.append(len(ids))
+        return plain(decoder, ids, *rest)
+
+    monkeypatch.setattr(tree_attention, "forward", spy)
+    found = list(evaluate.answer_all(policy, SPEC, few, rows, decode))
+    prompts = [policy.encode(render(SPEC, row.fields)) for row in rows]
+    opening = min(prefix_tree.common(prompts[0], prompt) for prompt in prompts)
+    longest = sorted(map(len, prompts), reverse=True)[:4]  # the first batch
+    own = sum(longest) - 4 * opening
+    labels = 0 if decode == "greedy" else sizes[1] - own  # their tokens but the last
+    assert opening > 40 and sizes[0] == opening and sizes[1] == own + labels
+    assert 0 <= labels < 4 * 2 * 4
+    monkeypatch.setattr(type(policy), "opening", lambda self, prompts: None)
+    sizes.clear()
+    again = list(evaluate.answer_all(policy, SPEC, few, rows, decode))
+    assert sizes[0] > opening and [got.response for got in again] == [got.response for got in found]
+    for one, other in zip(found, again, strict=True):
+        if one.probabilities is not None:
+            assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
 def test_a_stop_ends_the_answers_early(loaded: tuple[Config, Policy], rows: list[Example]) -> None:

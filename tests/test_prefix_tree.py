@@ -123,6 +123,55 @@ def test_answers_on_a_trunk_equal_one_row_at_a_time(
         tiny.close(mine, theirs)
 
 
+@pytest.mark.parametrize("name", ["shared prefix", "several answers a prompt"])
+@pytest.mark.parametrize("kind", tiny.TREE_KINDS)
+def test_an_opening_is_run_once_for_many_passes(kind: str, name: str) -> None:
+    """Its tokens are those that all prompts begin with; scores and decoding equal single rows."""
+    policy = tiny.policy(kind)  # of which the Llama's and Qwen2's blocks are written out
+    decoder = policy.decoder
+    prompts, answers, owners = SHAPES[name]
+    owners = list(range(len(answers))) if owners is None else owners
+    opening = prefix_tree.opening_of(decoder, prompts)
+    assert opening is not None and opening.tokens == BASE
+    with torch.no_grad():
+        for part in (slice(0, 2), slice(1, 3)):
+            few = prompts[part]
+            mine = [j for j, owner in enumerate(owners) if owner in range(*part.indices(3))]
+            tree = build(few, [answers[j] for j in mine], [owners[j] - part.start for j in mine],
+                         opening=opening)  # fmt: skip
+            assert tree.cost.tokens_run == sum(len(prompt) - 8 for prompt in few) + sum(
+                len(answers[j]) - 1 for j in mine
+            )
+            expected = by_row(
+                decoder, prompts, [answers[j] for j in mine], [owners[j] for j in mine]
+            )
+            tiny.close(through(decoder, tree), expected)
+        state = run(decoder, build(prompts, opening=opening), keep=True)[1]
+        token = torch.tensor([31, 12, 13])
+        places = torch.tensor([len(prompt) for prompt in prompts])
+        for static in (False, True):
+            hidden = state.start([0, 1, 2], 1, static).step(decoder, token, places)
+            for row, prompt in enumerate(prompts):
+                expected = tiny.alone(decoder, prompt, [int(token[row]), 5])
+                tiny.close(state.ends[row], expected[0])
+                tiny.close(hidden[row], expected[1])
+
+
+def test_an_opening_that_does_not_fit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny.policy("llama")
+    opening = prefix_tree.opening_of(policy.decoder, [[*BASE, 20], [*BASE, 21]])
+    assert opening is not None
+    for prompts in ([[*BASE, 20], OTHER], [[*BASE, 20], BASE], [[*BASE[:7], 2, 20]]):
+        tree, plain = build(prompts, opening=opening), build(prompts)
+        assert torch.equal(tree.ids, plain.ids) and tree.plan.past is None  # type: ignore[union-attr]
+    assert build([[*BASE, 20]], shared=False, opening=opening).plan is None
+    assert prefix_tree.opening_of(policy.decoder, [BASE, BASE]).tokens == BASE[:-1]  # type: ignore[union-attr]
+    monkeypatch.setattr(prefix_tree, "HEAD_COST", 16)
+    assert prefix_tree.opening_of(policy.decoder, [[*BASE, 20], [*BASE, 21]]) is None
+    policy.tree = False
+    assert policy.opening([[*BASE * 3, 20], [*BASE * 3, 21]]) is None
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_eager_attention_too(name: str) -> None:
     model = tiny.causal_lm("llama")

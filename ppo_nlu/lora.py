@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -164,32 +164,27 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for layer in lora_layers(model).values() for p in (layer.lora_a, layer.lora_b)]
 
 
-@contextmanager
-def lora_disabled(model: nn.Module) -> Iterator[None]:
+def lora_disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, the model is the reference: the base, or the copy that `freeze_reference` made."""
-    layers = list(lora_layers(model).values())
-    before = [layer.disabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.disabled = True
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.disabled = disabled
+    return _flagged(model, "disabled")
+
+
+def dropout_on(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, LoRA's dropout is on where it was asked for; the base stays in eval mode."""
+    return _flagged(model, "training")
 
 
 @contextmanager
-def dropout_on(model: nn.Module) -> Iterator[None]:
-    """Inside, LoRA drops out of its input as it was attached to; the base stays in eval mode."""
+def _flagged(model: nn.Module, flag: str) -> Iterator[None]:
     layers = list(lora_layers(model).values())
-    before = [layer.training for layer in layers]
+    before = [getattr(layer, flag) for layer in layers]
     try:
         for layer in layers:
-            layer.training = True
+            setattr(layer, flag, True)
         yield
     finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training
+        for layer, value in zip(layers, before, strict=True):
+            setattr(layer, flag, value)
 
 
 def freeze_reference(model: nn.Module) -> None:

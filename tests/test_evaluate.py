@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
-from ppo_nlu import checkpoint, cli, data, evaluate, prefix_tree, tree_attention
+from ppo_nlu import checkpoint, cli, data, evaluate, prefix_tree
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config
 from ppo_nlu.evaluate import Answer
@@ -101,14 +102,7 @@ def test_what_all_prompts_begin_with_is_run_once_a_window(
     scores are those of batches that run it themselves."""
     cfg, policy = loaded
     few = replace(cfg, eval=replace(cfg.eval, batch_size=4))
-    sizes: list[int] = []
-    plain = tree_attention.forward
-
-    def spy(decoder, ids, *rest):
-        sizes.append(len(ids))
-        return plain(decoder, ids, *rest)
-
-    monkeypatch.setattr(tree_attention, "forward", spy)
+    sizes = tiny.sizes_of_passes(monkeypatch)
     found = list(evaluate.answer_all(policy, SPEC, few, rows, decode))
     prompts = [policy.encode(render(SPEC, row.fields)) for row in rows]
     opening = min(prefix_tree.common(prompts[0], prompt) for prompt in prompts)

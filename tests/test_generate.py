@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ppo_nlu import generate as generation
-from ppo_nlu import tree_attention
 from ppo_nlu.generate import Sampling, generate, invert
 from ppo_nlu.model import Policy
 
@@ -245,14 +244,7 @@ def test_out_of_memory_behind_a_kept_pass(monkeypatch: pytest.MonkeyPatch) -> No
 def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once a quarter of the rows has ended, only those go on that have not."""
     policy = tiny.policy(few=True)
-    sizes: list[int] = []
-    plain = tree_attention.forward
-
-    def spy(decoder, ids, *rest):
-        sizes.append(len(ids))
-        return plain(decoder, ids, *rest)
-
-    monkeypatch.setattr(tree_attention, "forward", spy)
+    sizes = tiny.sizes_of_passes(monkeypatch)
     made = generate(policy, ragged(2, size=12), 10, None, 4, seeded(5))
     lengths = made.mask.sum(1)
     expected, batch = [], len(lengths)

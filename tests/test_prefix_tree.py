@@ -301,14 +301,7 @@ def test_distinct_tokens_run_once(group: int) -> None:
 
 def test_the_decoder_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = tiny.causal_lm("llama").base_model
-    sizes: list[int] = []
-    plain = tree_attention.forward
-
-    def spy(decoder, ids, *rest):
-        sizes.append(len(ids))
-        return plain(decoder, ids, *rest)
-
-    monkeypatch.setattr(tree_attention, "forward", spy)
+    sizes = tiny.sizes_of_passes(monkeypatch)
     prompts = [[*BASE * 5, 20 + row] for row in range(6)]
     run(decoder, build(prompts, [[31, 12]] * 12, [row // 2 for row in range(12)]))
     assert sizes == [40 + 6 + 12]

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from ppo_nlu import llama_block, lora, norms, prefix_tree, rollout
+from ppo_nlu import llama_block, lora, norms, prefix_tree, rollout, tree_attention
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.generate import Generation
 from ppo_nlu.model import Policy, ValueHead, choose_path, load_policy
@@ -162,6 +162,19 @@ def close(actual: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
     size = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     gap = float((actual - expected).abs().max()) if expected.numel() else 0.0
     assert gap <= bound * size, f"off by {gap:.2e}, allowed {bound * size:.1e}"
+
+
+def sizes_of_passes(patch: pytest.MonkeyPatch) -> list[int]:
+    """A list that learns how many tokens each pass through the tree runs."""
+    sizes: list[int] = []
+    plain = tree_attention.forward
+
+    def spy(decoder: nn.Module, ids: Tensor, *rest: Any) -> Tensor:
+        sizes.append(len(ids))
+        return plain(decoder, ids, *rest)
+
+    patch.setattr(tree_attention, "forward", spy)
+    return sizes
 
 
 def force(patch: pytest.MonkeyPatch, made: Policy, answers: list[list[int]]) -> None:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ppo_nlu import ops, tree_attention
 from ppo_nlu.lora import LoraLinear
-from ppo_nlu.norms import FrozenRMSNorm
+from ppo_nlu.norms import FrozenRMSNorm, gradient, normalise
 from ppo_nlu.tree_attention import Plan, TreeCache
 
 TYPES = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer")
@@ -246,9 +246,7 @@ def _forward(
 
 
 def _norm(x: Tensor, norm: FrozenRMSNorm) -> tuple[Tensor, Tensor]:
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    r = length.square_().div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
-    return (x * r).mul_(norm.weight), r
+    return normalise(x, norm.weight, norm.variance_epsilon)
 
 
 def _apply(x: Tensor, linear: _Linear) -> tuple[Tensor, Tensor | None]:
@@ -363,7 +361,8 @@ def _gradients(
     dm, of_gate = _back(d_gate, f.m, low_gate, gate_)
     _, of_up = _back(d_up, f.m, low_up, up_, dm)
     del d_act, d_gate, d_up  # they are the widest
-    dh = _norm_back(dy.clone() if wanted is None else dy, dm, f.h, f.r2, w.norms[1])
+    dh = dy.clone() if wanted is None else dy
+    dh = gradient(dm.mul_(w.norms[1].weight), f.h, f.r2, dh)
     del dm
     # The attention.
     rows = f.attended.flatten(1)
@@ -396,7 +395,7 @@ def _gradients(
         assert dn is not None and d_asked is not None
         if wanted is not None:
             dn.index_add_(0, wanted, d_asked)
-        dx = _norm_back(dh, dn, f.x, f.r1, w.norms[0])
+        dx = gradient(dn.mul_(w.norms[0].weight), f.x, f.r1, dh)
     trained = (*of_q, *of_k, *of_v, *of_o, *of_gate, *of_up, *of_down)
     return dx, *d_past, *trained
 
@@ -419,11 +418,3 @@ def _back(
     if dx is not None:
         dx.addmm_(d_low, linear.a, alpha=linear.s)
     return dx, ((d_low.t() @ x).mul_(linear.s), (dy.t() @ low).mul_(linear.s))
-
-
-def _norm_back(before: Tensor, dn: Tensor, x: Tensor, r: Tensor, norm: FrozenRMSNorm) -> Tensor:
-    """before + the gradient of a norm's x, in place of `before`; `dn` is used up."""
-    dn.mul_(norm.weight)
-    along = torch.linalg.vecdot(dn, x)[:, None]
-    along.mul_(r**3).div_(-x.shape[-1])
-    return before.addcmul_(dn, r).addcmul_(x, along)

@@ -60,19 +60,30 @@ def _same(module: nn.Module) -> bool:
     return bool(torch.allclose(given, ours, rtol=1e-5, atol=1e-6))
 
 
+def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y (..., H) and r (..., 1), which the backward needs."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * r).mul_(weight), r
+
+
+def gradient(scaled: Tensor, x: Tensor, r: Tensor, before: Tensor | None = None) -> Tensor:
+    """dx, in the memory of `scaled`, which is w ∘ dy; or added to `before`, in place."""
+    along = torch.linalg.vecdot(scaled, x)[..., None]
+    along.mul_(r**3).div_(-x.shape[-1])
+    out = scaled.mul_(r) if before is None else before.addcmul_(scaled, r)
+    return out.addcmul_(x, along)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, r = normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r = ctx.saved_tensors
-        grad = grads[0] * weight
-        along = torch.linalg.vecdot(grad, x)[..., None]
-        along.mul_(r**3).div_(-x.shape[-1])
-        return grad.mul_(r).addcmul_(x, along), None, None
+        return gradient(grads[0] * weight, x, r), None, None

@@ -20,7 +20,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,9 @@ def plain(row: Row, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def load(folder: Path, dtype: str = "float32") -> tuple[Policy, str]:
+def load(folder: Path, **settings: Any) -> tuple[Policy, str]:
     """The policy as a user loads it, and what is said meanwhile."""
-    model = ModelConfig(str(folder), device="cpu", dtype=dtype)
+    model = ModelConfig(str(folder), device="cpu", **settings)
     cfg = Config(task="sst2", model=model, lora=LoraConfig(r=4, alpha=8.0))
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -120,22 +120,26 @@ class Rows:
         prompts = [[*opening, *tokens(n)][: longest - LIMIT] for n in own]
         return cls(prompts, [tokens(1 + (j + 1) % LIMIT) for j in range(len(owners))], list(owners))
 
-
-def table_alone(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """Log-probabilities (R, V) of all tokens where the answer's tokens stand."""
-    ids = torch.tensor([[*prompt, *answer[:-1]]])
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
-    return logits.float().log_softmax(-1)
+    def chosen(self, table: Tensor) -> Tensor:
+        """The entries (N,) of the answers' tokens in a table (N, V)."""
+        tokens = torch.tensor([token for answer in self.answers for token in answer])
+        return table.gather(1, tokens[:, None]).squeeze(1)
 
 
-def alone(model: Any, rows: Rows) -> Tensor:
+def table_alone(model: Any, rows: Rows, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities (N, V) of all tokens where the answers' tokens stand, row by row."""
+    tables = []
+    for owner, answer in zip(rows.owners, rows.answers, strict=True):
+        prompt = rows.prompts[owner]
+        ids = torch.tensor([[*prompt, *answer[:-1]]])
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+        tables.append((logits.float() / temperature).log_softmax(-1))
+    return torch.cat(tables)
+
+
+def alone(model: Any, rows: Rows, temperature: float = 1.0) -> Tensor:
     """Log-probabilities (N,) of the answers' tokens, row by row."""
-    tables = [
-        table_alone(model, rows.prompts[owner], answer)
-        for owner, answer in zip(rows.owners, rows.answers, strict=True)
-    ]
-    targets = torch.tensor([token for answer in rows.answers for token in answer])
-    return torch.cat(tables).gather(1, targets[:, None]).squeeze(1)
+    return rows.chosen(table_alone(model, rows, temperature))
 
 
 # ---- comparisons ------------------------------------------------------------------------------
@@ -145,6 +149,7 @@ def alone(model: Any, rows: Rows) -> Tensor:
 class Case:
     """A policy with LoRA at random, the plain model, and the plain model with W + scaling · B A."""
 
+    folder: Path
     policy: Policy
     base: Any
     adapted: Any
@@ -172,6 +177,17 @@ def score(case: Case) -> float:
 
 
 @torch.no_grad()
+def tempered(case: Case) -> float:
+    """At a temperature, and the entropy there."""
+    few = case.few
+    found = case.policy.score(few.prompts, few.answers, few.owners, 0.7)
+    table = table_alone(case.adapted, few, 0.7)
+    entropy = -(table.exp() * table).sum(-1)
+    off = gap(found.logprobs[found.mask], few.chosen(table))
+    return max(off, gap(found.entropy[found.mask], entropy))
+
+
+@torch.no_grad()
 def joined(case: Case) -> float:
     """One answer a prompt, which the tree joins to its prompt."""
     count = len(case.few.prompts)
@@ -182,8 +198,11 @@ def joined(case: Case) -> float:
 @torch.no_grad()
 def opening(case: Case) -> float:
     """Behind a prefix that was run before."""
-    found = case.scored(case.few, opening=case.policy.opening(case.few.prompts))
-    return gap(found, alone(case.adapted, case.few))
+    worst = 0.0
+    for rows in (case.few, case.long):
+        found = case.scored(rows, opening=case.policy.opening(rows.prompts))
+        worst = max(worst, gap(found, alone(case.adapted, rows)))
+    return worst
 
 
 @torch.no_grad()
@@ -192,34 +211,45 @@ def long(case: Case) -> float:
     return gap(case.scored(case.long), alone(case.adapted, case.long))
 
 
+@torch.no_grad()
 def generated(case: Case) -> float:
     """Greedy answers are the plain model's own, and have its log-probs."""
-    return max(_generated(case, rows) for rows in (case.few, case.long))
+    worst = 0.0
+    for rows in (case.few, case.long):
+        drawn = generate.generate(case.policy, rows.prompts, LIMIT, GREEDY, critic=True)
+        found = Rows(rows.prompts, drawn.rows, list(range(len(rows.prompts))))
+        table = table_alone(case.adapted, found)
+        chosen = found.chosen(table)
+        worst = max(worst, gap(drawn.logprobs[drawn.mask], chosen), gap(table.amax(-1), chosen))
+    return worst
 
 
 @torch.no_grad()
-def _generated(case: Case, rows: Rows) -> float:
-    drawn = generate.generate(case.policy, rows.prompts, LIMIT, GREEDY, critic=True)
-    prompts = zip(rows.prompts, drawn.rows, strict=True)
-    table = torch.cat([table_alone(case.adapted, prompt, answer) for prompt, answer in prompts])
-    chosen = table.gather(1, drawn.tokens[drawn.mask][:, None]).squeeze(1)
-    return max(gap(drawn.logprobs[drawn.mask], chosen), gap(table.amax(-1), chosen))
+def sampled(case: Case) -> float:
+    """Two sampled answers a prompt have the log-probs at the temperature."""
+    prompts, draw = case.few.prompts, torch.Generator().manual_seed(5)
+    heat = generate.Sampling(temperature=0.7)
+    drawn = generate.generate(case.policy, prompts, LIMIT, heat, samples=2, generator=draw)
+    found = Rows(prompts, drawn.rows, [p for p in range(len(prompts)) for _ in range(2)])
+    return gap(drawn.logprobs[drawn.mask], alone(case.adapted, found, 0.7))
 
 
 def trunk(case: Case) -> float:
     """Answers scored behind the rollout's own pass over the prompts, and their gradient."""
-    drawn = generate.generate(case.policy, case.few.prompts, 2, GREEDY, keep_graph=10**6)
-    if drawn.trunk is None:
-        return 0.0
-    found = case.scored(case.few, trunk=drawn.trunk)
-    with torch.no_grad():
-        off = gap(found, alone(case.adapted, case.few))
-    return max(off, _gradient_gap(case, found.sum()))
+    worst = 0.0
+    for rows in (case.few, case.long):
+        drawn = generate.generate(case.policy, rows.prompts, 2, GREEDY, keep_graph=10**6)
+        if drawn.trunk is not None:
+            found = case.scored(rows, trunk=drawn.trunk)
+            off = gap(found, alone(case.adapted, rows))
+            worst = max(worst, off, _gradient_gap(case, rows, found.sum()))
+    return worst
 
 
 def gradient(case: Case) -> float:
     """Of the sum of log-probs, with respect to A and B."""
-    return _gradient_gap(case, case.scored(case.few).sum())
+    both = (case.few, case.long)
+    return max(_gradient_gap(case, rows, case.scored(rows).sum()) for rows in both)
 
 
 def checkpointed(case: Case) -> float:
@@ -230,13 +260,26 @@ def checkpointed(case: Case) -> float:
     return gradient(case)
 
 
-def _gradient_gap(case: Case, loss: Tensor) -> float:
+def on_plain(case: Case) -> float:
+    """Scores, answers and gradients of a policy that is told to take the plain path."""
+    if not case.policy.tree:
+        return 0.0
+    try:
+        policy, _ = load(case.folder, path="plain")
+    except UserError:
+        return 0.0  # which is no wrong answer
+    tiny.shake(policy)
+    other = replace(case, policy=policy)
+    return max(compare(other) for compare in (score, long, generated, gradient))
+
+
+def _gradient_gap(case: Case, rows: Rows, loss: Tensor) -> float:
     """In units of the largest entry: with G = d loss / d W of the plain model, the gradient of B
     is scaling · G Aᵀ, that of A is scaling · Bᵀ G."""
     layers = lora.lora_layers(case.policy.model)
     pairs = [p for layer in layers.values() for p in (layer.lora_a, layer.lora_b)]
     found = torch.autograd.grad(loss, pairs, allow_unused=True, materialize_grads=True)
-    total, weights = alone(case.adapted, case.few).sum(), [case.weights[n] for n in layers]
+    total, weights = alone(case.adapted, rows).sum(), [case.weights[n] for n in layers]
     grads = torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)
     wanted = []
     for layer, grad in zip(layers.values(), grads, strict=True):
@@ -263,13 +306,16 @@ def gap(found: Tensor, wanted: Tensor) -> float:
 COMPARISONS: dict[str, Callable[[Case], float]] = {
     "reference": reference,
     "score": score,
+    "tempered": tempered,
     "joined": joined,
     "opening": opening,
     "long": long,
     "generate": generated,
+    "sample": sampled,
     "trunk": trunk,
     "gradient": gradient,
     "merged": merged,
+    "plain path": on_plain,
     "checkpointed": checkpointed,
 }
 
@@ -336,11 +382,14 @@ def _examined(row: Row, folder: Path) -> Outcome:
         return _in_low_precision(Outcome(row.name, "refused", line), row, folder, base, few)
     except Exception as error:
         return Outcome(row.name, failed={"load": traced(error)})
-    found = Outcome(row.name, "tree" if policy.tree else "plain", note=_note(policy, said))
+    notes = _notes(policy, row)
+    found = Outcome(row.name, "tree" if policy.tree else "plain", note=", ".join(notes))
+    if any(note.split()[0] not in said for note in notes):
+        found.failed["load"] = f"WRONG: {notes} is not told: {said!r}"
     tiny.shake(policy)
     longest = min(LONG, policy.context)
     many = Rows.draw(40, [2, longest, 8, 30], [0, 1, 2, 3], longest)
-    case = Case(policy, base, adapted, adapt(adapted, policy), few, many)
+    case = Case(folder, policy, base, adapted, adapt(adapted, policy), few, many)
     for name, compare in COMPARISONS.items():
         try:
             found.gaps[name] = compare(case)
@@ -357,21 +406,22 @@ def _tells(model: Any, rows: Rows) -> None:
     assert moved > 100 * BOUND, f"its answers hardly depend on its prompts: {moved:.1e}"
 
 
-def _note(policy: Policy, said: str) -> str:
-    config = policy.model.config
-    notes = []
-    if config._attn_implementation != "sdpa":
-        notes.append(f"{config._attn_implementation} attention")
-    if policy.context < CONTEXT:
-        notes.append(f"context limited to {policy.context} of {CONTEXT} tokens")
-    return ", ".join(notes) + (f" [said: {said}]" if said else "")
+def _notes(policy: Policy, row: Row) -> list[str]:
+    """How the policy differs from what was asked for, which it must say while it is loaded."""
+    notes, declared = [], row.options.get("max_position_embeddings", CONTEXT)
+    attention = policy.model.config._attn_implementation
+    if attention != "sdpa":
+        notes.append(f"{attention} attention")
+    if policy.context < declared:
+        notes.append(f"context limited to {policy.context} of {declared} tokens")
+    return notes
 
 
 @torch.no_grad()
 def _in_low_precision(found: Outcome, row: Row, folder: Path, base: Any, few: Rows) -> Outcome:
     """In bf16 nothing may be taken that is wrong in fp32, and the error must be bf16's own."""
     try:
-        policy, _ = load(folder, "bfloat16")
+        policy, _ = load(folder, dtype="bfloat16")
         path = "tree" if policy.tree else "plain"
     except UserError:
         path = "refused"

@@ -26,7 +26,8 @@ from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
-from ppo_nlu.model import Policy, ValueHead, check_words, choose_path, load_base
+from ppo_nlu.load_check import choose_path
+from ppo_nlu.model import Policy, ValueHead, check_words, load_base
 from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
@@ -137,7 +138,8 @@ def teach(
                 answers.append(target)
             hidden, _ = policy.hidden(prompts, answers)
             targets = torch.tensor([t for a in answers for t in a], device=policy.device)
-            loss = cross_entropy(policy.logits(hidden), targets)
+            logits = policy.head_form.apply(policy.head(hidden).float())
+            loss = cross_entropy(logits, targets)
             loss.backward()
             norm = optim.clip_gradients(parameters, cfg.optim.max_grad_norm)
             if not math.isfinite(float(norm)):

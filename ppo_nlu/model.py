@@ -74,8 +74,7 @@ class Policy:
         self.decoder: nn.Module = load_check.decoder_of(model)
         self.head_form = load_check.head_form(model, self.decoder)
         tree_attention.trim(self.decoder)
-        # GPT-2 would wait for the device at each pass, to warn of padding that a row has not.
-        self.decoder.warn_if_padding_and_no_attention_mask = lambda *_: None
+        self.decoder.warn_if_padding_and_no_attention_mask = _no_warning
         self.detach_value = cfg.detach_value
         self.tree = True  # for rows that no window ends in
         self.window = min(load_check.windows(self.config), default=None)
@@ -230,9 +229,13 @@ class Policy:
         return self.value_head(hidden.detach() if self.detach_value else hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (N, V) in fp32, not rounded on the way; without gradients."""
+        """Logits (N, V) in fp32, not rounded on the way."""
         raw = ops.linear_logits(hidden, self.head.weight, getattr(self.head, "bias", None))
         return self.head_form.apply(raw)
+
+
+def _no_warning(*_: Any) -> None:
+    """GPT-2 would wait for the device at each pass, to warn of padding that a row has not."""
 
 
 def unflatten(values: Tensor, mask: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.readers import MALFORMED, gold, input_rows, numbered_lines, read_split
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, bundled
 from ppo_nlu.tasks.custom import CustomSpec
+from ppo_nlu.words import is_empty
 
 if TYPE_CHECKING:
     from ppo_nlu.config import DataConfig
@@ -405,7 +406,8 @@ def _inputs(
         where = f"{path}:{number}"
         own = next((row[name] for name in ("id", "index", "idx") if row.get(name)), None)
         fields = {name: row[name] for name in spec.fields}
-        label = gold(spec, row.get(spec.label_column) or None, where, words=True)
+        value = row.get(spec.label_column, "")
+        label = None if is_empty(value) else gold(spec, value, where, words=True)
         yield Example(own or str(count - 1), fields, label, spec.name)
     if not count:
         raise UserError(f"{path}: there are no rows")

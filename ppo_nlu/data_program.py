@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ppo_nlu import archives, cli, data, download, strict_config
 from ppo_nlu.config import Config, DataConfig, load_config
-from ppo_nlu.errors import UserError
+from ppo_nlu.errors import UserError, printable
 from ppo_nlu.prompts import render
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
 from ppo_nlu.tasks.custom import specs_of
@@ -83,7 +83,8 @@ def check(specs: Iterable[TaskSpec], cfg: DataConfig, named: bool) -> int:
             "python -m ppo_nlu.data get sst2"
         )
     for kind in dict.fromkeys(source.kind for source in sources if source.kind != "custom"):
-        print(f"{kind}: {_common([str(s.folder) for s in sources if s.kind == kind])}")
+        folder = _common([str(s.folder) for s in sources if s.kind == kind])
+        print(printable(f"{kind}: {folder}"))
     print(_aligned([HEADER, *table]))
     print("words, tokens: of the longest prompt without examples; tokens of the bundled model")
     if absent:
@@ -179,7 +180,8 @@ def _aligned(table: Sequence[Sequence[str]]) -> str:
     for column in columns:
         width, pad = max(map(len, column)), str.rjust if column[0] in RIGHT else str.ljust
         padded.append([pad(cell, width) for cell in column])
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded, strict=True))
+    lines = ("  ".join(cells).rstrip() for cells in zip(*padded, strict=True))
+    return "\n".join(map(printable, lines))
 
 
 # ---- get

@@ -18,7 +18,7 @@ ROOMS = {
     "bottom": "__init__ errors strict_config config profiling",
     "maths": "losses advantages",
     "language": "tasks archives download readers data prompts answers metrics rewards published "
-    "demonstrations mixture",
+    "demonstrations mixture words",
     "kernels": "kernels",
     "model": "ops torch_lora torch_logprobs lora norms llama_block model prefix_tree "
     "tree_attention decode_graph generate",

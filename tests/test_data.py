@@ -189,6 +189,15 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(
     _says(error, str(tmp_path), *parts)
 
 
+def test_a_message_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "\x1b[31m\u202ered"
+    _fill(folder, dev="sentence\tlabel\x1b[2J\nfine\t1\n")
+    with pytest.raises(UserError) as error:
+        load_split(SST2, "dev", DataConfig(path=str(folder)))
+    _says(error, "\\x1b[31m\\u202ered", "label\\x1b[2J")
+    assert str(error.value).isprintable()
+
+
 def test_an_unknown_split_and_an_unreadable_file(tmp_path: Path) -> None:
     cfg = DataConfig(path=str(_fill(tmp_path)))
     with pytest.raises(UserError, match="'val'.*train, dev, test"):
@@ -330,6 +339,8 @@ def _example(id_: str, sentence: str, label: str | None = None) -> Example:
     ("name", "text", "expected"),
     [
         ("a.txt", "fine\r\nso \u2028 so\n", [_example("0", "fine"), _example("1", "so \u2028 so")]),
+        ("a.txt", "fine\n\n \r\n", [_example("0", "fine")]),  # empty lines at the end
+        ("a.tsv", "sentence\nfine\n\n", [_example("0", "fine")]),
         ("a.tsv", 'sentence\n"fine\n', [_example("0", '"fine')]),
         (
             "a.tsv",

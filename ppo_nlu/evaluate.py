@@ -171,8 +171,9 @@ def label_probabilities(
     stands behind an empty reason.
     """
     heads, answers, owners = [], [], []
+    replies = [answer(policy.seal(word), form) for word in spec.words]
     for number, prompt in enumerate(prompts):
-        whole = [policy.encode(prompt.text + answer(word, form)) for word in spec.words]
+        whole = [policy.encode(prompt.text + reply) for reply in replies]
         cut = min(prefix_tree.common(prompt.ids, row) for row in whole)
         heads.append(prompt.ids[:cut])
         answers += [row[cut:] for row in whole]

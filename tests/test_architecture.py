@@ -21,7 +21,7 @@ ROOMS = {
     "demonstrations mixture words",
     "kernels": "kernels",
     "model": "ops torch_lora torch_logprobs lora norms llama_block model prefix_tree "
-    "tree_attention decode_graph generate",
+    "tree_attention decode_graph generate tokens chat",
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
     "reward_model",

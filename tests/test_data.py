@@ -173,6 +173,7 @@ def test_malformed_rows_are_left_out_and_counted(tmp_path: Path) -> None:
         (b"sentence,label\nfine,1\n", ["dev.tsv:1", "sentence,label", "sentence, label"]),
         (b"", ["dev.tsv:1", "(none)", "sentence, label"]),
         (b"sentence\tlabel\n", ["dev.tsv", "no rows"]),
+        (b"sentence\tlabel\tlabel\nfine\t1\t0\n", ["dev.tsv:1", "'label' is there twice"]),
         (b"sentence\tlabel\nfine\ndull\n", ["dev.tsv", "all 2 rows are malformed"]),
         (b"sentence\tlabel\nfine\t1\nodd\t2\n", ["dev.tsv:3", "SST-2", "'2'", "1, 0"]),
         (b"sentence\tlabel\nfine\tPositive\n", ["dev.tsv:2", "'Positive'"]),

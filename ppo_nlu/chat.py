@@ -18,10 +18,11 @@ from ppo_nlu.tokens import TextError
 
 # What a template might change in the text of a row: case, marks, quotes, braces, line ends.
 PROBE = 'It\'s "ÉTÉ 1" & <b>ไม่ดี</b> {x} {{y}} \\n 50 %\nand more.'
-REPLY = "Its Reply"
-# Of templates that know of a thinking mode: it would be opened where the answer must begin.
-SILENT = {"enable_thinking": False, "thinking": False}
-_THOUGHT = re.compile(r"(<(think|thinking|thought|reasoning)>|\[(THINK)\])\s*$")
+REPLY = "<Analysis> So. </Analysis>\n<Judgement> A Word </Judgement>"
+ANSWER = "Answer"
+# Switches of a thinking mode, where a template knows one: the answer must begin outside of it.
+THINKING = ("enable_thinking", "thinking")
+_THOUGHT = re.compile(r"(<([\w:]*(?:think|thought|reason)\w*)>|\[(THINK)\])\s*$")
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,23 @@ class Chat:
         arranged = _arranged(messages, form)
         if self._rendered(arranged, ask=False) != text:
             return ""
-        content: Any = [{"type": "text", "text": REPLY}] if form.parts else REPLY
+        content: Any = [{"type": "text", "text": ANSWER}] if form.parts else ANSWER
         try:
             answered = self._rendered([*arranged, {"role": "assistant", "content": content}])
         except Exception:  # it has no form for answers, and so none that could be missed
             return ""
-        before, found, _ = answered.rpartition(REPLY)
+        before, found, _ = answered.rpartition(ANSWER)
         header = before.removeprefix(text)
         return header if found and before.startswith(text) and header.strip() else ""
 
     def _rendered(self, messages: Sequence[Message], ask: bool = True) -> str:
+        source = self._source()
         return self.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=ask,
-            chat_template=self._source(),
-            **SILENT,
+            chat_template=source,
+            **{switch: False for switch in THINKING if switch in source},
         )
 
     def _source(self) -> str:

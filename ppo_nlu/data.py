@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ppo_nlu import download
 from ppo_nlu.download import DownloadError
-from ppo_nlu.errors import UserError
+from ppo_nlu.errors import UserError, printable
 from ppo_nlu.readers import MALFORMED, gold, input_rows, numbered_lines, read_split
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, bundled
 from ppo_nlu.tasks.custom import CustomSpec
@@ -245,7 +245,7 @@ def _load_custom(spec: CustomSpec, split: str) -> Dataset:
     if not path.is_file():
         raise UserError(f"custom.{name}: there is no file {path}; give its path, or put it there")
     rows = read_split(spec, name, path).examples
-    note = f"{spec.title} from {path}"
+    note = _join(f"{spec.title} from {path}")
     if shared:
         rows = _side(spec, rows, split, path)
         note = _join(note, f"{split} is {len(rows):,} rows of it (custom.dev_share)")
@@ -418,7 +418,7 @@ def _left_out(count: int, why: str) -> str:
 
 
 def _join(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
+    return printable("; ".join(part for part in parts if part))
 
 
 if __name__ == "__main__":  # the program is in a room above this one

@@ -24,7 +24,7 @@ from typing import IO, Any, cast
 from ppo_nlu.errors import UserError, quoted
 from ppo_nlu.prompts import STOP
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
-from ppo_nlu.words import is_empty, twice, whole_words
+from ppo_nlu.words import fold, is_empty, twice, whole_words
 
 MALFORMED = "malformed"
 NO_GOLD = "without a gold label"
@@ -626,9 +626,9 @@ def gold(spec: TaskSpec, value: str | None, where: str, words: bool = False) -> 
         return _rated(spec, value, where)
     known = {label.value: label.word for label in spec.labels}
     if words:
-        known = {word.lower(): word for word in spec.words} | known
+        known = {fold(word): word for word in spec.words} | known
     plain = value.strip()
-    loose = plain.lower() if words or plain.lower() in ("true", "false") else plain
+    loose = fold(plain) if words or plain.lower() in ("true", "false") else plain
     word = known.get(plain, known.get(loose))
     if word is None:
         allowed = ", ".join(label.value for label in spec.labels)

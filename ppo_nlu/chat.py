@@ -80,12 +80,12 @@ class Chat:
         """What stands before an answer that the template was given, where it does not write this
         on being asked for a new one."""
         arranged = _arranged(messages, form)
-        if self._rendered(arranged, ask=False) != text:
-            return ""
         content: Any = [{"type": "text", "text": ANSWER}] if form.parts else ANSWER
         try:
+            if self._rendered(arranged, ask=False) != text:
+                return ""
             answered = self._rendered([*arranged, {"role": "assistant", "content": content}])
-        except Exception:  # it has no form for answers, and so none that could be missed
+        except Exception:  # it knows no other way of being asked, and so none could be missed
             return ""
         before, found, _ = answered.rpartition(ANSWER)
         header = before.removeprefix(text)

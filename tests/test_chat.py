@@ -137,6 +137,11 @@ KEPT = {
         "[user] ",
     ),
     "the last turn first": (each("{{ m.content }}", loop="messages | reverse"), "[user] You read"),
+    "must be asked": (
+        "{% if not add_generation_prompt %}{{ raise_exception('ask') }}{% endif %}"
+        + each("{{ m.content }}"),
+        "[system] You read",
+    ),
     "of several the default": ({"default": each("{{ m.content }}"), "rag": "x"}, "[system] You"),
     "one that has a name": ({"chat": each("{{ m.content }}")}, "[system] You read"),
 }

@@ -24,13 +24,15 @@ from ppo_nlu import (
     tree_attention,
 )
 from ppo_nlu.answers import parse
+from ppo_nlu.chat import Chat
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.decode_graph import Recorder
 from ppo_nlu.errors import UserError
 from ppo_nlu.load_check import choose_path
 from ppo_nlu.prefix_tree import Cost, Opening, State, Tokens
-from ppo_nlu.prompts import OPENING, STOP, answer, render
+from ppo_nlu.prompts import OPENING, STOP, Message, answer, render
 from ppo_nlu.tasks import TaskSpec
+from ppo_nlu.tokens import Codec
 
 VALUE_HEAD = "value_head.safetensors"  # beside the adapter
 BUNDLED = Path(__file__).resolve().parent / "assets" / "tiny"
@@ -74,8 +76,7 @@ class Policy:
         self.decoder: nn.Module = load_check.decoder_of(model)
         self.head_form = load_check.head_form(model, self.decoder)
         tree_attention.trim(self.decoder)
-        # GPT-2 would wait for the device at each pass, to warn of padding that a row has not.
-        self.decoder.warn_if_padding_and_no_attention_mask = lambda *_: None
+        self.decoder.warn_if_padding_and_no_attention_mask = _no_warning
         self.detach_value = cfg.detach_value
         self.tree = True  # for rows that no window ends in
         self.window = min(load_check.windows(self.config), default=None)
@@ -85,6 +86,8 @@ class Policy:
         self.recorder: Recorder | None = None  # decode by recorded steps
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self.stop = StopDetector(model, tokenizer)
+        self._codec: Codec | None = None
+        self._chat: Chat | None = None
 
     @property
     def config(self) -> Any:
@@ -106,41 +109,38 @@ class Policy:
         """The LM head."""
         return load_check.head_of(self.model)
 
-    def chat(self, messages: list[dict[str, str]]) -> str:
-        """The messages in the model's own chat format, up to where its answer begins."""
-        if not getattr(self.tokenizer, "chat_template", None):
+    def chat(self, messages: Sequence[Message], shots: bool = False) -> str:
+        """The messages in the model's own chat format, up to where its answer begins; `shots`: the
+        rows have worked examples."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        if not template:
             raise UserError(
                 f"prompt.chat_template: {self.model.name_or_path!r} has no chat template; set it "
                 "to false, or take a chat model"
             )
-        try:
-            return self._in_chat_form(messages)
-        except Exception:  # many templates know no system turn: its text then opens the first user
-            first, second, *rest = messages
-            joined = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}
-            return self._in_chat_form([joined, *rest])
+        if self._chat is None or self._chat.template is not template:
+            self._chat = Chat(self.tokenizer, self.model.name_or_path)
+        return self._chat.render(messages, shots)
 
-    def _in_chat_form(self, messages: list[dict[str, str]]) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        # `encode` puts the opening token itself.
-        opening = self.tokenizer.bos_token or ""
-        first = self.tokenizer("a", add_special_tokens=True)["input_ids"][0]
-        return text.removeprefix(opening) if first == self.tokenizer.bos_token_id else text
+    @property
+    def codec(self) -> Codec:
+        """The tokenizer as texts go through it."""
+        if self._codec is None or self._codec.tokenizer is not self.tokenizer:
+            rows = self.model.get_input_embeddings().weight.shape[0]
+            self._codec = Codec(self.tokenizer, self.stop.eos, rows)
+        return self._codec
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole text, with the tokenizer's own opening token and no closing one."""
-        ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
-        if ids and ids[-1] in self.stop.eos and not text.endswith(self.decode(ids[-1:], False)):
-            ids = ids[:-1]
-        return ids
+        return self.codec.encode(text)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids."""
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
-        )
+        return self.codec.decode(ids, skip_special)
+
+    def seal(self, text: str) -> str:
+        """The text of a row, marked so that `encode` finds no control tokens in it."""
+        return self.codec.seal(text)
 
     def hidden(
         self,
@@ -230,9 +230,13 @@ class Policy:
         return self.value_head(hidden.detach() if self.detach_value else hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (N, V) in fp32, not rounded on the way; without gradients."""
+        """Logits (N, V) in fp32, not rounded on the way."""
         raw = ops.linear_logits(hidden, self.head.weight, getattr(self.head, "bias", None))
         return self.head_form.apply(raw)
+
+
+def _no_warning(*_: Any) -> None:
+    """GPT-2 would wait for the device at each pass, to warn of padding that a row has not."""
 
 
 def unflatten(values: Tensor, mask: Tensor) -> Tensor:
@@ -426,7 +430,7 @@ def check_words(policy: Policy, spec: TaskSpec, style: PromptConfig | None = Non
     prompt = render(spec, fields, form=form)
     for word in spec.words or ("a film",):
         wanted = answer(word, form)
-        text = policy.decode(policy.encode(prompt + wanted))
+        text = policy.decode(policy.encode(prompt + answer(policy.seal(word), form)))
         reply = text.rpartition(OPENING[form])[2]
         if parse(spec, reply, form) != word or STOP not in reply:
             raise UserError(

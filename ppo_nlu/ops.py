@@ -140,7 +140,7 @@ def linear_logprobs(
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """h Wᵀ + b in fp32 without a rounding to the dtype of h on the way; without gradients.
+    """h Wᵀ + b in fp32 without a rounding to the dtype of h on the way.
 
     What is sampled from these logits comes from the distribution that `linear_logprobs` scores.
 
@@ -148,7 +148,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     Returns: (N, V), fp32 (float64 for float64 inputs).
     """
     _check_head(hidden, weight, bias, None, None)
-    with torch.no_grad(), _without_autocast(hidden):
+    with _without_autocast(hidden):
         return torch_logprobs.linear_logits(hidden, weight, bias)
 
 

@@ -138,8 +138,7 @@ def teach(
                 answers.append(target)
             hidden, _ = policy.hidden(prompts, answers)
             targets = torch.tensor([t for a in answers for t in a], device=policy.device)
-            logits = policy.head_form.apply(policy.head(hidden).float())
-            loss = cross_entropy(logits, targets)
+            loss = cross_entropy(policy.logits(hidden), targets)
             loss.backward()
             norm = optim.clip_gradients(parameters, cfg.optim.max_grad_norm)
             if not math.isfinite(float(norm)):

@@ -47,13 +47,15 @@ def linear_logprobs(
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """hidden Wᵀ + bias (N, V) in fp32, rounded nowhere on the way; without gradients.
+    """hidden Wᵀ + bias (N, V) in fp32, rounded nowhere on the way.
 
-    A product of bf16 matrices would round each logit to 8 bits. W is widened a block at a time.
+    A product of bf16 matrices would round each logit to 8 bits. Where no gradient is asked for, W
+    is widened a block at a time.
     """
     dtype = _accumulator(hidden.dtype)
-    if hidden.dtype == weight.dtype == dtype:
-        return torch.nn.functional.linear(hidden, weight, bias)
+    if hidden.dtype == weight.dtype == dtype or _wants_grad(hidden, weight, bias):
+        bias = None if bias is None else bias.to(dtype)
+        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
     head, chunk = Head(weight, bias, None, None, 1.0, 1.0), hidden.to(dtype)
     out = torch.empty(len(hidden), weight.shape[0], dtype=dtype, device=hidden.device)
     for entries in _slices(weight.shape[0], _WIDENED // max(weight.shape[1], 1)):

@@ -569,6 +569,11 @@ def test_logits_of_bf16_are_not_rounded() -> None:
     scored, _ = ops.linear_logprobs(hidden, weight, targets, bias)
     drawn = found.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(scored, drawn, rtol=0, atol=1e-5)
+    hidden.requires_grad_()
+    again = ops.linear_logits(hidden, weight, bias)
+    torch.testing.assert_close(again.detach(), found)
+    (grad,) = torch.autograd.grad(again[:, 7].sum(), hidden)
+    assert torch.equal(grad, weight[7].expand(5, -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

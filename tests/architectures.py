@@ -48,6 +48,25 @@ BOUND = 1e-4  # of log-probabilities, and of gradients in units of the largest, 
 LONG = 150  # tokens of the longest row
 LIMIT = 5  # tokens of an answer at most
 GREEDY = generate.Sampling(greedy=True)
+HEAD = """\
+# Architectures
+
+What `model.name_or_path` may be, as `python -m tests.architectures --write` finds it with
+transformers {version} on tiny random models. Each is compared in fp32 with the unmodified model,
+which runs one row at a time without padding and without a cache: log-probabilities with LoRA off
+and on, behind shared prefixes, in rows longer than a window; answers, greedy and sampled; gradients
+of A and B, in units of the largest; the merged model. In bf16 the path is the same, or plain in
+place of a tree.
+
+- *tree*: what rows share is run once. *plain*: one padded row an answer. *refused*: the note is the
+  line that a user reads.
+- A name says what the configuration has beside the usual. Windows are of 16 tokens unless a number
+  is given.
+- Contexts are small here. Where one is limited, the position table of all rows of a batch would
+  change with its longest, or a window ends there: in Phi-3's 128k models at 4,096 tokens.
+
+| architecture | path | largest gap | note |
+|---|---|---|---|"""
 
 
 # ---- the model, saved and loaded --------------------------------------------------------------
@@ -459,24 +478,7 @@ def _in_low_precision(found: Outcome, row: Row, folder: Path, base: Any, few: Ro
 
 def render(outcomes: Sequence[Outcome]) -> str:
     """The document."""
-    lines = [
-        "# Architectures",
-        "",
-        f"Measured with transformers {transformers.__version__} by `python -m tests.architectures "
-        "--write` on tiny random models",
-        "(two layers, fp32). Each row is compared with the unmodified model, run one row at a "
-        "time without padding and cache:",
-        "log-probabilities with LoRA off and on, behind a shared prefix, in rows longer than any "
-        "window; greedy answers;",
-        "gradients of A and B; the merged model.",
-        "",
-        "*tree*: shared prefixes are run once. *plain*: one padded row an answer. *refused*: one "
-        "line says why, exit code 2.",
-        "",
-        "| architecture | path | largest gap | note |",
-        "|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *map(line_of, outcomes), ""])
+    return "\n".join([HEAD.format(version=transformers.__version__), *map(line_of, outcomes), ""])
 
 
 def line_of(found: Outcome) -> str:

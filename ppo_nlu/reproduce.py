@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ppo_nlu import checkpoint, cli, report, results
+from ppo_nlu import checkpoint, cli, files, report, results
 from ppo_nlu.config import load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.grid import (
@@ -172,10 +172,10 @@ class Runner:
         return self.grid.folder / "logs" / f"{cell.name}.log"
 
     def _write(self) -> None:
-        checkpoint.atomic_write_json(self.grid.folder / "cells.json", self.started)
-        checkpoint.atomic_write_json(self.grid.folder / "failures.json", self.failed)
+        files.atomic_write_json(self.grid.folder / "cells.json", self.started)
+        files.atomic_write_json(self.grid.folder / "failures.json", self.failed)
         self.settings["elapsed_s"] = self.before + time.perf_counter()
-        checkpoint.atomic_write_json(self.grid.folder / "grid.json", self.settings)
+        files.atomic_write_json(self.grid.folder / "grid.json", self.settings)
 
     def _say(self, cell: Cell, text: str) -> None:
         done = self.total - len(self.waiting) - len(self.running)
@@ -236,18 +236,16 @@ def locked(folder: Path) -> Iterator[int | None]:
     """Nobody else runs this grid. The cells inherit the lock, so that one whose grid was killed
     still holds it."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield None
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--output {folder}: this grid, or a cell of it, is still running; wait or stop it"
-            ) from None
-        yield file.fileno()
+        lock = files.FolderLock(folder)
+    except files.InUse as error:
+        raise UserError(
+            f"--output {folder}: this grid, or a cell of it, is still running ({error.holder}); "
+            "wait or stop it"
+        ) from None
+    try:
+        yield lock.handle if lock.locked else None
+    finally:
+        lock.release(keep=True)  # a cell may hold it still
 
 
 def cores() -> int:

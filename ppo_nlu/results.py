@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo_nlu import checkpoint, metrics
+from ppo_nlu import files, metrics
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import TASKS
 
@@ -409,8 +409,8 @@ def write_rows(results: Results, output: Path) -> None:
         writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint.atomic_write_text(output / "rows.csv", text.getvalue())
+    files.make_folder(output)
+    files.atomic_write_text(output / "rows.csv", text.getvalue())
 
 
 def unparsed_rates(results: Results) -> dict[str, dict[str, float]]:

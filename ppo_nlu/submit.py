@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from ppo_nlu import cli, data, evaluate
-from ppo_nlu.checkpoint import atomic_write_bytes
 from ppo_nlu.config import Config
 from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import atomic_write_bytes, make_folder
 from ppo_nlu.metrics import chosen_row
 from ppo_nlu.model import Policy
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
@@ -345,7 +345,7 @@ def ask(policy: Policy | Encoder, part: Part, path: Path, decode: str) -> list[G
     """
     cfg, spec = part.run.cfg, part.trained
     evaluate.require_fit(policy, spec, cfg)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     answers = evaluate.answer_all(policy, spec, cfg, part.examples, decode)
     rows = evaluate.shown(
         evaluate.recorded(path, answers), part.file.name, len(part.examples), cfg.log.progress

@@ -29,10 +29,12 @@ from ppo_nlu import checkpoint, cli, lora
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.files import (
+    FolderLock,
     atomic_write_text,
     parse_object,
     read_checked,
     read_tensors,
+    sweep_folders,
     sync_folder,
     sync_tree,
     temporary_name,
@@ -200,15 +202,18 @@ def _refuse_used(output: Path) -> None:
 
 @contextmanager
 def _appearing(output: Path) -> Iterator[Path]:
-    """A folder under a temporary name, renamed to `output` at the end and deleted on any error."""
+    """A folder under a temporary name, renamed to `output` at the end and deleted on any error;
+    so is that of an earlier export that was killed."""
     output = output.absolute()
     temporary = temporary_name(output)
     try:
+        sweep_folders(output)
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output: {output} cannot be made ({error.strerror})") from error
     try:
-        yield temporary
+        with FolderLock(temporary):  # by which the next export knows that this one is at work
+            yield temporary
         with write_errors(output):
             sync_tree(temporary)
             if output.is_dir():

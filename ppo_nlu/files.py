@@ -13,6 +13,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -215,11 +216,24 @@ def _temporary(path: Path) -> tuple[Path, int]:
 
 def _sweep(path: Path) -> None:
     """Delete the temporary files of writers of `path` that are no more."""
-    prefix = re.escape(_temp_prefix(path))
+    for left in _temporaries(path):
+        _delete_unlocked(left)
+
+
+def sweep_folders(path: Path) -> None:
+    """Delete the temporary folders of `path` whose makers are no more: who is at work locks his."""
+    for left in _temporaries(path):
+        if left.is_dir() and not left.is_symlink():
+            with suppress(UserError), FolderLock(left):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _temporaries(path: Path) -> list[Path]:
+    """What stands beside `path` under a name of `temporary_name`."""
+    pattern = re.escape(_temp_prefix(path)) + "[0-9a-f]{8}"
     with suppress(FileNotFoundError):
-        for name in os.listdir(path.parent):
-            if re.fullmatch(prefix + "[0-9a-f]{8}", name):
-                _delete_unlocked(path.with_name(name))
+        return [path.with_name(n) for n in os.listdir(path.parent) if re.fullmatch(pattern, n)]
+    return []
 
 
 def _delete_unlocked(path: Path) -> None:

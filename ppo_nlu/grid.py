@@ -147,12 +147,12 @@ class Grid:
         return self.folder / "configs" / f"{cell.backbone.preset}{family_of(cell)}.yaml"
 
     def finished(self, name: str) -> bool:
-        """Whether the cell has left its summary."""
-        return (self.cell_dir(name) / "summary.json").is_file()
+        """Whether the cell has left its summary, whole."""
+        return bool(self.summary(name))
 
     def summary(self, name: str) -> dict[str, Any]:
         """The summary of a finished cell."""
-        return results.read_json(self.cell_dir(name) / "summary.json")
+        return results.read_summary(self.cell_dir(name) / "summary.json")
 
 
 # --- the plan -----------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from ppo_nlu.files import (
     atomic_write_bytes,
     atomic_write_text,
     make_folder,
+    read_object,
     read_tensors,
     to_json,
 )
@@ -1103,8 +1104,17 @@ class Facts:
 
     def __init__(self, path: Path, cfg: TinyConfig) -> None:
         self.path = path
-        self.all: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.all = self._kept()
         self.settings = asdict(cfg)
+
+    def _kept(self) -> dict[str, Any]:
+        """The facts of an earlier call."""
+        try:
+            return read_object(self.path)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: is damaged ({error}); delete it") from error
 
     def put(self, name: str, value: Any) -> None:
         """Add one fact, and write all of them."""

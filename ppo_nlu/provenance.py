@@ -14,7 +14,7 @@ import platform
 import shlex
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,13 +24,14 @@ import torch
 
 import ppo_nlu
 from ppo_nlu import checkpoint
-from ppo_nlu.config import Config, load_config, parse_overrides
+from ppo_nlu.config import Config, load_config, parse_overrides, to_dict
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import adapter_folder, resolve
 from ppo_nlu.tasks import REWARD_KINDS, Example
 
 # What must be the same, and how to mend it where it is not.
 REFUSED = {
+    "config": "put its config.yaml back as it was",
     "training rows": "give the same data with data.path",
     "evaluation rows": "give the same data with data.path",
     "base model": "give the weights and the tokenizer that it was started with",
@@ -58,10 +59,15 @@ def of_run(
     held: Mapping[str, Sequence[Example]],
     device: torch.device,
     rewards: Iterable[str],
+    may_change: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The fingerprints of a run's parts, by the names in `REFUSED` and `TOLD`."""
+    """The fingerprints of a run's parts, by the names in `REFUSED` and `TOLD`.
+
+    The config is among them, but for what `may_change`: its file in the run folder can be edited.
+    """
     cuda = device.type == "cuda"
     return {
+        "config": _values(cfg, may_change),
         "training rows": {name: rows_hash(rows) for name, rows in train_rows.items()},
         "evaluation rows": {name: rows_hash(rows) for name, rows in held.items()},
         "base model": stamp(model_folder(cfg.model.name_or_path)),
@@ -74,6 +80,19 @@ def of_run(
         "torch": torch.__version__,
         "transformers": _version("transformers"),
         "ppo_nlu": f"{ppo_nlu.__version__} ({own_source()})",
+    }
+
+
+def _values(cfg: Config, but: Collection[str]) -> dict[str, Any]:
+    """Every value by its dotted key, apart from some keys and sections."""
+    found: dict[str, Any] = {}
+    for name, value in to_dict(cfg).items():
+        items = value.items() if isinstance(value, dict) else ()
+        found |= {f"{name}.{key}": item for key, item in items} or {name: value}
+    return {
+        key: value
+        for key, value in found.items()
+        if key not in but and key.partition(".")[0] not in but
     }
 
 

@@ -64,8 +64,8 @@ class Runner:
         self.total = len(cells)
         self.waiting = [cell for cell in cells if not grid.finished(cell.name)]
         self.running: dict[str, tuple[Cell, subprocess.Popen[bytes], float]] = {}
-        self.started = results.read_json(grid.folder / "cells.json")
-        kept = results.read_json(grid.folder / "failures.json")
+        self.started = results.read_table(grid.folder / "cells.json")
+        kept = results.read_table(grid.folder / "failures.json")
         names = {cell.name for cell in cells}
         self.failed = {k: v for k, v in kept.items() if k not in names and not grid.finished(k)}
         self.failed_now = 0

@@ -31,7 +31,7 @@ from ppo_nlu import cli, data, evaluate
 from ppo_nlu.config import Config
 from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
-from ppo_nlu.files import atomic_write_bytes, make_folder
+from ppo_nlu.files import atomic_write_bytes, make_folder, parse_object
 from ppo_nlu.metrics import chosen_row
 from ppo_nlu.model import Policy
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
@@ -319,7 +319,7 @@ def kept(path: Path, part: Part) -> list[Given] | None:
     if not path.is_file() or path.stat().st_mtime < part.run.trained_at:
         return None
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows = [parse_object(line) for line in path.read_text("utf-8").splitlines()]
         ids = [row["id"] for row in rows]
         given = [Given(row["prediction"], row["probabilities"]) for row in rows]
     except (ValueError, KeyError, TypeError):

@@ -308,8 +308,9 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     plan_memory(learner, mixture.batch(train_rows, cfg.mixture, PLANNED_BY, 0, cfg.seed))
     held_rows = {name: found.examples for name, found in held.items()}
     own = [spec.reward for spec in specs.values() if spec.reward not in REWARD_KINDS]
+    named = own if cfg.method in BY_REWARD else ()
     made_of = provenance.of_run(
-        cfg, train_rows, held_rows, learner.model.device, own if cfg.method in BY_REWARD else ()
+        cfg, train_rows, held_rows, learner.model.device, named, MAY_CHANGE
     )
     if folder is None:
         folder = checkpoint.claim(output or checkpoint.new_run_dir(), dump(cfg))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ppo_nlu import checkpoint, cli, export, lora
+from ppo_nlu import checkpoint, cli, export, files, lora
 from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
 
@@ -161,6 +161,17 @@ def test_the_readme_of_the_bundled_model_finds_it_by_itself(
     output = tmp_path / "out"
     assert export.main([str(finished_run), "--output", str(output)]) == 0
     assert by_readme(output, monkeypatch, tmp_path)["model"] is not None
+
+
+def test_what_a_killed_export_left_is_deleted(run: Path) -> None:
+    """Of the same output; one that is at work keeps its own."""
+    left, other = (files.temporary_name(run.parent / "out" / "exported") for _ in range(2))
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("half")
+    with files.FolderLock(other):
+        assert export.main([str(run), "--output", str(run.parent / "out" / "exported")]) == 0
+    assert not left.exists() and other.exists()
 
 
 def test_two_exports_to_one_folder(run: Path, tmp_path: Path) -> None:

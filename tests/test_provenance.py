@@ -141,6 +141,22 @@ def test_other_inputs_are_refused_and_nothing_is_lost(
     assert snapshot(place.run) == before
 
 
+def test_an_edited_config_in_the_run_folder_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The run would go on with it, and its first steps were made with another."""
+    place.stopped(monkeypatch, place.config())
+    path = place.run / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("lr: 0.0002", "lr: 0.0003"))
+    assert path.read_text() != text
+    assert place.resume() == 2
+    error = capsys.readouterr().err
+    assert "another config" in error and "(optim.lr)" in error and error.count("\n") == 1
+    path.write_text(text.replace("checkpoint_every: 1", "checkpoint_every: 2"))
+    assert place.resume() == 0
+
+
 def test_another_start_is_refused(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

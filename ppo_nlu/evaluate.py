@@ -275,7 +275,7 @@ def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not (kept / named).is_file():
         raise UserError(
             f"{folder}: the run has not finished and left no {kept.name}/; "
-            f"finish it with {resume_command(folder)}"
+            f"finish it with {resume_command(folder, cfg)}"
         )
     return cfg
 
@@ -300,7 +300,7 @@ def load_trained(cfg: Config, run_dir: str | Path) -> Policy | Encoder:
     except UserError as error:
         raise UserError(
             f"{error}; resume the run's last step to write the value head again: "
-            f"{resume_command(run_dir)}"
+            f"{resume_command(run_dir, cfg)}"
         ) from error
     lora.take(policy.value_head.state_dict(), head, str(path))
     return policy

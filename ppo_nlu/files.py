@@ -231,7 +231,7 @@ def sweep_folders(path: Path) -> None:
 def _temporaries(path: Path) -> list[Path]:
     """What stands beside `path` under a name of `temporary_name`."""
     pattern = re.escape(_temp_prefix(path)) + "[0-9a-f]{8}"
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # a folder that may be written but not listed, too
         return [path.with_name(n) for n in os.listdir(path.parent) if re.fullmatch(pattern, n)]
     return []
 

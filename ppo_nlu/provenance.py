@@ -219,9 +219,9 @@ def compare(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     for name, mend in REFUSED.items():
         if before.get(name) != now[name]:
             raise UserError(
-                f"--resume {run_dir}: the run was started with another {name} than is found now "
-                f"({_changed(before.get(name), now[name])}); {mend}, or start a new run with "
-                "--output"
+                f"--resume {run_dir}: the run was started on other inputs than are found now: "
+                f"{name} ({_changed(before.get(name), now[name])}); {mend}, or start a new run "
+                "with --output"
             )
     changed = [
         f"{name} {before.get(name)} before, {now[name]} now"

@@ -16,7 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppo_nlu import checkpoint, cli, evaluate, export, files, predict, provenance, submit, train
+from ppo_nlu import (
+    checkpoint,
+    cli,
+    evaluate,
+    export,
+    files,
+    predict,
+    pretrain,
+    provenance,
+    submit,
+    teach_form,
+    train,
+)
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import BUNDLED
@@ -121,8 +133,8 @@ def theta(place: Place) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: p.rows("train", "a good film", "bad"), "another training rows"),
-        (lambda p: p.rows("dev", "a good film", "bad"), "another evaluation rows"),
+        (lambda p: p.rows("train", "a good film", "bad"), "now: training rows (mine)"),
+        (lambda p: p.rows("dev", "a good film", "bad"), "now: evaluation rows (mine)"),
         (one_weight, "model.safetensors"),
         (chat_template, "chat_template.jinja"),
         (theta, "config.json"),
@@ -152,7 +164,7 @@ def test_an_edited_config_in_the_run_folder_is_refused(
     assert path.read_text() != text
     assert place.resume() == 2
     error = capsys.readouterr().err
-    assert "another config" in error and "(optim.lr)" in error and error.count("\n") == 1
+    assert "now: config (optim.lr)" in error and error.count("\n") == 1
     path.write_text(text.replace("checkpoint_every: 1", "checkpoint_every: 2"))
     assert place.resume() == 0
 
@@ -167,7 +179,7 @@ def test_another_start_is_refused(
     save_file({k: v + 1e-3 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
     (first / "adapter" / files.CHECKSUMS).unlink()
     assert place.resume() == 2
-    assert "another init_from" in capsys.readouterr().err
+    assert "now: init_from (adapter_model.safetensors)" in capsys.readouterr().err
 
 
 def test_another_reward_is_refused(
@@ -197,7 +209,7 @@ def test_another_reward_is_refused(
     (package / "inner.py").write_text(REWARD + "\n")
     fresh()
     assert place.resume(said) == 2
-    assert "another reward" in capsys.readouterr().err
+    assert "now: reward (their_rewards:score)" in capsys.readouterr().err
     (package / "inner.py").write_text(REWARD)
     fresh()
     assert place.resume(said) == 0
@@ -364,3 +376,17 @@ def test_a_second_process_is_refused(place: Place, capsys: Any) -> None:
     assert not (place.run / files.LOCK).exists()
     with pytest.raises(UserError, match="a finished run"):
         checkpoint.require_free(place.run)
+
+
+def test_no_program_works_in_a_taken_folder(place: Place, capsys: Any) -> None:
+    """Nor do those that train without a run folder."""
+    tiny = place.root / "tiny.yaml"
+    tiny.write_text("{}\n")
+    folder = place.root / "taken"
+    folder.mkdir()
+    for main, config in ((teach_form.main, place.config()), (pretrain.main, tiny)):
+        with files.FolderLock(folder):
+            assert cli.run(main, [str(config), "--output", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert "is working in it" in error and error.count("\n") == 1
+        assert not list(folder.iterdir())

@@ -30,6 +30,7 @@ if __name__ == "__main__":
 
 from benchmarks import cases, kernels, rivals, timing  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
+from ppo_nlu import decode_graph  # noqa: E402
 
 QWEN, LLAMA = (3584, 152064), (4096, 32000)  # H, V
 LORA_SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # K, O
@@ -365,6 +366,38 @@ def _bare(inputs: cases.Inputs) -> Callable[[], torch.Tensor]:
     return lambda: torch.mm(x, weight.t())
 
 
+def failed_capture() -> Iterator[Check]:
+    """A recording that fails on purpose (an answer is waited for, memory runs out) must leave the
+    allocator and the next recording as they were."""
+    recordings = decode_graph.CudaRecordings(torch.device("cuda"))
+    x = torch.ones(1024, device="cuda")
+
+    def waits() -> torch.Tensor:
+        return x * float((x * 2).sum().item())
+
+    def too_much() -> torch.Tensor:
+        return torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+
+    for name, call in (("a wait for the device", waits), ("no memory", too_much)):
+        try:
+            recordings().record(call)
+            raised = "nothing"
+        except RuntimeError as error:  # out of memory is one of these
+            raised = type(error).__name__
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            torch.empty(1 << 24, device="cuda").fill_(1.0)
+        torch.cuda.synchronize()
+        grown = torch.cuda.memory_allocated() - before
+        yield Check(f"memory held after {name}", float(grown), "B", f"raised {raised}")
+        graph = recordings()
+        out = graph.record(lambda: x * 3)
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        yield Check(f"a recording after {name}", float(bool((out == 3).all())), "of 1")
+
+
 SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {
     "limits": limits,
     "library products": library_products,
@@ -374,6 +407,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {
     "path b": path_b,
     "paths": paths,
     "decode": decode,
+    "failed capture": failed_capture,
 }
 
 

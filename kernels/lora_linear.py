@@ -266,7 +266,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(kept, low, *group.weights, *group.lora_as, *group.lora_bs)
         ctx.plan, ctx.x_shape = plan, x.shape
         ctx.set_materialize_grads(False)
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+        # No views: who gets a y may work on it in place.
+        return tuple(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]) for y in ys)
 
     @staticmethod
     @once_differentiable

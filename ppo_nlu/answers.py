@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
+from ppo_nlu import words
 from ppo_nlu.prompts import STOP
 from ppo_nlu.tasks import TaskSpec
-
-# A number that stands alone: no part of a word, and of "1e9" not the "1".
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?!\w|\.\d)", re.ASCII)
 
 
 def parse(spec: TaskSpec, response: str, form: str = "judgement") -> str | None:
@@ -16,9 +15,14 @@ def parse(spec: TaskSpec, response: str, form: str = "judgement") -> str | None:
     a short text; None where it gives none or more than one.
 
     Only the text before the first closing tag counts, and a response without the tag gives no
-    answer; in the `analysis` form only what stands behind the last opening tag before it. Words
-    match whole and in any case, longer words first, so "Not" is no "No" and "not_entailment" is
-    no "entailment". Of numbers the first counts.
+    answer; in the `analysis` form only what stands behind the last opening tag before it. Label
+    words match whole and in any case, as `words` has it, so "Not" is no "No", "not_entailment" and
+    "non-entailment" are no "entailment", and "-1" is no "1". A label inside a longer one does not
+    count. Of numbers the first counts; a part of "1,5", "3-4" or "B-2" is none.
+
+    The parser finds words and does not understand sentences, in no language: "not positive" is the
+    word "positive" behind another one, and reads as Positive. Where a negated word is an answer of
+    its own, it must be a label of its own ("not positive"), and then the longer one is read.
     """
     text, tag, _ = response.partition(STOP)
     if form == "analysis":
@@ -27,20 +31,20 @@ def parse(spec: TaskSpec, response: str, form: str = "judgement") -> str | None:
     if not tag:
         return None
     if spec.kind == "choice":
-        return _word(spec, text)
-    return _number(spec, text) if spec.kind == "rating" else text.strip() or None
-
-
-def _word(spec: TaskSpec, text: str) -> str | None:
-    words = sorted(spec.words, key=len, reverse=True)
-    # A group for each word: beyond ASCII a match need not be the word in another case ("ſ" is "s").
-    groups = "|".join(f"({re.escape(word)})" for word in words)
-    matches = re.finditer(rf"(?<!\w)(?:{groups})(?!\w)", text, flags=re.IGNORECASE)
-    found = {words[match.lastindex - 1] for match in matches if match.lastindex}
-    return found.pop() if len(found) == 1 else None
+        found = words.find(spec.words, text)
+        return found.pop() if len(found) == 1 else None
+    if spec.kind == "rating":
+        return _number(spec, text)
+    return None if words.is_empty(text) else text.strip()
 
 
 def _number(spec: TaskSpec, text: str) -> str | None:
-    match = _NUMBER.search(text)
+    match = _numbers().search(words.fold(text))
     assert spec.rating is not None
     return match[0] if match and spec.rating.holds(float(match[0])) else None
+
+
+@lru_cache(maxsize=1)
+def _numbers() -> re.Pattern[str]:
+    """A number that stands alone; of "1e9" not the "1"."""
+    return re.compile(words.whole_words(r"(?<!\.)[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"))

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 
 from ppo_nlu import download
 from ppo_nlu.download import DownloadError
-from ppo_nlu.errors import UserError
+from ppo_nlu.errors import UserError, printable
 from ppo_nlu.readers import MALFORMED, gold, input_rows, numbered_lines, read_split
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, bundled
 from ppo_nlu.tasks.custom import CustomSpec
+from ppo_nlu.words import is_empty
 
 if TYPE_CHECKING:
     from ppo_nlu.config import DataConfig
@@ -244,7 +245,7 @@ def _load_custom(spec: CustomSpec, split: str) -> Dataset:
     if not path.is_file():
         raise UserError(f"custom.{name}: there is no file {path}; give its path, or put it there")
     rows = read_split(spec, name, path).examples
-    note = f"{spec.title} from {path}"
+    note = _join(f"{spec.title} from {path}")
     if shared:
         rows = _side(spec, rows, split, path)
         note = _join(note, f"{split} is {len(rows):,} rows of it (custom.dev_share)")
@@ -405,7 +406,8 @@ def _inputs(
         where = f"{path}:{number}"
         own = next((row[name] for name in ("id", "index", "idx") if row.get(name)), None)
         fields = {name: row[name] for name in spec.fields}
-        label = gold(spec, row.get(spec.label_column) or None, where, words=True)
+        value = row.get(spec.label_column, "")
+        label = None if is_empty(value) else gold(spec, value, where, words=True)
         yield Example(own or str(count - 1), fields, label, spec.name)
     if not count:
         raise UserError(f"{path}: there are no rows")
@@ -416,7 +418,7 @@ def _left_out(count: int, why: str) -> str:
 
 
 def _join(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
+    return printable("; ".join(part for part in parts if part))
 
 
 if __name__ == "__main__":  # the program is in a room above this one

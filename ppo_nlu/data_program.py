@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from heapq import nlargest
 from pathlib import Path
 
 from ppo_nlu import archives, cli, data, download, strict_config
 from ppo_nlu.config import Config, DataConfig, load_config
-from ppo_nlu.errors import UserError
+from ppo_nlu.errors import UserError, printable
 from ppo_nlu.prompts import render
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
 from ppo_nlu.tasks.custom import specs_of
+from ppo_nlu.tokens import Codec
 
 HEADER = ("task", "split", "file", "rows", "labels", "left out", "words", "tokens", "state")
 RIGHT = ("rows", "left out", "words", "tokens")  # columns of numbers
@@ -41,12 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     specs, cfg = _asked(args.words)
     if args.command == "get":
-        return get(specs, cfg, args.output, not args.unverified)
+        return get(specs, cfg.data, args.output, not args.unverified)
     return check(specs or list(TASKS.values()), cfg, named=bool(specs))
 
 
-def _asked(words: Sequence[str]) -> tuple[list[TaskSpec], DataConfig]:
-    """The tasks that are named, by themselves or by a config file, and the data section."""
+def _asked(words: Sequence[str]) -> tuple[list[TaskSpec], Config]:
+    """The tasks that are named, by themselves or by a config file, and the config."""
     files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
     names = [word for word in words if "=" not in word and word not in files]
     overrides = [word for word in words if "=" in word]
@@ -54,38 +55,44 @@ def _asked(words: Sequence[str]) -> tuple[list[TaskSpec], DataConfig]:
         raise UserError(f"{files[1]}: one config file at a time; {files[0]} is given already")
     if files:
         cfg = load_config(files[0], overrides)
-        return [*specs_of(cfg).values(), *map(get_task, names)], cfg.data
+        return [*specs_of(cfg).values(), *map(get_task, names)], cfg
     given = strict_config.parse_overrides(overrides, Config)
     said = {key: (strict_config.COMMAND_LINE, value) for key, value in given.items()}
     any_task = {"task": ("", next(iter(TASKS)))}
     cfg = strict_config.build(Config, any_task | said, strict_config.COMMAND_LINE)
-    return [get_task(name) for name in names], cfg.data
+    return [get_task(name) for name in names], cfg
 
 
 # ---- check
 
 
-def check(specs: Iterable[TaskSpec], cfg: DataConfig, named: bool) -> int:
+def check(specs: Iterable[TaskSpec], cfg: Config, named: bool) -> int:
     """Print a line for each split. A file that cannot be read is an error, and so is a task that is
     absent altogether if it was named."""
     table, sources, absent = [], [], []
+    mixed: dict[str, int] = {}
     for spec in specs:
-        source = _found(spec, cfg, named)
+        source = _found(spec, cfg.data, named)
         if source is None:
             absent.append(spec.name)
             continue
         sources.append(source)
         splits = dict.fromkeys(["train", "dev", *spec.files]) if _own(spec) else spec.files
-        table += [_row(spec, split, source, cfg) for split in splits]
+        for split in splits:
+            table.append(_row(spec, split, source, cfg, mixed))
     if not table:
         raise UserError(
             "data.path: no task is there; give data.path=FOLDER or $PPO_NLU_DATA, or fetch one: "
             "python -m ppo_nlu.data get sst2"
         )
     for kind in dict.fromkeys(source.kind for source in sources if source.kind != "custom"):
-        print(f"{kind}: {_common([str(s.folder) for s in sources if s.kind == kind])}")
+        folder = _common([str(s.folder) for s in sources if s.kind == kind])
+        print(printable(f"{kind}: {folder}"))
     print(_aligned([HEADER, *table]))
-    print("words, tokens: of the longest prompt without examples; tokens of the bundled model")
+    reader = printable(_codec(cfg.model.name_or_path)[1])
+    print(f"words, tokens: of the longest prompt without examples; tokens of {reader}")
+    for place, count in mixed.items():
+        print(f"{place}: {count:,} rows hold control tokens that stay so with this tokenizer")
     if absent:
         print(f"absent: {', '.join(absent)}")
     return 0
@@ -118,14 +125,20 @@ def _common(folders: Sequence[str]) -> str:
     return str(Path(*same)) if same else "."
 
 
-def _row(spec: TaskSpec, split: str, source: data.Source, cfg: DataConfig) -> tuple[str, ...]:
+def _row(
+    spec: TaskSpec, split: str, source: data.Source, cfg: Config, mixed: dict[str, int]
+) -> tuple[str, ...]:
+    """A line of the table; `mixed` learns how many rows hold control tokens that stay some."""
     if not data.has_split(spec, split, source):
         name = spec.files[split][0]
         return (spec.name, split, name, "-", "-", "-", "-", "-", "absent")
-    found = data.load_split(spec, split, cfg)
+    found = data.load_split(spec, split, cfg.data)
+    codec, _ = _codec(cfg.model.name_or_path)
     rows = found.examples
     words = max(len(render(spec, row.fields).split()) for row in rows)
     state = "partial" if found.partial else ""
+    if codec and (count := sum(any(map(codec.leaks, row.fields.values())) for row in rows)):
+        mixed[f"{spec.name} {split}"] = count
     return (
         spec.name,
         split,
@@ -134,7 +147,7 @@ def _row(spec: TaskSpec, split: str, source: data.Source, cfg: DataConfig) -> tu
         _balance(spec, rows),
         f"{found.malformed:,}" if found.malformed else "",
         f"{words:,}",
-        _tokens(spec, rows),
+        _tokens(spec, rows, codec),
         state,
     )
 
@@ -153,23 +166,31 @@ def _balance(spec: TaskSpec, rows: Sequence[Example]) -> str:
     return ", ".join(f"{word} {counts[word]:,}" for word in spec.words)
 
 
-def _tokens(spec: TaskSpec, rows: Sequence[Example]) -> str:
-    count = _counter()
-    if count is None:
+def _tokens(spec: TaskSpec, rows: Sequence[Example], codec: Codec | None) -> str:
+    if codec is None:
         return "-"
     long = nlargest(LONGEST, rows, key=lambda row: sum(map(len, row.fields.values())))
-    return f"{max(count(render(spec, row.fields)) for row in long):,}"
+    prompts = (render(spec, {k: codec.seal(v) for k, v in row.fields.items()}) for row in long)
+    return f"{max(len(codec.encode(prompt)) for prompt in prompts):,}"
 
 
 @lru_cache(maxsize=1)
-def _counter() -> Callable[[str], int] | None:
-    """How many tokens of the bundled model a text has; None where its tokenizer is not there."""
-    if not (TOKENIZER / "tokenizer.json").is_file():
-        return None
+def _codec(name: str) -> tuple[Codec | None, str]:
+    """The tokenizer of a model in a folder or the cache, or else of the bundled one, and its name;
+    None where there is none of either."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    return lambda text: len(tokenizer(text, verbose=False)["input_ids"])
+    places = [(TOKENIZER, "the bundled model")]
+    if name != "bundled":
+        places.insert(0, (data.expand(name), name))
+    for place, called in places:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+        except Exception:  # nothing there, or nothing that the library can read; a run tells which
+            continue
+        tokenizer.model_max_length = sys.maxsize  # no warning of long texts
+        return Codec(tokenizer, {tokenizer.eos_token_id}, sys.maxsize), called
+    return None, "no model"
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> str:
@@ -179,7 +200,8 @@ def _aligned(table: Sequence[Sequence[str]]) -> str:
     for column in columns:
         width, pad = max(map(len, column)), str.rjust if column[0] in RIGHT else str.ljust
         padded.append([pad(cell, width) for cell in column])
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded, strict=True))
+    lines = ("  ".join(cells).rstrip() for cells in zip(*padded, strict=True))
+    return "\n".join(map(printable, lines))
 
 
 # ---- get

@@ -10,11 +10,11 @@ otherwise, goes on with plain steps.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from ppo_nlu.tree_attention import TreeCache
 
 PLAIN = 2  # steps before the one that is recorded
 NEAR = 0.02  # of the largest state: how far a replayed step may be from a plain one
-_sound: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what the comparison found
 
 
 class Recording(Protocol):
@@ -33,43 +32,78 @@ class Recording(Protocol):
     def replay(self) -> None: ...
 
 
-class CudaRecording:
-    """The graph of torch, recorded on a stream of its own."""
+class CudaRecordings:
+    """Makes the recordings of one device: their stream and memory pool are the same.
 
-    def __init__(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
+    A pool of its own for every rollout would grow the memory with each. The stream belongs to the
+    device of the model, which need not be the current one: on another device's stream nothing
+    would be recorded, and replays would do nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self) -> CudaRecording:
+        return CudaRecording(self)
+
+
+class CudaRecording:
+    """The graph of torch."""
+
+    def __init__(self, shared: CudaRecordings) -> None:
+        self.shared = shared
+        with torch.cuda.device(shared.device):
+            self.graph = torch.cuda.CUDAGraph()
 
     def record(self, call: Callable[[], Tensor]) -> Tensor:
         """The tensor that every replay will write. Nothing is run."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        # Not torch.cuda.graph(): it collects garbage and empties the cache at every use.
-        with torch.cuda.stream(stream):
-            self.graph.capture_begin()
-            try:
-                out = call()
-            except BaseException:
-                with suppress(RuntimeError):  # that the recording is broken is known
-                    self.graph.capture_end()
-                raise
-            self.graph.capture_end()
-        current.wait_stream(stream)
+        stream = self.shared.stream
+        with torch.cuda.device(self.shared.device):
+            current = torch.cuda.current_stream()
+            stream.wait_stream(current)
+            # Not torch.cuda.graph(): it collects garbage and empties the cache at every use.
+            with torch.cuda.stream(stream):
+                self.graph.capture_begin(pool=self.shared.pool)
+                try:
+                    out = call()
+                except BaseException:
+                    with suppress(RuntimeError):  # that the recording is broken is known
+                        self.graph.capture_end()
+                    raise
+                self.graph.capture_end()
+            current.wait_stream(stream)
         return out
 
     def replay(self) -> None:
-        self.graph.replay()
+        with torch.cuda.device(self.shared.device):
+            self.graph.replay()
+
+
+class Recorder:
+    """Records the decode steps of one model, as long as its recordings are `sound` (None: not one
+    has been compared yet)."""
+
+    def __init__(
+        self, decoder: nn.Module, recordings: Callable[[], Recording] | None = None
+    ) -> None:
+        self.decoder = decoder
+        device = next(decoder.parameters()).device
+        self.recordings = CudaRecordings(device) if recordings is None else recordings
+        self.sound: bool | None = None
+
+    def steps(self, cache: TreeCache) -> GraphedStep:
+        """The steps of one rollout."""
+        return GraphedStep(self, cache)
 
 
 class GraphedStep:
     """`TreeCache.step` of a static cache, by a recording once `PLAIN` steps are over."""
 
-    def __init__(
-        self,
-        decoder: nn.Module,
-        cache: TreeCache,
-        recording: Callable[[], Recording] = CudaRecording,
-    ):
-        self.decoder, self.cache, self.recording = decoder, cache, recording
+    def __init__(self, recorder: Recorder, cache: TreeCache):
+        self.recorder, self.cache = recorder, cache
         self.steps = 0
         self.graph: Recording | None = None
         self.token = self.place = self.out = torch.empty(0)
@@ -77,35 +111,41 @@ class GraphedStep:
     def __call__(self, token: Tensor, place: Tensor) -> Tensor:
         """One token a row (rows,) at its position; the last hidden states (rows, H)."""
         self.steps += 1
-        if self.steps == PLAIN + 1 and _sound.get(self.decoder, True):
+        if self.steps == PLAIN + 1 and self.recorder.sound is not False:
             self._record(token, place)
         if self.graph is None:
-            return self.cache.step(self.decoder, token, place)
+            return self._plain(token, place)
         self.token.copy_(token)
         self.place.copy_(place)
         self.graph.replay()
         return self.out.clone()  # the next replay writes there
 
+    def _plain(self, token: Tensor, place: Tensor) -> Tensor:
+        return self.cache.step(self.recorder.decoder, token, place)
+
     def _record(self, token: Tensor, place: Tensor) -> None:
         self.token, self.place = token.clone(), place.clone()
-        graph, slot = self.recording(), self.cache.slot.clone()
+        graph, slot = self.recorder.recordings(), self.cache.slot.clone()
         reason = None
         try:
-            self.out = graph.record(lambda: self.cache.step(self.decoder, self.token, self.place))
+            self.out = graph.record(lambda: self._plain(self.token, self.place))
         except torch.cuda.OutOfMemoryError:
-            raise  # which is not the model's doing
+            # Not the model's doing: plain steps this time, and another try at the next rollout.
+            self.cache.slot.copy_(slot)
+            return
         except Exception as error:  # whatever a model does that cannot be recorded
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         self.cache.slot.copy_(slot)
-        if reason is None and self.decoder not in _sound:
-            plain = self.cache.step(self.decoder, token, place)
+        if reason is None and self.recorder.sound is None:
+            plain = self._plain(token, place)
             self.cache.slot.copy_(slot)
+            self.out.fill_(math.nan)  # what a replay does not write is seen
             graph.replay()
             gap, size = float((self.out - plain).abs().max()), float(plain.abs().max())
             self.cache.slot.copy_(slot)
             if not gap <= NEAR * size:
                 reason = f"it comes out {gap:.1e} away from a plain step"
-        _sound[self.decoder] = reason is None
+        self.recorder.sound = reason is None
         if reason is None:
             self.graph = graph
         else:

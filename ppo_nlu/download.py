@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import json
 import queue
+import re
 import tempfile
 import threading
 import urllib.error
@@ -24,6 +25,7 @@ from urllib.parse import urljoin
 
 from ppo_nlu import files
 from ppo_nlu.archives import ARCHIVES, Archive
+from ppo_nlu.errors import UserError, printable
 from ppo_nlu.tasks import TaskSpec
 
 OPEN_SECONDS = 3.0  # for the name look-up, the connection and the first answer together
@@ -83,6 +85,7 @@ def fetch(spec: TaskSpec, url: str, root: Path, check_sums: bool = True) -> Fetc
     target = root / spec.benchmark / spec.folder
     address = url
     try:
+        _require_web(url)
         address = address_of(archive, url)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
@@ -92,10 +95,37 @@ def fetch(spec: TaskSpec, url: str, root: Path, check_sums: bool = True) -> Fetc
             unverified = _checked(unpacked, archive, spec, check_sums)
             _move(unpacked, target, spec)
     except urllib.error.HTTPError as error:
-        raise DownloadError(f"{address}: {error}") from error
+        raise DownloadError(without_password(f"{address}: {error}", url)) from error
+    except UserError:
+        raise
     except (*_EXPECTED, DownloadError) as error:
-        raise DownloadError(f"{address}: {getattr(error, 'reason', None) or error}") from error
+        reason = getattr(error, "reason", None) or error
+        raise DownloadError(without_password(f"{address}: {reason}", url)) from error
     return Fetched(target, unverified)
+
+
+def _require_web(url: str) -> None:
+    """The web alone is asked: an address of a file, say, could read what is not meant."""
+    if re.match(r"https?://", url, re.IGNORECASE):
+        return
+    if ":" in url:
+        shown = without_password(url, url)
+        raise UserError(f"data.url: {shown} is no address of the web; give http:// or https://")
+    raise DownloadError("no address of the web")
+
+
+def without_password(message: str, url: str) -> str:
+    """The message with `***` for the password of the address, and fit for a terminal."""
+    found = re.match(r"[^/]*//([^/?#]*)@", url) or re.match(r"[^/]*//([^/?#]*:(?!\d*/).*)@", url)
+    if found:
+        user, colon, secret = found[1].partition(":")
+        hidden = f"{user}:***@" if colon else "***@"
+        message = message.replace(f"{found[1]}@", hidden)
+        # A part of it may be all that the library quotes.
+        message = message.replace(f"{secret or user}@", "***@")
+        if len(secret) > 3:
+            message = message.replace(secret, "***")
+    return printable(message)
 
 
 def _take(archive: Archive, folder: str, address: str, scratch: Path, target: Path) -> None:

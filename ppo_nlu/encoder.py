@@ -81,6 +81,7 @@ class Encoder(nn.Module):
             max_length=max_length,
             padding=True,
             return_tensors="pt",
+            split_special_tokens=True,  # "[SEP]" in the text of a row is text
         )
         return {name: ids.to(self.device) for name, ids in batch.items() if name in self.takes}
 

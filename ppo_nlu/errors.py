@@ -1,5 +1,38 @@
 """The one exception for mistakes of the user: programs print it as one line and exit with 2."""
 
+import unicodedata
+
+SHOWN = 80  # letters of a cell or word that a message quotes
+
 
 class UserError(ValueError):
-    """A mistake the user can mend; the message says what is wrong, where, and how to mend it."""
+    """A mistake the user can mend; the message says what is wrong, where, and how to mend it.
+
+    What it quotes cannot steer the terminal: signs that control it are written out.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with all but white space that is not to be seen written out, as `\\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isspace() or unicodedata.category(sign) not in HIDDEN else _escaped(sign)
+        for sign in text
+    )
+
+
+HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn")
+
+
+def _escaped(sign: str) -> str:
+    return sign.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def quoted(text: object) -> str:
+    """A cell or word in quote marks, shortened where it is long."""
+    shown = str(text)
+    return repr(shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}...")

@@ -126,7 +126,8 @@ def _batches(order: Sequence[int], size: int) -> Iterator[list[int]]:
 def _room(policy: Policy, spec: TaskSpec, cfg: Config) -> int:
     """Tokens to keep free behind a prompt: the longest answer, sampled or a label word."""
     form = cfg.prompt.form
-    words = max((len(policy.encode(answer(word, form))) for word in spec.words), default=0)
+    replies = [answer(policy.seal(word), form) for word in spec.words]
+    words = max((len(policy.encode(reply)) for reply in replies), default=0)
     return max(cfg.rollout.max_new_tokens, words)
 
 
@@ -178,8 +179,9 @@ def label_probabilities(
     stands behind an empty reason.
     """
     heads, answers, owners = [], [], []
+    replies = [answer(policy.seal(word), form) for word in spec.words]
     for number, prompt in enumerate(prompts):
-        whole = [policy.encode(prompt.text + answer(word, form)) for word in spec.words]
+        whole = [policy.encode(prompt.text + reply) for reply in replies]
         cut = min(prefix_tree.common(prompt.ids, row) for row in whole)
         heads.append(prompt.ids[:cut])
         answers += [row[cut:] for row in whole]

@@ -128,7 +128,10 @@ def _policy(run: Path, cfg: Config, which: str | None) -> tuple[nn.Module, Any]:
     """The base with the run's LoRA layers, and the tokenizer."""
     source = _final_adapter(run) if which is None else None
     groups, path = ({}, run) if which is None else _checkpoint(run, which)
-    settings = cfg.lora if source is None else lora.read_adapter_config(source)
+    if source is None:
+        settings: Any = replace(cfg.lora, targets=lora.targets_of(groups["adapter"]))
+    else:
+        settings = lora.read_adapter_config(source)
     model, tokenizer = load_base(cfg.model)
     lora.attach(model, settings)
     if source is not None:

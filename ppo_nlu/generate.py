@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ppo_nlu import prefix_tree, profiling
-from ppo_nlu.decode_graph import GraphedStep
 from ppo_nlu.model import Policy, unflatten
 from ppo_nlu.prefix_tree import Opening, PlainCache, State, Tokens
 from ppo_nlu.tree_attention import TreeCache
@@ -86,11 +85,12 @@ def generate(
 
     def run(graph: int) -> Generation:
         with profiling.phase("prefill"):
-            state, kept = _prefill(policy, prompts, owners, graph, opening)
+            shared = policy.packs(max(map(len, prompts)) + max_new_tokens)
+            state, kept = _prefill(policy, prompts, owners, shared, graph, opening)
             repeat = torch.tensor(owners, device=device)
             hidden = state.ends.detach()[repeat]
             place = torch.tensor(state.tree.lengths, device=device)[repeat]
-            cache = state.start(owners, max_new_tokens - 1, policy.graphs)
+            cache = state.start(owners, max_new_tokens - 1, policy.recorder is not None)
         with profiling.phase("decode"):
             drawn = _decode(policy, hidden, place, cache, draws, sampling, critic)
         drawn.trunk = state if kept else None
@@ -109,12 +109,13 @@ def _prefill(
     policy: Policy,
     prompts: Sequence[Tokens],
     owners: list[int],
+    shared: bool,
     keep_graph: int,
     opening: Opening | None,
 ) -> tuple[State, bool]:
     """Run the prompts; what decoding needs of them, and whether their graph was kept, which is done
-    where they are at most `keep_graph` tokens."""
-    tree = prefix_tree.build(prompts, shared=policy.tree, opening=opening).to(policy.device)
+    where they are at most `keep_graph` tokens. `shared`: as in `prefix_tree.build`."""
+    tree = prefix_tree.build(prompts, shared=shared, opening=opening).to(policy.device)
     cost = tree.cost
     saved = sum(tree.lengths[p] for p in owners) - cost.tokens_run
     profiling.count(
@@ -141,8 +142,8 @@ def _decode(
     replies: list[list[int]] = [[] for _ in range(rows)]
     found = _Found()
     recorded = None
-    if policy.graphs and isinstance(cache, TreeCache):
-        recorded = GraphedStep(policy.decoder, cache)
+    if policy.recorder is not None and isinstance(cache, TreeCache):
+        recorded = policy.recorder.steps(cache)
     for step in range(longest):
         token, logprob = _choose(policy.logits(hidden), draws[alive, step], sampling)
         drawn = token.tolist()  # the one wait for the device in a step

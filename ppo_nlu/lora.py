@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,11 +140,17 @@ class LoraLinear(nn.Module):
 
 
 def attach(
-    model: nn.Module, cfg: LoraSettings, generator: torch.Generator | None = None
+    model: nn.Module,
+    cfg: LoraSettings,
+    generator: torch.Generator | None = None,
+    idle: Collection[str] = (),
 ) -> list[str]:
-    """Wrap the target layers in place, freeze every other parameter, return the wrapped names."""
+    """Wrap the target layers in place, freeze every other parameter, return the wrapped names.
+
+    The `idle` layers are left out: the model never calls them, so LoRA would have no effect there.
+    """
     assert not lora_layers(model), "this model has LoRA layers already"
-    names = _select(model, cfg.targets)
+    names = _select(model, cfg.targets, idle)
     model.requires_grad_(False)
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -200,7 +206,26 @@ def _linear_types() -> tuple[type[nn.Module], ...]:
     return (nn.Linear, Conv1D)
 
 
-def _block_linears(model: nn.Module) -> dict[str, list[str]]:
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module computes x Wᵀ + b. Those with a forward of their own (routers, bit layers,
+    Falcon's linears) are tried."""
+    types = _linear_types()
+    if not isinstance(module, types) or type(module).forward in {kind.forward for kind in types}:
+        return isinstance(module, types)
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)
+    try:
+        with torch.no_grad():
+            given, plain = module(x), nn.functional.linear(x, module.weight, module.bias)
+    except Exception:  # one that is called in another way
+        return False
+    near = isinstance(given, Tensor) and given.shape == plain.shape and given.dtype == plain.dtype
+    bound = 1e-5 if plain.dtype == torch.float32 else 1e-2
+    return near and bool(torch.allclose(given, plain, bound, bound * float(plain.abs().max())))
+
+
+def _block_linears(model: nn.Module, idle: Collection[str] = ()) -> dict[str, list[str]]:
     """The linear layers inside the decoder's blocks: dotted name -> its parts inside the block.
 
     The blocks are the items of the outermost module lists. The LM head and the embeddings lie
@@ -208,8 +233,7 @@ def _block_linears(model: nn.Module) -> dict[str, list[str]]:
     """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
-    types = _linear_types()
-    linears = [name for name, module in model.named_modules() if isinstance(module, types)]
+    linears = [n for n, module in model.named_modules() if n not in idle and _is_linear(module)]
     return {
         name: name.removeprefix(f"{block}.").split(".")[1:]  # [0] is the index in the list
         for name in linears
@@ -227,8 +251,10 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    linears = _block_linears(model)
+def _select(
+    model: nn.Module, targets: str | Sequence[str], idle: Collection[str] = ()
+) -> list[str]:
+    linears = _block_linears(model, idle)
     if targets == "all-linear":
         wanted = list(linears)
     elif targets == "attention":
@@ -375,10 +401,9 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
     weights = path.with_name(WEIGHTS_FILE)
     tensors = _read_weights(weights)
-    ours = [k for k in tensors if k.startswith(_PREFIX) and k.endswith(_SUFFIXES[0])]
-    if not ours:
+    targets = targets_of(tensors)
+    if not targets:
         raise UserError(f"{weights} holds no LoRA weights ({_PREFIX}...{_SUFFIXES[0]})")
-    targets = sorted(k.removeprefix(_PREFIX).removesuffix(_SUFFIXES[0]) for k in ours)
     if not isinstance(config.get("use_rslora"), bool | None):
         raise UserError(f"{path}: use_rslora is {short(config['use_rslora'])}, not true or false")
     found = AdapterConfig(
@@ -388,9 +413,10 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         dropout=float(_number(path, {"lora_dropout": 0.0} | config, "lora_dropout", _is_share)),
         targets=targets,
     )
-    if wrong := [k for k in ours if tensors[k].shape[:1] != (found.r,)]:
-        rows = tensors[wrong[0]].shape[:1]
-        raise UserError(f"{path}: r is {found.r}, but {wrong[0]} has {rows[0] if rows else 0} rows")
+    for key in (f"{_PREFIX}{name}{_SUFFIXES[0]}" for name in targets):
+        rows = tensors[key].shape[:1]
+        if rows != (found.r,):
+            raise UserError(f"{path}: r is {found.r}, but {key} has {rows[0] if rows else 0} rows")
     return found
 
 
@@ -407,6 +433,12 @@ def _number(
     if not finite or not allowed(value):
         raise UserError(f"{path}: {key} is {short(value)}, which is no number that it can be")
     return int(value) if key == "r" else value
+
+
+def targets_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the layers that an adapter's tensors belong to."""
+    ours = (k for k in tensors if k.startswith(_PREFIX) and k.endswith(_SUFFIXES[0]))
+    return sorted(k.removeprefix(_PREFIX).removesuffix(_SUFFIXES[0]) for k in ours)
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -116,11 +116,11 @@ def plan(
     """
     sizes = Sizes.of(policy)
     longest = cfg.rollout.max_new_tokens
-    head = 0
-    if policy.tree and len(prompts) > 1:
+    head, shared = 0, policy.packs(max(map(len, prompts)) + longest)
+    if shared and len(prompts) > 1:
         head = min(prefix_tree.common(prompts[0], prompt) for prompt in prompts[1:])
     own = [len(prompt) - head for prompt in prompts]
-    if not policy.tree:
+    if not shared:
         own = [max(own)] * len(own)
     mean = sum(own) / len(own)
     adapters = 2 * sum(_bytes(p) for p in trained)
@@ -156,7 +156,7 @@ def plan(
     stays = 0  # tokens of a pass whose graph stays
     how = cfg.rollout.reuse_logprobs
     reused = how == "always" or (how == "auto" and cfg.model.dtype == "float32")
-    if cfg.method != "sft" and policy.tree and not policy.checkpointing and reused:
+    if cfg.method != "sft" and shared and not policy.checkpointing and reused:
         section: PPOConfig | GRPOConfig = getattr(cfg, cfg.method)
         budget = updates.Budget(section.micro_batch_size, limit)
         stays = updates.graph_tokens(section, budget, rows, policy.device)
@@ -204,7 +204,7 @@ class Sizes:
 
     @classmethod
     def of(cls, policy: Policy) -> Sizes:
-        config = policy.model.config
+        config = policy.config
         heads = config.num_attention_heads
         keys = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads

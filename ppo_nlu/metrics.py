@@ -16,11 +16,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
+from ppo_nlu import words
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks.spec import Example, TaskSpec
 
@@ -430,7 +431,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def normalise(text: str) -> str:
     """SQuAD's form for comparison: lower case, no punctuation, no a, an, the, single spaces."""
     bare = text.lower().translate(_PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+    return " ".join(_articles().sub(" ", bare).split())
+
+
+@lru_cache(maxsize=1)
+def _articles() -> re.Pattern[str]:
+    return re.compile(words.whole_words("a|an|the", apostrophes=""))
 
 
 def exact(text: str, gold: str) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
 import pickle
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import llama_block, lora, norms, ops, prefix_tree, profiling, tree_attention
+from ppo_nlu import (
+    llama_block,
+    load_check,
+    lora,
+    norms,
+    ops,
+    prefix_tree,
+    profiling,
+    tree_attention,
+)
 from ppo_nlu.answers import parse
+from ppo_nlu.chat import Chat
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
+from ppo_nlu.decode_graph import Recorder
 from ppo_nlu.errors import UserError
+from ppo_nlu.load_check import choose_path
 from ppo_nlu.prefix_tree import Cost, Opening, State, Tokens
-from ppo_nlu.prompts import OPENING, STOP, answer, render
+from ppo_nlu.prompts import OPENING, STOP, Message, answer, render
 from ppo_nlu.tasks import TaskSpec
+from ppo_nlu.tokens import Codec
 
 VALUE_HEAD = "value_head.safetensors"  # beside the adapter
 BUNDLED = Path(__file__).resolve().parent / "assets" / "tiny"
@@ -60,65 +73,74 @@ class Policy:
     def __init__(self, model: Any, tokenizer: Any, value_head: ValueHead, cfg: ModelConfig):
         self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
         self.device = next(model.parameters()).device
-        self.decoder: nn.Module = model.base_model
+        self.decoder: nn.Module = load_check.decoder_of(model)
+        self.head_form = load_check.head_form(model, self.decoder)
         tree_attention.trim(self.decoder)
+        self.decoder.warn_if_padding_and_no_attention_mask = _no_warning
         self.detach_value = cfg.detach_value
-        self.tree = True
+        self.tree = True  # for rows that no window ends in
+        self.window = min(load_check.windows(self.config), default=None)
+        self.limit: int | None = None  # of the context, where it is not the model's own
         self.last_pass = Cost(0, 0, 0)
         self.checkpointing = False
-        self.graphs = False  # decode by recorded steps
+        self.recorder: Recorder | None = None  # decode by recorded steps
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self.stop = StopDetector(model, tokenizer)
+        self._codec: Codec | None = None
+        self._chat: Chat | None = None
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the decoder; of a model that reads pictures too, of its text."""
+        return self.decoder.config
 
     @property
     def context(self) -> int:
-        """The longest sequence the model was made for, in tokens."""
-        config = self.model.config
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if getattr(config, name, None):
-                return int(getattr(config, name))
-        return 2048
+        """The longest sequence that is run, in tokens: what the model was made for, or less."""
+        own = load_check.context_of(self.config)
+        return own if self.limit is None else min(own, self.limit)
+
+    def packs(self, longest: int) -> bool:
+        """Whether rows of at most so many tokens take the prefix tree."""
+        return self.tree and (self.window is None or longest <= self.window)
 
     @property
     def head(self) -> nn.Linear:
         """The LM head."""
-        return self.model.get_output_embeddings()
+        return load_check.head_of(self.model)
 
-    def chat(self, messages: list[dict[str, str]]) -> str:
-        """The messages in the model's own chat format, up to where its answer begins."""
-        if not getattr(self.tokenizer, "chat_template", None):
+    def chat(self, messages: Sequence[Message], shots: bool = False) -> str:
+        """The messages in the model's own chat format, up to where its answer begins; `shots`: the
+        rows have worked examples."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        if not template:
             raise UserError(
                 f"prompt.chat_template: {self.model.name_or_path!r} has no chat template; set it "
                 "to false, or take a chat model"
             )
-        try:
-            return self._in_chat_form(messages)
-        except Exception:  # many templates know no system turn: its text then opens the first user
-            first, second, *rest = messages
-            joined = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}
-            return self._in_chat_form([joined, *rest])
+        if self._chat is None or self._chat.template is not template:
+            self._chat = Chat(self.tokenizer, self.model.name_or_path)
+        return self._chat.render(messages, shots)
 
-    def _in_chat_form(self, messages: list[dict[str, str]]) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        # `encode` puts the opening token itself.
-        opening = self.tokenizer.bos_token or ""
-        first = self.tokenizer("a", add_special_tokens=True)["input_ids"][0]
-        return text.removeprefix(opening) if first == self.tokenizer.bos_token_id else text
+    @property
+    def codec(self) -> Codec:
+        """The tokenizer as texts go through it."""
+        if self._codec is None or self._codec.tokenizer is not self.tokenizer:
+            rows = self.model.get_input_embeddings().weight.shape[0]
+            self._codec = Codec(self.tokenizer, self.stop.eos, rows)
+        return self._codec
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole text, with the tokenizer's own opening token and no closing one."""
-        ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
-        if ids and ids[-1] in self.stop.eos and not text.endswith(self.decode(ids[-1:], False)):
-            ids = ids[:-1]
-        return ids
+        return self.codec.encode(text)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids."""
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
-        )
+        return self.codec.decode(ids, skip_special)
+
+    def seal(self, text: str) -> str:
+        """The text of a row, marked so that `encode` finds no control tokens in it."""
+        return self.codec.seal(text)
 
     def hidden(
         self,
@@ -128,7 +150,9 @@ class Policy:
         opening: Opening | None = None,
     ) -> tuple[Tensor, Tensor]:
         """States that predict the answers' tokens (N, H), row by row, and the mask (B, R)."""
-        tree = prefix_tree.build(prompts, answers, owners, self.tree, opening).to(self.device)
+        longest = max(map(len, prompts)) + max(map(len, answers), default=0)
+        tree = prefix_tree.build(prompts, answers, owners, self.packs(longest), opening)
+        tree = tree.to(self.device)
         self.last_pass = cost = tree.cost
         count = sum(map(len, answers))
         saved = cost.tokens_full - cost.tokens_run
@@ -174,14 +198,15 @@ class Policy:
             owners = range(len(answers)) if owners is None else owners
             hidden, mask = self._grown(trunk, answers, owners)
         targets = torch.tensor([t for a in answers for t in a], device=self.device)
-        head = self.head
+        head, form = self.head, self.head_form
         logprobs, entropy = ops.linear_logprobs(
             hidden,
             head.weight,
             targets,
             bias=getattr(head, "bias", None),
-            temperature=temperature,
+            temperature=temperature / form.scale,
             entropy_grad=entropy_grad,
+            softcap=form.cap and form.cap / form.scale,
         )
         critic = None
         if values:
@@ -194,7 +219,7 @@ class Policy:
         if not self.tree:
             return None
         with profiling.phase("prefill"):
-            found = prefix_tree.opening_of(self.decoder, prompts)
+            found = prefix_tree.opening_of(self.decoder, prompts, self.window)
             if found is not None:
                 n = len(found.tokens)
                 profiling.count(n, -n, pairs=n * (n + 1) // 2, wanted=1)
@@ -205,8 +230,13 @@ class Policy:
         return self.value_head(hidden.detach() if self.detach_value else hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (N, V) in fp32."""
-        return self.head(hidden).float()
+        """Logits (N, V) in fp32, not rounded on the way."""
+        raw = ops.linear_logits(hidden, self.head.weight, getattr(self.head, "bias", None))
+        return self.head_form.apply(raw)
+
+
+def _no_warning(*_: Any) -> None:
+    """GPT-2 would wait for the device at each pass, to warn of padding that a row has not."""
 
 
 def unflatten(values: Tensor, mask: Tensor) -> Tensor:
@@ -226,7 +256,7 @@ class StopDetector:
         listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         many = listed if isinstance(listed, list) else [listed]
         self.eos = {int(i) for i in [*many, tokenizer.eos_token_id] if i is not None}
-        size = model.config.vocab_size
+        size = load_check.text_config(model).vocab_size
         pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
         closing = [i for i, piece in enumerate(pieces) if piece is None or STOP[-1] in piece]
         self.may_end = torch.zeros(size, dtype=torch.bool)
@@ -267,16 +297,21 @@ def load_base(cfg: ModelConfig) -> tuple[Any, Any]:
         raise UserError(f"model.name_or_path: there is no folder {path}; check the path")
     else:
         options["local_files_only"] = not hub_answers(name)
+    options_of_model = options | {
+        "dtype": DTYPES[cfg.dtype],
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # told below
+    }
+    load = AutoModelForCausalLM.from_pretrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=DTYPES[cfg.dtype],
-            attn_implementation=cfg.attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below
-            **options,
-        )
+        try:
+            loaded: Any = load(name, attn_implementation=cfg.attention, **options_of_model)
+        except ValueError as error:
+            if cfg.attention == "eager" or "attention implementation" not in str(error):
+                raise
+            loaded = load(name, attn_implementation="eager", **options_of_model)
+            tell(f"attention is eager: {cfg.name_or_path} has no {cfg.attention}")
     except Exception as error:  # whatever a broken folder makes of the library
         raise UserError(
             f"model.name_or_path: cannot load {cfg.name_or_path!r} ({reason_of(error)}); give a "
@@ -334,19 +369,28 @@ def pick_device(name: str) -> torch.device:
 def load_policy(cfg: Config) -> Policy:
     """The base with fresh LoRA layers (zero at the start) and a fresh value head, from `seed`."""
     model, tokenizer = load_base(cfg.model)
+    asked = cfg.data.max_prompt_tokens and cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    limit, note = load_check.limit_of(model, asked)
+    tell(note)
+    reference = load_check.Reference.of(model, tokenizer, min(limit, asked or limit))
     torch.manual_seed(cfg.seed)
-    lora.attach(model, cfg.lora)
+    lora.attach(model, cfg.lora, idle=reference.idle)
     norms.attach(model)
-    llama_block.attach(model.base_model)
+    llama_block.attach(load_check.decoder_of(model))
+    width = load_check.head_of(model).in_features
+    head = ValueHead(width, cfg.model.value_head, cfg.model.value_hidden)
+    policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)
+    policy.tree = choose_path(policy, cfg.model.path, reference)
+    policy.limit = limit
+    if policy.tree and load_check.longest_row(policy, reference) is not None:
+        policy.limit = policy.window
+        tell(f"rows end at {policy.window} tokens, the window of this model's attention")
     if cfg.init_from:
         # Start from a trained adapter, which as a frozen copy is the reference too.
         lora.load_adapter(model, adapter_folder(cfg.init_from))
         lora.freeze_reference(model)
-    hidden = model.config.hidden_size
-    head = ValueHead(hidden, cfg.model.value_head, cfg.model.value_hidden)
-    policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)
-    policy.tree = choose_path(policy, cfg.model.path)
-    policy.graphs = policy.tree and policy.device.type == "cuda" and cfg.rollout.cuda_graph
+    if policy.tree and policy.device.type == "cuda" and cfg.rollout.cuda_graph:
+        policy.recorder = Recorder(policy.decoder)
     if cfg.model.checkpointing:
         if not policy.tree:
             raise UserError(
@@ -356,6 +400,12 @@ def load_policy(cfg: Config) -> Policy:
         policy.checkpointing = True
         tree_attention.checkpoint_blocks(policy.decoder)
     return policy
+
+
+def tell(note: str | None) -> None:
+    """A line about the model for the user; on stderr, since stdout may be for answers."""
+    if note:
+        print(f"model: {note}", file=sys.stderr, flush=True)
 
 
 def adapter_folder(path: str) -> Path:
@@ -373,84 +423,6 @@ def trainable(policy: Policy) -> list[nn.Parameter]:
     return [*lora.lora_parameters(policy.model), *policy.value_head.parameters()]
 
 
-def choose_path(policy: Policy, wanted: str) -> bool:
-    """Whether the prefix tree may be used: three ragged answers to two prompts, which share a
-    prefix, go through it, in one pass and token by token, and, alone, through HF.
-
-    A model whose window is shorter than its context, or whose cache holds more than plain keys and
-    values, takes the plain path. A plain path that differs from the model's own logits is an error.
-    """
-    ids = policy.encode("The film is good, and long. Now judge the opinion of the sentence.")
-    ids = (ids * 40)[:60]
-    size = policy.model.config.vocab_size
-    other = [(i * 7 + 3) % size for i in range(9)]
-    prompts = [ids[: prefix_tree.HEAD_COST + 28], [*ids[: prefix_tree.HEAD_COST + 22], *other]]
-    answers, owners = [ids[50:55], other[:3], other[3:7]], [0, 0, 1]
-    rows = zip(owners, answers, strict=True)
-    wanted_logits = torch.cat([_alone(policy, prompts[p], a) for p, a in rows])
-
-    def gap(tree: bool) -> float:
-        policy.tree = tree
-        try:
-            found, _ = policy.hidden(prompts, answers, owners)
-            again = _decoded(policy, prompts, answers, owners) if tree else found
-        except Exception:
-            if not tree:
-                raise
-            return math.inf  # an architecture that attends in its own way
-        both = torch.cat([policy.logits(found), policy.logits(again)])
-        return float((both - wanted_logits.repeat(2, 1)).abs().max())
-
-    exact = policy.head.weight.dtype == torch.float32
-    # In low precision every layer rounds; what is looked for is a wrong path, not a rounding.
-    bound = 1e-3 if exact else 0.1 * float(wanted_logits.abs().max())
-    possible = policy.takes_positions and not _has_window(policy.model.config)
-    with torch.no_grad():
-        if wanted != "plain" and possible and gap(True) <= bound:
-            return True
-        if wanted == "tree":
-            raise UserError("model.path: the prefix tree changes this model's logits; use auto")
-        if gap(False) > bound:
-            raise UserError(
-                f"model.name_or_path: {policy.model.config.model_type} gives other logits behind "
-                "padding or a head of its own; this architecture is not supported"
-            )
-    return False
-
-
-def _decoded(
-    policy: Policy, prompts: Sequence[Tokens], answers: Sequence[Tokens], owners: Sequence[int]
-) -> Tensor:
-    """The states that predict the answers' tokens (N, H), run token by token behind the prompts."""
-    tree = prefix_tree.build(prompts).to(policy.device)
-    flat, state = prefix_tree.run(policy.decoder, tree, keep=True)
-    longest = max(map(len, answers))
-    cache = state.start(owners, longest - 1)
-    place = torch.tensor([tree.lengths[p] for p in owners], device=policy.device)
-    states = [flat[tree.ends[list(owners)]]]
-    for step in range(longest - 1):
-        token = torch.tensor([a[min(step, len(a) - 1)] for a in answers], device=policy.device)
-        states.append(cache.step(policy.decoder, token, place + step))
-    table = torch.stack(states, dim=1)
-    return torch.cat([table[row, : len(answer)] for row, answer in enumerate(answers)])
-
-
-def _alone(policy: Policy, prompt: Tokens, reply: Tokens) -> Tensor:
-    """The model's own logits (R, V) for one row without padding, fp32."""
-    row = torch.tensor([[*prompt, *reply[:-1]]], device=policy.device)
-    with torch.no_grad():
-        return policy.model(input_ids=row, use_cache=False).logits[0, -len(reply) :].float()
-
-
-def _has_window(config: Any) -> bool:
-    """Whether some layer sees only a window shorter than the context, or is no plain attention."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True)
-    context = getattr(config, "max_position_embeddings", 0)
-    return kinds != {"full_attention"} or bool(window and used and window < context)
-
-
 def check_words(policy: Policy, spec: TaskSpec, style: PromptConfig | None = None) -> None:
     """Each label word and the closing tag must survive the tokenizer; else a UserError."""
     form = (style or PromptConfig()).form
@@ -458,7 +430,7 @@ def check_words(policy: Policy, spec: TaskSpec, style: PromptConfig | None = Non
     prompt = render(spec, fields, form=form)
     for word in spec.words or ("a film",):
         wanted = answer(word, form)
-        text = policy.decode(policy.encode(prompt + wanted))
+        text = policy.decode(policy.encode(prompt + answer(policy.seal(word), form)))
         reply = text.rpartition(OPENING[form])[2]
         if parse(spec, reply, form) != word or STOP not in reply:
             raise UserError(

@@ -101,6 +101,7 @@ def linear_logprobs(
     lora_b: Tensor | None = None,
     scaling: float = 1.0,
     entropy_grad: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log π(target) and the entropy of softmax((h Wᵀ + b)/τ), without the (N, V) logits in memory.
 
@@ -110,6 +111,10 @@ def linear_logprobs(
     product; without it an entropy gradient that is asked for comes from recomputed blocks. A
     trainable head (or bias, or a LoRA of the head) takes the recomputing path throughout.
 
+    With a `softcap` c (Gemma 2, arXiv 2408.00118) the logits are c · tanh((h Wᵀ + b)/c) before τ:
+    in torch on every device, with a frozen head without LoRA, the entropy's gradient with
+    `entropy_grad` alone.
+
     Args: hidden (N, H), weight (V, H), targets (N,) integers in [0, V), bias (V,) or None;
         lora_a (r, H) and lora_b (V, r) add s · (h Aᵀ) Bᵀ to the logits, s being `scaling`.
     Returns: logprobs (N,), entropy (N,), fp32 (float64 for float64 inputs).
@@ -117,6 +122,14 @@ def linear_logprobs(
     _check_rows(hidden, targets, temperature, "hidden")
     _check_head(hidden, weight, bias, lora_a, lora_b)
     _check_targets(targets, weight.shape[0])
+    if softcap is not None:
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trained or lora_a is not None or not softcap > 0:
+            raise ValueError("softcap takes a number above 0 and a frozen head without LoRA")
+        with _without_autocast(hidden):
+            return torch_logprobs.capped_logprobs(
+                hidden, weight, targets.long(), bias, temperature, softcap, entropy_grad
+            )
     args = (hidden, weight, targets.long(), bias, float(temperature))
     named: dict[str, Any] = {"lora_a": lora_a, "lora_b": lora_b, "scaling": float(scaling)}
     named["entropy_grad"] = entropy_grad
@@ -124,6 +137,19 @@ def linear_logprobs(
         if choose_backend(hidden) == "triton":
             return _launch("linear_logprobs", *args, **named)
         return torch_logprobs.linear_logprobs(*args, **named)
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """h Wᵀ + b in fp32 without a rounding to the dtype of h on the way.
+
+    What is sampled from these logits comes from the distribution that `linear_logprobs` scores.
+
+    Args: hidden (N, H), weight (V, H), bias (V,) or None.
+    Returns: (N, V), fp32 (float64 for float64 inputs).
+    """
+    _check_head(hidden, weight, bias, None, None)
+    with _without_autocast(hidden):
+        return torch_logprobs.linear_logits(hidden, weight, bias)
 
 
 def token_logprobs(

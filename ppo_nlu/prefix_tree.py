@@ -372,10 +372,14 @@ def run(
 
 
 @torch.no_grad()
-def opening_of(decoder: nn.Module, prompts: Sequence[Tokens]) -> Opening | None:
-    """What all of these prompts begin with, run once; None where that is too little."""
+def opening_of(
+    decoder: nn.Module, prompts: Sequence[Tokens], most: int | None = None
+) -> Opening | None:
+    """What all of these prompts begin with, up to `most` tokens, run once; None where that is too
+    little."""
     size = min((common(prompts[0], p) for p in prompts), default=0)
     size = min([size, *(len(p) - 1 for p in prompts)])
+    size = size if most is None else min(size, most)
     if size < HEAD_COST:
         return None
     tokens = list(prompts[0][:size])
@@ -485,7 +489,7 @@ def select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """A cache of these rows; plain layers are left as they are, for other callers."""
     layers: list[Any] = cache.layers
     if any(type(layer) is not DynamicLayer for layer in layers):
-        cache.batch_select_indices(rows)  # a window's layers keep a state of their own
+        cache.reorder_cache(rows)  # type: ignore[arg-type]  # layers with a window or a recurrent state keep more
         return cache
     taken = DynamicCache()
     for old in layers:

@@ -130,7 +130,7 @@ class Weights:
 
 def weights_of(policy: Any) -> Weights:
     """Those of a `model.Policy`: the matrices of its blocks (an embedding is a look-up)."""
-    head, config = policy.head.weight, policy.model.config
+    head, config = policy.head.weight, policy.config
     blocks, adapters = _matrices(policy.model, head)
     parts = [m for m in policy.model.modules() if getattr(m, "trimmed", False)]
     trimmed = [_matrices(part, head) for part in parts]

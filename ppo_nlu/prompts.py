@@ -7,9 +7,11 @@ evaluation and submission all take their prompts and their answers from here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from ppo_nlu.tasks import Example, TaskSpec
 
+Message: TypeAlias = dict[str, str]  # with a role and a content, as chat templates read them
 STOP = "</Judgement>"
 # What the prompt ends with, so that the model goes on inside it.
 OPENING = {"judgement": "<Judgement>", "analysis": "<Analysis>"}
@@ -23,15 +25,19 @@ def render(
 ) -> str:
     """The prompt for one row behind `shots` worked examples; it ends with the opening tag, so the
     answer opens with a space."""
-    blocks = "".join(
-        f"[Prompt:\n{query(spec, shot.fields)}\nAssistant:\n{worked(spec, shot, form)}]\n"
-        for shot in shots
-    )
-    examples = f"Here are {len(shots)} examples.\n{blocks}" if shots else ""
+    examples = _blocks([(query(spec, s.fields), worked(spec, s, form)) for s in shots])
     return (
         f"System_prompt:\n{system(spec, fields, form)}\n{examples}"
         f"Prompt:\n{query(spec, fields)}\nAssistant:\n{OPENING[form]}"
     )
+
+
+def _blocks(pairs: Sequence[tuple[str, str]]) -> str:
+    """Worked examples, written out."""
+    if not pairs:
+        return ""
+    blocks = "".join(f"[Prompt:\n{asked}\nAssistant:\n{said}]\n" for asked, said in pairs)
+    return f"Here are {len(pairs)} examples.\n{blocks}"
 
 
 def turns(
@@ -39,13 +45,20 @@ def turns(
     fields: Mapping[str, str],
     shots: Sequence[Example] = (),
     form: str = "judgement",
-) -> list[dict[str, str]]:
+) -> list[Message]:
     """The same as messages for a chat template; the answer then goes on behind `OPENING[form]`."""
     found = [{"role": "system", "content": system(spec, fields, form)}]
     for shot in shots:
         found.append({"role": "user", "content": query(spec, shot.fields)})
         found.append({"role": "assistant", "content": worked(spec, shot, form)})
     return [*found, {"role": "user", "content": query(spec, fields)}]
+
+
+def written_out(messages: Sequence[Message]) -> str:
+    """The messages that `turns` gives as one text: for a template that keeps only one of them."""
+    first, *shots, last = (message["content"] for message in messages)
+    examples = _blocks(list(zip(shots[::2], shots[1::2], strict=True)))
+    return f"{first}\n\n{examples}{last}"
 
 
 def system(spec: TaskSpec, fields: Mapping[str, str], form: str = "judgement") -> str:

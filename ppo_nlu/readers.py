@@ -13,6 +13,7 @@ import gzip
 import json
 import re
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
-from ppo_nlu.errors import UserError
+from ppo_nlu.errors import UserError, quoted
+from ppo_nlu.prompts import STOP
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
+from ppo_nlu.words import fold, is_empty, twice, whole_words
 
 MALFORMED = "malformed"
 NO_GOLD = "without a gold label"
+LONGEST_CELL = 2**31 - 1  # the most that the csv module takes on every system; it stops at 2**17
 
 Row = tuple[int, dict[str, str]]  # line number and cells by column
 
@@ -186,7 +190,7 @@ def whole(value: Any, where: str) -> int:
     try:
         return int(value)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: {value!r} is no row number; give a whole number") from None
+        raise UserError(f"{where}: {quoted(value)} is no row number; give a whole number") from None
 
 
 # ---- JSON lines
@@ -274,7 +278,7 @@ def _record(spec: TaskSpec, split: str, path: Path) -> Split:
             index, asked = whole(query["idx"], where), text_cell(query, "query", where)
             known: dict[str, Any] = {"idx": index}
             if "answers" in query:
-                known["answers"] = list(dict.fromkeys(a["text"] for a in query["answers"]))
+                known["answers"] = _gold_spans(query["answers"], where)
             elif split != "test":
                 raise KeyError("answers")
             for count, entity in enumerate(entities):
@@ -290,6 +294,14 @@ def _record(spec: TaskSpec, split: str, path: Path) -> Split:
         return examples
 
     return Split(_objects(path, build))
+
+
+def _gold_spans(answers: Sequence[Mapping[str, Any]], where: str) -> list[str]:
+    """The distinct right names for a query; UserError where there is none, or an empty one."""
+    found = list(dict.fromkeys(text_cell(answer, "text", where) for answer in answers))
+    if not found or any(map(is_empty, found)):
+        raise UserError(f"{where}: a query has no answer, or an empty one; mend or drop the row")
+    return found
 
 
 def plain_article(text: str) -> str:
@@ -335,9 +347,11 @@ def mark(text: str, phrase: str, index: int) -> tuple[str, str]:
     """
     starts = [token.start() for token in re.finditer(r"\S+", text)]
     words = r"\s+".join(map(re.escape, phrase.split()))
+    # An apostrophe parts words: a pronoun is one in "it's".
+    pattern = whole_words(words, apostrophes="")
     found = []
-    for match in re.finditer(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE) if words else ():
-        token = sum(start <= match.start() for start in starts) - 1
+    for match in re.finditer(pattern, text, re.IGNORECASE) if words else ():
+        token = bisect_right(starts, match.start()) - 1
         other_case = match[0].split() != phrase.split()
         found.append((token != index, other_case, abs(token - index), match.start(), match.end()))
     if not found:
@@ -365,12 +379,12 @@ def _custom(spec: TaskSpec, split: str, path: Path) -> Split:
                 "custom.label_column"
             )
         value = row.get(spec.label_column)
-        if split == "test" and not value:
+        if split == "test" and is_empty(value or ""):
             value = None
         extra: dict[str, Any] = {"idx": place} if split == "test" else {}
         id_ = str(place) if split == "test" else f"{split}-{place}"
-        if row.get(spec.rationale):
-            extra["rationale"] = row[spec.rationale]
+        if not is_empty(row.get(spec.rationale, "")):
+            extra["rationale"] = _without_tags(row[spec.rationale], spec.rationale, where)
         fields = {name: row[name] for name in spec.fields}
         if spec.reward not in REWARD_KINDS:
             extra["row"] = dict(row)  # the user's own function may ask for any column
@@ -414,14 +428,14 @@ def input_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
 
 
 def _txt_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
-    for number, line in numbered_lines(path):
+    for number, line in _without_end(numbered_lines(path)):
         if not line.strip():
             raise UserError(f"{path}:{number}: an empty line; every line must be a sentence")
         yield number, {spec.fields[0]: bare(line)}
 
 
 def _tsv_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
-    rows = ((number, bare(line).split("\t")) for number, line in numbered_lines(path))
+    rows = ((number, bare(line).split("\t")) for number, line in _without_end(numbered_lines(path)))
     return _named_rows(path, spec, rows)
 
 
@@ -431,6 +445,7 @@ def _csv_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
 
 def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The line number (of the last line) and the cells of every row that is not empty."""
+    csv.field_size_limit(LONGEST_CELL)  # for the whole process; there is no other way
     reader = csv.reader((line for _, line in numbered_lines(path)), strict=True)
     try:
         for cells in reader:
@@ -465,11 +480,22 @@ def _jsonl_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The numbered objects of a JSON-lines file."""
-    for number, line in numbered_lines(path):
+    """The numbered objects of a JSON-lines file. Empty lines may stand at its end only."""
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise UserError(f"{where}: the key {quoted(twice(k for k, _ in pairs))} {_TWICE}")
+        return found
+
+    for number, line in _without_end(numbered_lines(path)):
         where = f"{path}:{number}"
+        if not line.strip():
+            raise UserError(f"{where}: an empty line; give one object a line")
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=distinct)
+        except UserError:
+            raise
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON: {error}; give one object a line") from error
         if not isinstance(row, dict):
@@ -555,18 +581,36 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: cannot be read: {reason}") from error
 
 
+def _without_end(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """The lines without empty ones at the end of the file."""
+    empty: list[tuple[int, str]] = []
+    for number, line in lines:
+        if line.strip(" \r\n"):
+            yield from empty
+            empty = []
+            yield number, line
+        else:
+            empty.append((number, line))
+
+
 def bare(line: str) -> str:
     """The line without its end."""
     return line.removesuffix("\n").removesuffix("\r")
 
 
 def check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
-    """A UserError where a wanted column is not there."""
+    """A UserError where a wanted column is not there, or where two have the same name."""
+    same = twice(name for name in columns if name.strip() or name in wanted)
+    if same is not None:
+        raise UserError(f"{path}:1: the column {quoted(same)} {_TWICE}")
     if [name for name in wanted if name not in columns]:
         raise UserError(
             f"{path}:1: the header has the columns {', '.join(columns) or '(none)'}; "
             f"wanted are {', '.join(wanted)}"
         )
+
+
+_TWICE = "is there twice; rename one or drop it"
 
 
 def gold(spec: TaskSpec, value: str | None, where: str, words: bool = False) -> str | None:
@@ -575,18 +619,20 @@ def gold(spec: TaskSpec, value: str | None, where: str, words: bool = False) -> 
     if value is None:
         return None
     if spec.kind == "text":
-        return value.strip()
+        if is_empty(value):
+            raise UserError(f"{where}: {spec.label_column!r} is empty; mend or drop the row")
+        return _without_tags(value, spec.label_column, where).strip()
     if spec.rating:
         return _rated(spec, value, where)
     known = {label.value: label.word for label in spec.labels}
     if words:
-        known = {word.lower(): word for word in spec.words} | known
+        known = {fold(word): word for word in spec.words} | known
     plain = value.strip()
-    loose = plain.lower() if words or plain.lower() in ("true", "false") else plain
+    loose = fold(plain) if words or plain.lower() in ("true", "false") else plain
     word = known.get(plain, known.get(loose))
     if word is None:
         allowed = ", ".join(label.value for label in spec.labels)
-        what = f"{spec.title} has no label {value!r}; it has {allowed}"
+        what = f"{spec.title} has no label {quoted(value)}; it has {allowed}"
         mend = "; add it to custom.labels or drop the rows" if spec.reader == "custom" else ""
         raise UserError(f"{where}: {what}{mend}")
     return word
@@ -599,5 +645,16 @@ def _rated(spec: TaskSpec, value: str, where: str) -> str:
     except ValueError:
         inside = False
     if not inside:
-        raise UserError(f"{where}: {value!r} is not {spec.allowed}; mend or drop the row")
+        raise UserError(f"{where}: {quoted(value)} is not {spec.allowed}; mend or drop the row")
     return value.strip()
+
+
+def _without_tags(text: str, column: str, where: str) -> str:
+    """The text of an answer or of its reason, which must not hold what ends it."""
+    tag = next((tag for tag in (STOP, "<Judgement>", "</Analysis>") if tag in text), None)
+    if tag:
+        raise UserError(
+            f"{where}: {column!r} holds {tag}, which parts an answer from its reason; "
+            "take it out, or drop the row"
+        )
+    return text

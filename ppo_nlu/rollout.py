@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ from ppo_nlu.prefix_tree import State
 from ppo_nlu.prompts import OPENING, render, turns
 from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tokens import TextError
 from ppo_nlu.updates import Metrics
 
 EXACT = 1e-4  # decode and training pass may be this far apart and still count as the same
@@ -88,8 +89,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A prompt that fits: its text and token ids, whether a field was cut for it, and how many
-    worked examples were left out."""
+    """A prompt that fits: its text (with the marks of `tokens`, for `encode`) and token ids,
+    whether a field was cut for it, and how many worked examples were left out."""
 
     text: str
     ids: list[int]
@@ -110,7 +111,20 @@ def fit_prompt(
     Where it is too long, worked examples go first, whole, from the last on; then the end of the
     longest text field is cut, never the form around it.
     """
-    style = style or PromptConfig()
+    try:
+        return _fitted(policy, spec, example, longest, style or PromptConfig(), shots)
+    except TextError as error:
+        raise UserError(f"{spec.name} {example.id or 'probe'}: {error}") from error
+
+
+def _fitted(
+    policy: Policy,
+    spec: TaskSpec,
+    example: Example,
+    longest: int,
+    style: PromptConfig,
+    shots: Sequence[Example],
+) -> Fitted:
     kept = demonstrations.shown_to(spec, example, shots, style.shots)
     wanted, fields = len(kept), dict(example.fields)
     text, ids = _encoded(policy, spec, fields, kept, style)
@@ -126,7 +140,7 @@ def fit_prompt(
                 f"data.max_prompt_tokens: the prompt of {spec.name} alone needs {len(ids)} tokens, "
                 f"but {longest} are allowed; raise it or take a model with a longer context"
             )
-        share = len(policy.encode(body)) or 1
+        share = len(policy.encode(policy.seal(body))) or 1
         keep = int(len(body) * max(share - (len(ids) - longest), 0) / share)
         fields[name] = body[: min(keep, len(body) - 1)].rstrip()
         text, ids = _encoded(policy, spec, fields, kept, style)
@@ -140,12 +154,24 @@ def _encoded(
     shots: Sequence[Example],
     style: PromptConfig,
 ) -> tuple[str, list[int]]:
+    fields = {name: policy.seal(text) for name, text in fields.items()}
+    shots = [sealed(policy, shot) for shot in shots]
     if style.chat_template:
         messages = turns(spec, fields, shots, style.form)
-        text = policy.chat(messages) + OPENING[style.form]
+        text = policy.chat(messages, style.shots > 0) + OPENING[style.form]
     else:
         text = render(spec, fields, shots, style.form)
     return text, policy.encode(text)
+
+
+def sealed(policy: Policy, example: Example) -> Example:
+    """The row with its texts marked as plain text: no control token is meant in them."""
+    label = None if example.label is None else policy.seal(example.label)
+    extra = dict(example.extra)
+    if "rationale" in extra:
+        extra["rationale"] = policy.seal(extra["rationale"])
+    fields = {name: policy.seal(text) for name, text in example.fields.items()}
+    return replace(example, fields=fields, label=label, extra=extra)
 
 
 def longest_prompt(policy: Policy, cfg: Config, room: int) -> int:

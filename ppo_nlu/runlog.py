@@ -70,14 +70,14 @@ class MetricsLog:
 
     def truncate_after(self, step: int) -> list[str]:
         """On resume: drop the lines of later steps, which will be run again, and torn ones; what
-        is to be told, such as the steps up to `step` that have no line."""
+        is to be told, such as the steps up to `step` that have no line. A link becomes a file."""
         self._close_file()
         with write_errors(self.path):
             lines = self.path.read_bytes().splitlines(True) if self.path.exists() else []
         places = [_step_of(line) for line in lines]
         both = zip(places, lines, strict=True)
         kept = {int(place): line for place, line in both if place <= step}
-        if lines != [kept[at] for at in sorted(kept)]:
+        if lines != [kept[at] for at in sorted(kept)] or self.path.is_symlink():
             atomic_write_bytes(self.path, b"".join(kept[at] for at in sorted(kept)))
         told = []
         if torn := sum(place == math.inf for place in places):

@@ -19,7 +19,7 @@ from ppo_nlu.lora import lora_parameters
 from ppo_nlu.model import Policy
 from ppo_nlu.optim import clip_gradients
 from ppo_nlu.prompts import gold_answer
-from ppo_nlu.rollout import fit_prompt, longest_prompt
+from ppo_nlu.rollout import fit_prompt, longest_prompt, sealed
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.updates import BadStep, Budget, Metrics, accumulate
 
@@ -86,7 +86,7 @@ def targets(
 ) -> tuple[list[int], list[int], tuple[int, int]]:
     """Token ids to read and token ids to learn, tokenised as one text; prompts cut and worked
     examples dropped for them."""
-    wanted = gold_answer(spec, example, cfg.prompt.form)
+    wanted = gold_answer(spec, sealed(policy, example), cfg.prompt.form)
     room = max(cfg.rollout.max_new_tokens, len(policy.encode(wanted)))
     longest = longest_prompt(policy, cfg, room)
     shots = demonstrations.of(spec, cfg)

@@ -28,7 +28,8 @@ from ppo_nlu.answers import parse
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
-from ppo_nlu.model import Policy, ValueHead, check_words, choose_path, load_base
+from ppo_nlu.load_check import choose_path
+from ppo_nlu.model import Policy, ValueHead, check_words, load_base
 from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of

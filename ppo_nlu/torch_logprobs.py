@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _FLOOR = -1e5  # exp(-1e5) is exactly 0 and 0 · -1e5 is 0, where 0 · -inf would be NaN
+_WIDENED = 1 << 20  # weights that are turned to fp32 at a time, which the cache holds
+_CAPPED = 1 << 23  # logits that are in memory at a time where they are soft-capped
 
 
 def linear_logprobs(
@@ -42,6 +44,38 @@ def linear_logprobs(
     if lora_a is None and not _wants_grad(weight, bias):
         return _LinearLogprobsFrozen.apply(hidden, targets, entropy_grad, *head)
     return _LinearLogprobsTrainable.apply(hidden, targets, *head)
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden Wᵀ + bias (N, V) in fp32, rounded nowhere on the way.
+
+    A product of bf16 matrices would round each logit to 8 bits. Where no gradient is asked for, W
+    is widened a block at a time.
+    """
+    dtype = _accumulator(hidden.dtype)
+    if hidden.dtype == weight.dtype == dtype or _wants_grad(hidden, weight, bias):
+        bias = None if bias is None else bias.to(dtype)
+        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
+    head, chunk = Head(weight, bias, None, None, 1.0, 1.0), hidden.to(dtype)
+    out = torch.empty(len(hidden), weight.shape[0], dtype=dtype, device=hidden.device)
+    for entries in _slices(weight.shape[0], _WIDENED // max(weight.shape[1], 1)):
+        head.logits(chunk, None, entries, out[:, entries])
+    return out
+
+
+def capped_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log π(target) and entropy, (N,) each, of softmax(c tanh((hidden Wᵀ + bias)/c)/τ), c being
+    `softcap`; W is frozen. An entropy gradient is there with `entropy_grad` alone."""
+    args = (hidden, weight, targets, bias, temperature, softcap, entropy_grad)
+    return _CappedLogprobs.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def token_logprobs(
@@ -373,6 +407,59 @@ class _LinearLogprobsTrainable(torch.autograd.Function):
                 _recompute((hidden, targets), head, stats, upstream, grads)
         cast = [None if g is None else g.to(t.dtype) for g, t in zip(grads, sources, strict=True)]
         return cast[0], None, *cast[1:], None, None
+
+
+# ---- logits with a soft cap
+
+
+class _CappedLogprobs(torch.autograd.Function):
+    """A few rows at a time. With z = c tanh(x/c), dz/dx = 1 − (z/c)², and for a row
+    U = Σᵥ (1[v=y] − pᵥ) dzᵥ/dxᵥ Wᵥ/τ and E = −Σᵥ pᵥ (log pᵥ + entropy) dzᵥ/dxᵥ Wᵥ/τ."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, temperature, softcap, entropy_grad):  # type: ignore[override]
+        dtype = _accumulator(hidden.dtype)
+        count = (2 if entropy_grad else 1) if ctx.needs_input_grad[0] else 0
+        directions = torch.zeros(count, *hidden.shape, dtype=dtype, device=hidden.device)
+        found = torch.empty(2, len(hidden), dtype=dtype, device=hidden.device)
+        for rows in _slices(len(hidden), _CAPPED // max(weight.shape[0], 1)):
+            z = linear_logits(hidden[rows], weight, bias).div_(softcap).tanh_()
+            slope = (1 - z * z).div_(temperature)
+            logp = z.mul_(softcap / temperature).log_softmax(-1)
+            p, own = logp.exp(), targets[rows, None]
+            entropy = -(p * logp).sum(-1)
+            found[:, rows] = torch.stack((logp.gather(1, own)[:, 0], entropy))
+            if count:
+                chosen = (-p).scatter_add_(1, own, torch.ones_like(p[:, :1]))
+                _multiply(chosen.mul_(slope), weight, directions[0, rows])
+            if count == 2:
+                spread = (logp + entropy[:, None]).mul_(p).neg_()
+                _multiply(spread.mul_(slope), weight, directions[1, rows])
+        ctx.save_for_backward(directions)
+        ctx.dtype = hidden.dtype
+        ctx.set_materialize_grads(False)
+        return found[0].clone(), found[1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
+        (directions,) = ctx.saved_tensors
+        grad = torch.zeros_like(directions[0])
+        grads = _used(grad_logprobs, grad.dtype), _used(grad_entropy, grad.dtype)
+        assert grads[1] is None or len(directions) == 2, "the entropy's gradient: entropy_grad=True"
+        for direction, g in zip(directions, grads, strict=False):
+            if g is not None:
+                grad.addcmul_(direction, g[:, None])
+        return grad.to(ctx.dtype), *(None,) * 6
+
+
+def _multiply(terms: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Add terms (C, V) times W (V, H) to out (C, H), W widened a block at a time."""
+    step = weight.shape[0]
+    if weight.dtype != out.dtype:
+        step = _WIDENED // max(weight.shape[1], 1)
+    for entries in _slices(weight.shape[0], step):
+        out.addmm_(terms[:, entries], weight[entries].to(out.dtype))
 
 
 # ---- token_logprobs

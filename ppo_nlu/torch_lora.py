@@ -90,7 +90,8 @@ def _forward(
     for weight, bias, lora_b, factor, part in members:
         part.mul_(factor)
         y = F.linear(rows, weight, bias).addmm_(part, lora_b.to(x.dtype).t())
-        ys.append(y.view(*x.shape[:-1], weight.shape[0]))
+        # No view: a block may work in place on what it gets (Falcon's does).
+        ys.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]))
     return tuple(ys), low
 
 

@@ -301,7 +301,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
         evaluate.require_fit(learner.model, spec, cfg)
     tree = ""
     if isinstance(learner.model, Policy):
-        tree = ", prefix tree" if learner.model.tree else ", plain path (one padded row a prompt)"
+        tree = f", {path_of(learner.model)}"
     print(f"model: {cfg.model.name_or_path} on {learner.model.device}{tree}")
     optimizer = optim.build_optimizer(cfg.optim, *learner.parameters())
     train_rows = {name: found.examples for name, found in rows.items()}
@@ -319,6 +319,15 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     return Run(
         cfg, specs, folder, learner, optimizer, train_rows, held, source, rows, made_of=made_of
     )
+
+
+def path_of(policy: Policy) -> str:
+    """How the model is run, for the user."""
+    if not policy.tree:
+        return "plain path (one padded row a prompt)"
+    if policy.window is None or policy.window >= policy.context:
+        return "prefix tree"
+    return f"prefix tree for rows of up to {policy.window:,} tokens, else one padded row a prompt"
 
 
 def plan_memory(learner: Learner, examples: list[Example]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, TypeAlias
@@ -193,13 +193,18 @@ def attention(
     if window and window < tree.reach:
         raise NotImplementedError(f"the prefix tree knows plain attention only, no window {window}")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # they may come in two dtypes; none is cast below
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     size = v.shape[-1]
     if size < q.shape[-1]:  # multi-head latent attention: its values are smaller
         v = torch.nn.functional.pad(v, (0, q.shape[-1] - size))
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(tree, TreeCache):
-        return tree.attend(layer, q, k, v, scale)[None, ..., :size], None
+        with _without_autocast(kind):
+            return tree.attend(layer, q, k, v, scale)[None, ..., :size], None
     if tree.keep is not None:
         if layer != len(tree.keep):
             raise NotImplementedError("the prefix tree needs one attention a layer, in their order")
@@ -210,6 +215,11 @@ def attention(
 
 
 AttentionInterface.register(NAME, attention)
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[object]:
+    """Entering a region costs 20 µs, so only where there is one."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @contextmanager
@@ -298,7 +308,8 @@ class _TreeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, tree: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, *past: Tensor
     ) -> Tensor:
-        out, lse = attend(tree, scale, q, k, v, past)
+        with _without_autocast(q.device.type):
+            out, lse = attend(tree, scale, q, k, v, past)
         ctx.save_for_backward(q, k, v, out, lse, *past)
         ctx.tree, ctx.scale = tree, scale
         return out
@@ -307,7 +318,8 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *past = ctx.saved_tensors
         into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        older = attend_backward(ctx.tree, ctx.scale, grads[0], q, k, v, out, lse, past, into)
+        with _without_autocast(q.device.type):
+            older = attend_backward(ctx.tree, ctx.scale, grads[0], q, k, v, out, lse, past, into)
         return None, None, *into, *older
 
 
@@ -477,11 +489,16 @@ def partial_attention(
         )
     scores = _scores(q, k, causal, bias, scale)
     lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+    return ((scores - lse[..., None]).exp() @ v.to(lse.dtype)).to(v.dtype), lse
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32 at least: a product of bf16 tensors would round what it has summed."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None, scale: float) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)).float() * scale
+    scores = _wide(q) @ _wide(k).transpose(-1, -2) * scale
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
         scores = scores.masked_fill(later, -math.inf)
@@ -506,11 +523,13 @@ def _backward(
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
     weights = (_scores(q, k, causal, bias, scale) - lse[..., None]).exp()
-    d_weights = (grad @ v.transpose(-1, -2)).float()
-    inner = (grad.float() * out.float()).sum(-1, keepdim=True)
-    d_scores = (weights * (d_weights - inner) * scale).to(q.dtype)
-    weights = weights.to(q.dtype)
-    return d_scores @ k, d_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
+    d_out = _wide(grad)
+    d_weights = d_out @ _wide(v).transpose(-1, -2)
+    inner = (d_out * _wide(out)).sum(-1, keepdim=True)
+    d_scores = weights * (d_weights - inner) * scale
+    dq, dk = d_scores @ _wide(k), d_scores.transpose(-1, -2) @ _wide(q)
+    dv = weights.transpose(-1, -2) @ d_out
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 # ---- one token a row, without gradients ------------------------------------------------------

@@ -18,10 +18,10 @@ ROOMS = {
     "bottom": "__init__ errors files strict_config config profiling",
     "maths": "losses advantages",
     "language": "tasks archives download readers data prompts answers metrics rewards published "
-    "demonstrations mixture",
+    "demonstrations mixture words",
     "kernels": "kernels",
-    "model": "ops torch_lora torch_logprobs lora norms llama_block model prefix_tree "
-    "tree_attention decode_graph generate",
+    "model": "ops torch_lora torch_logprobs lora norms llama_block model load_check prefix_tree "
+    "tree_attention decode_graph generate tokens chat",
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
     "reward_model",

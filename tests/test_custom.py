@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, CustomConfig, DataConfig, load_config
 from ppo_nlu.data import load_split, read_inputs, train_examples
 from ppo_nlu.errors import UserError
-from ppo_nlu.prompts import render
+from ppo_nlu.prompts import answer, render
 from ppo_nlu.rewards import reward
 from ppo_nlu.tasks import Example, Label, Rating, get_task
 from ppo_nlu.tasks.custom import DESCRIPTION, METRICS, spec_of, specs_of
@@ -92,7 +94,11 @@ def test_the_metrics_are_those_of_the_metrics_room() -> None:
         ("labels", {"labels": ["Up", ""]}, "'' cannot be a label word"),
         ("labels", {"labels": ["Up", "</Judgement>"]}, "cannot be a label word"),
         ("labels", {"labels": ["Up", "Down", "up"]}, "are the same word"),
-        ("labels", {"labels": ["good", "not good"]}, "'good' is a word of 'not good'"),
+        ("labels", {"labels": ["Stra\u00dfe", "Weg", "STRASSE"]}, "are the same word"),
+        ("labels", {"labels": ["Ca\u0301t", "C\u00e1t"]}, "are the same word"),
+        ("labels", {"labels": ["very good", "bad", "Very  good"]}, "are the same word"),
+        ("labels", {"labels": ["\u200b", "Down"]}, "cannot be a label word"),
+        ("labels", {"labels": {"Up": ["1"], "Down": [" "]}}, "'Down' has an empty value"),
         ("labels", {"labels": {"Up": ["1"], "Down": []}}, "'Down' has no value"),
         ("labels", {"labels": {"Up": ["1"], "Down": ["0", "1"]}}, "the value '1' is listed twice"),
         ("low", {"low": 0.0}, "labels or a range, not both"),
@@ -122,6 +128,16 @@ def test_what_is_wrong_is_told_under_its_key(
 
 def test_words_that_only_look_alike_are_kept_apart() -> None:
     assert spec_of(replace(MOOD, labels=["No", "Not", "entailment", "not_entailment"])).words
+
+
+def test_a_label_may_be_a_part_of_another_one() -> None:
+    spec = spec_of(replace(MOOD, labels=["negative", "very negative", "positive", "not positive"]))
+    assert [parse(spec, answer(word)) for word in spec.words] == list(spec.words)
+
+
+def test_names_of_columns_may_have_the_marks_of_their_script() -> None:
+    spec = spec_of(replace(MOOD, name="भाव", fields=["पाठ"], query="Judge {पाठ}."))
+    assert "Judge अच्छा." in render(spec, {"पाठ": "अच्छा"})
 
 
 def test_braces_may_be_doubled() -> None:
@@ -264,6 +280,17 @@ def test_paths_are_those_of_the_current_folder(
         ("a.jsonl", '{"text": "fine"}\n', ["a.jsonl:1", "'label'"]),
         ("a.jsonl", '{"text": 3, "label": "Normal"}\n', ["a.jsonl:1", "'text'"]),
         ("a.csv", "text,label\n", ["a.csv", "no rows"]),
+        ("a.csv", "text,label,label\nfine,Normal,Anxiety\n", ["a.csv:1", "'label' is there twice"]),
+        ("a.tsv", "text\ttext\tlabel\na\tb\tNormal\n", ["a.tsv:1", "'text' is there twice"]),
+        ("a.csv", "text,label,x,x\nfine,Normal,1,2\n", ["a.csv:1", "'x' is there twice"]),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "Normal"}\n{"text": "b", "label": "Normal", "label": 3}',
+            ["a.jsonl:2", "'label' is there twice"],
+        ),
+        ("a.jsonl", '{"text": "a", "label": "Normal", "x": {"y": 1, "y": 2}}', ["jsonl:1", "'y'"]),
+        ("a.jsonl", '{"text": "a", "label": "Normal"}\n\n{"text": 1}', ["a.jsonl:2", "empty line"]),
+        ("a.csv", f"text,label\nfine,{'N' * 200_000}\n", ["a.csv:2", "NNN...'"]),
         ("a.xlsx", "", ["a.xlsx", "unknown kind of file", ".parquet"]),
     ],
 )
@@ -274,6 +301,78 @@ def test_a_row_that_cannot_be_used_is_an_error(
     with pytest.raises(UserError) as error:
         load_split(spec_of(replace(MOOD, train=str(tmp_path / name))), "train", CFG)
     assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "\u200b", "\u2003", None])
+def test_an_empty_right_answer_is_refused(tmp_path: Path, empty: str | None) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "fine", "label": "Paris"}, {"text": "fine", "label": empty}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"train": str(path), "dev": str(path), "test": str(path)}
+    spec = spec_of(replace(MOOD, labels=[], **files))  # type: ignore[arg-type]
+    for split in ("train", "dev"):
+        with pytest.raises(UserError, match=r"a\.jsonl:2: 'label' is empty"):
+            load_split(spec, split, CFG)
+    assert [row.label for row in load_split(spec, "test", CFG).examples] == ["Paris", None]
+    assert [row.label for row in read_inputs(path, spec)] == ["Paris", None]
+    for other in ({}, {"labels": [], "low": 0.0, "high": 1.0}):
+        path.write_text(json.dumps(rows[1]) + "\n")
+        with pytest.raises(UserError, match=r"a\.jsonl:1: "):
+            load_split(spec_of(replace(MOOD, **other, **files)), "train", CFG)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tag", ["</Judgement>", "<Judgement>", "</Analysis>"])
+def test_an_answer_that_the_parser_would_cut_is_refused(tmp_path: Path, tag: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "x", "label": f"a {tag} b", "why": f"so {tag}"}) + "\n")
+    free = spec_of(replace(MOOD, labels=[], dev=str(path)))
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: 'label' holds {tag}"):
+        load_split(free, "dev", CFG)
+    reasoned = replace(MOOD, labels=["a", "b"], dev=str(path), rationale="why")
+    path.write_text(json.dumps({"text": tag, "label": "a", "why": f"so {tag}"}) + "\n")
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: 'why' holds {tag}"):
+        load_split(spec_of(reasoned), "dev", CFG)
+    # In the text of a row it is text like any other.
+    reasoned = replace(reasoned, rationale=None)
+    assert load_split(spec_of(reasoned), "dev", CFG).examples[0].fields == {"text": tag}
+
+
+def test_long_cells_are_read(tmp_path: Path) -> None:
+    long = "word " * 40_000  # more than the 131,072 letters at which the csv module stops
+    path = tmp_path / "a.csv"
+    path.write_text(f'text,label\n"{long}",Normal\n')
+    limit = csv.field_size_limit(131_072)  # as in a process that has just begun
+    try:
+        rows = load_split(spec_of(replace(MOOD, dev=str(path))), "dev", CFG).examples
+        assert rows[0].fields["text"] == long
+        csv.field_size_limit(131_072)
+        assert next(read_inputs(path, spec_of(MOOD))).fields["text"] == long
+    finally:
+        csv.field_size_limit(limit)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n  \n\n"])
+@pytest.mark.parametrize("kind", ["jsonl", "tsv", "csv"])
+def test_empty_lines_at_the_end_are_no_rows(tmp_path: Path, kind: str, end: str) -> None:
+    text = {"jsonl": _json(ROWS[2:]), "tsv": "text\tlabel\na\tNormal\n"}
+    text["csv"] = text["tsv"].replace("\t", ",")
+    if kind == "csv" and "  " in end:
+        end = "\n\n"
+    path = tmp_path / f"a.{kind}"
+    path.write_text(text[kind] + end)
+    assert len(load_split(spec_of(replace(MOOD, dev=str(path))), "dev", CFG).examples) == 1
+    assert len(list(read_inputs(path, spec_of(MOOD)))) == 1
+
+
+def test_parquet_with_two_columns_of_a_name(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = [pyarrow.array([word]) for word in ("fine", "Normal", "Anxiety")]
+    table = pyarrow.Table.from_arrays(columns, names=["text", "label", "label"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet:1: the column 'label' is there twice"):
+        load_split(spec_of(replace(MOOD, train=str(tmp_path / "a.parquet"))), "train", CFG)
 
 
 def test_a_split_without_file() -> None:

@@ -173,6 +173,7 @@ def test_malformed_rows_are_left_out_and_counted(tmp_path: Path) -> None:
         (b"sentence,label\nfine,1\n", ["dev.tsv:1", "sentence,label", "sentence, label"]),
         (b"", ["dev.tsv:1", "(none)", "sentence, label"]),
         (b"sentence\tlabel\n", ["dev.tsv", "no rows"]),
+        (b"sentence\tlabel\tlabel\nfine\t1\t0\n", ["dev.tsv:1", "'label' is there twice"]),
         (b"sentence\tlabel\nfine\ndull\n", ["dev.tsv", "all 2 rows are malformed"]),
         (b"sentence\tlabel\nfine\t1\nodd\t2\n", ["dev.tsv:3", "SST-2", "'2'", "1, 0"]),
         (b"sentence\tlabel\nfine\tPositive\n", ["dev.tsv:2", "'Positive'"]),
@@ -187,6 +188,15 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(
     with pytest.raises(UserError) as error:
         load_split(SST2, "dev", DataConfig(path=str(tmp_path)))
     _says(error, str(tmp_path), *parts)
+
+
+def test_a_message_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "\x1b[31m\u202ered"
+    _fill(folder, dev="sentence\tlabel\x1b[2J\nfine\t1\n")
+    with pytest.raises(UserError) as error:
+        load_split(SST2, "dev", DataConfig(path=str(folder)))
+    _says(error, "\\x1b[31m\\u202ered", "label\\x1b[2J")
+    assert str(error.value).isprintable()
 
 
 def test_an_unknown_split_and_an_unreadable_file(tmp_path: Path) -> None:
@@ -330,6 +340,8 @@ def _example(id_: str, sentence: str, label: str | None = None) -> Example:
     ("name", "text", "expected"),
     [
         ("a.txt", "fine\r\nso \u2028 so\n", [_example("0", "fine"), _example("1", "so \u2028 so")]),
+        ("a.txt", "fine\n\n \r\n", [_example("0", "fine")]),  # empty lines at the end
+        ("a.tsv", "sentence\nfine\n\n", [_example("0", "fine")]),
         ("a.tsv", 'sentence\n"fine\n', [_example("0", '"fine')]),
         (
             "a.tsv",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -15,9 +15,8 @@ import torch
 from test_generate import KINDS, endless, policy_of, ragged, seeded
 from torch import Tensor
 
-from ppo_nlu import decode_graph, prefix_tree, tree_attention
-from ppo_nlu import generate as generation
-from ppo_nlu.decode_graph import GraphedStep
+from ppo_nlu import prefix_tree, tree_attention
+from ppo_nlu.decode_graph import CudaRecordings, Recorder
 from ppo_nlu.generate import Generation, generate
 from ppo_nlu.model import Policy
 from ppo_nlu.tree_attention import TreeCache
@@ -45,13 +44,17 @@ class Again:
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Again, "log", [])
-    monkeypatch.setattr(generation, "GraphedStep", partial(GraphedStep, recording=Again))
     return Again.log
+
+
+def record(policy: Policy) -> None:
+    """From now on the policy decodes by recorded steps."""
+    policy.recorder = Recorder(policy.decoder, Again)
 
 
 def made(kind: str = "llama", **options) -> Policy:
     policy = policy_of(kind, **options)
-    assert policy.tree and not policy.graphs  # which are for a GPU
+    assert policy.tree and policy.recorder is None  # which is for a GPU
     return policy
 
 
@@ -92,7 +95,7 @@ def test_recorded_once_then_replayed(log: list[str], monkeypatch: pytest.MonkeyP
     policy = made()
     endless(policy, monkeypatch)
     expected = generate(policy, ragged(), 7, None, 2, seeded(), critic=True)
-    policy.graphs = True
+    record(policy)
     assert_same(generate(policy, ragged(), 7, None, 2, seeded(), critic=True), expected)
     # Six steps: two plain ones, then the recording, its comparison with another plain one, and
     # four replays.
@@ -112,7 +115,7 @@ def test_finished_rows_stay_and_count_no_more(log: list[str]) -> None:
     expected = generate(policy, prompts, 10, None, 4, seeded(5), critic=True)
     lengths = expected.mask.sum(1)
     assert len(set(lengths.tolist())) > 2
-    policy.graphs = True
+    record(policy)
     assert_same(generate(policy, prompts, 10, None, 4, seeded(5), critic=True), expected)
     # All rows over: no further step. Two are plain, the third is compared before it is replayed.
     steps = int(lengths.max()) - 1
@@ -123,7 +126,7 @@ def test_a_step_that_cannot_be_recorded(log: list[str], monkeypatch: pytest.Monk
     policy = made()
     endless(policy, monkeypatch)
     expected = generate(policy, ragged(), 5, None, 1, seeded())
-    policy.graphs = True
+    record(policy)
 
     def refuse(self: Again, call: Callable[[], Tensor]) -> Tensor:
         call()
@@ -140,43 +143,69 @@ def test_a_step_that_cannot_be_recorded(log: list[str], monkeypatch: pytest.Monk
 
 
 def test_out_of_memory_while_recording(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not the model's doing: told on, and the next rollout tries again."""
+    """It is not the model's doing: plain steps, and the next rollout tries again."""
     policy = made()
     endless(policy, monkeypatch)
-    policy.graphs = True
-    record = Again.record
+    expected = generate(policy, ragged(), 5, None, 1, seeded())
+    record(policy)
+    before = Again.record
 
     def full(self: Again, call: Callable[[], Tensor]) -> Tensor:
         raise torch.cuda.OutOfMemoryError("no room")
 
     monkeypatch.setattr(Again, "record", full)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        generate(policy, ragged(), 5, None, 1, seeded())
-    monkeypatch.setattr(Again, "record", record)
-    generate(policy, ragged(), 5, None, 1, seeded())
-    assert log[0] == "record"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(generate(policy, ragged(), 5, None, 1, seeded()), expected)
+    assert log == []
+    monkeypatch.setattr(Again, "record", before)
+    assert_same(generate(policy, ragged(), 5, None, 1, seeded()), expected)
+    assert log == ["record", "replay", *["replay"] * 2]
+
+
+def test_a_recording_that_holds_nothing(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded on a stream of another device, a replay writes nowhere: the old state still stands
+    there, and must not be taken for a result."""
+    policy = made()
+    endless(policy, monkeypatch)
+    expected = generate(policy, ragged(), 5, None, 1, seeded())
+    record(policy)
+    monkeypatch.setattr(Again, "replay", lambda self: self.log.append("nothing"))
+    with pytest.warns(UserWarning, match="without a CUDA graph: it comes out nan away"):
+        found = generate(policy, ragged(), 5, None, 1, seeded())
+    assert_same(found, expected)
+    assert log == ["record", "nothing"]
+
+
+def test_all_recordings_of_a_model_share_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A private pool for every rollout would grow the memory with each; all is made on the model's
+    device, which need not be the current one."""
+    entered: list[str] = []
+
+    class Entered(nullcontext):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__()
+            entered.append(str(device))
+
+    made: list[tuple[str, object]] = []
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: made.append(("stream", 0)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: made.append(("pool", 0)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(("graph", 0)))
+    recordings = CudaRecordings(torch.device("cuda:1"))
+    first, second = recordings(), recordings()
+    assert first.shared is second.shared is recordings
+    assert [name for name, _ in made] == ["stream", "pool", "graph", "graph"]
+    assert entered == ["cuda:1"] * 3
 
 
 def test_a_replay_that_differs(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = made()
     endless(policy, monkeypatch)
     expected = generate(policy, ragged(), 5, None, 1, seeded())
-    policy.graphs = True
+    record(policy)
     monkeypatch.setattr(Again, "off", 1.0)
     with pytest.warns(UserWarning, match="away from a plain step"):
         found = generate(policy, ragged(), 5, None, 1, seeded())
     assert_same(found, expected)
     assert log == ["record", "replay"]
-
-
-def test_no_model_is_kept_alive_by_what_was_found(log: list[str]) -> None:
-    before = len(decode_graph._sound)
-    policy = made()
-    policy.graphs = True
-    generate(policy, ragged(), 5, None, 1, seeded())
-    assert len(decode_graph._sound) == before + 1
-    del policy
-    import gc
-
-    gc.collect()
-    assert len(decode_graph._sound) <= before

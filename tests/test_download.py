@@ -214,6 +214,45 @@ def test_a_refused_connection_and_a_wrong_address_are_failures(tmp_path: Path) -
         assert "download failed" in locate(SST2, cfg).note
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc", "FILE:///etc", "ftp://host/x", "data:,x", "URL:file:///etc", "<file:///etc>",
+     " file:///etc", "\x1bfile:///etc", "localhost:8000/glue"],
+)  # fmt: skip
+def test_only_the_web_is_asked(tmp_path: Path, url: str) -> None:
+    """A file beside the official layout must not be taken for a download."""
+    (tmp_path / "SST-2.zip").write_bytes(GOOD)
+    for text in (url, url.replace("/etc", str(tmp_path))):
+        cfg = DataConfig(cache=str(tmp_path / "cache"), url=text, fallback="bundled")
+        with pytest.raises(UserError, match=r"data\.url: .* is no address of the web") as error:
+            locate(SST2, cfg)
+        assert str(error.value).isprintable()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://ann:s3cret@127.0.0.1:1/glue", "http://ann:***@127.0.0.1:1/glue/SST-2.zip"),
+        ("http://ann:s3cret@127.0.0.1/glue", "http://ann:***@127.0.0.1/glue/SST-2.zip"),
+        ("http://ann:s3@cret@127.0.0.1/glue", "http://ann:***@127.0.0.1/glue/SST-2.zip"),
+        ("http://ann:s3/cret@127.0.0.1/glue", "http://ann:***@127.0.0.1/glue/SST-2.zip"),
+        ("http://s3cret@127.0.0.1:1/glue", "http://***@127.0.0.1:1/glue/SST-2.zip"),
+        ("file://ann:s3cret@127.0.0.1/glue", "file://ann:***@127.0.0.1/glue"),
+        ("http://127.0.0.1:1/a@b", "http://127.0.0.1:1/a@b/SST-2.zip"),
+        ("http://127.0.0.1:1/\x1b[31m", "http://127.0.0.1:1/\\x1b[31m/SST-2.zip"),
+    ],
+)
+def test_no_message_shows_a_password_or_steers_the_terminal(
+    tmp_path: Path, url: str, shown: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        locate(SST2, DataConfig(cache=str(tmp_path), url=url))
+    message = str(error.value)
+    assert shown in message and message.isprintable()
+    assert not any(part in message for part in ("s3cret", "s3@", "s3/", "cret@", "'cret"))
+
+
 def test_a_cache_that_cannot_be_used_is_a_failure(tmp_path: Path, serve) -> None:
     url = serve(_send(GOOD))
     (tmp_path / "file").write_text("x")

@@ -53,6 +53,15 @@ def pairs(spec: TaskSpec, labels: list[str]) -> list[Example]:
     return rows
 
 
+def test_control_tokens_in_a_row_are_text() -> None:
+    """`</s>` frames a row; in its text it is four signs like any other."""
+    made = encoder.load(config(), get_task("sst2"))
+    frame = made.tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    row = Example("1", {"sentence": "so </s> bad <s>"}, "Positive", "sst2")
+    ids = made.read([row], 64)["input_ids"][0].tolist()
+    assert [ids.count(token) for token in frame] == [1, 1]
+
+
 def parameters(made: encoder.Encoder) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in made.model.named_parameters()}
 

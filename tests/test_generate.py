@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ppo_nlu import generate as generation
+from ppo_nlu.config import ModelConfig
 from ppo_nlu.generate import Sampling, generate, invert
-from ppo_nlu.model import Policy
+from ppo_nlu.model import Policy, ValueHead
 
 GREEDY = Sampling(greedy=True)
 KINDS = (*tiny.TREE_KINDS, "mpt", "mistral")
@@ -310,3 +311,22 @@ def test_length_limit_and_seed() -> None:
     assert one.rows != other.rows
     assert one.tokens.shape == (10, 5) and all(1 <= len(row) <= 5 for row in one.rows)
     assert generate(policy, ragged(), 1, GREEDY).tokens.shape == (5, 1)
+
+
+def test_in_bf16_the_answers_come_from_the_distribution_that_is_scored() -> None:
+    """Log-probs of the decode pass are those of fp32 logits of its states, and the draw inverts
+    their distribution function; rounded to bf16 the logits would be off by a hundredth."""
+    model = tiny.causal_lm("llama", scale=0.6).to(torch.bfloat16).requires_grad_(False)
+    policy = Policy(model, tiny.tokenizer(), ValueHead(32), ModelConfig())
+    prompts = ragged(3)
+    drawn = generate(policy, prompts, 5, None, 40, seeded())
+    assert drawn.hidden is not None
+    logits = drawn.hidden.double() @ model.lm_head.weight.double().t()
+    tokens = drawn.tokens[drawn.mask]
+    exact = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert float((drawn.logprobs[drawn.mask] - exact).abs().max()) < 1e-5
+    rounded = (drawn.hidden @ model.lm_head.weight.t()).float().log_softmax(-1)
+    assert float((rounded.gather(1, tokens[:, None])[:, 0] - exact).abs().max()) > 1e-2
+    scored = policy.score(prompts, drawn.rows, [p for p in range(5) for _ in range(40)])
+    first = (scored.logprobs - drawn.logprobs)[:, 0]  # the same state, run in one pass too
+    assert float(first.abs().max()) < 0.2

@@ -333,12 +333,12 @@ def test_the_chat_form_wraps_the_same_text_once() -> None:
         fit_prompt(policy, tiny.SST2, row, 1000, style)
     policy.tokenizer.chat_template = CHAT
     fit = fit_prompt(policy, tiny.SST2, row, 1000, style)
-    assert fit.text.startswith("[system] You read a sentence") and "[user] Now judge" in fit.text
+    assert fit.text.startswith("<s>[system] You read a sentence") and "[user] Now judge" in fit.text
     assert fit.text.endswith("[assistant] <Judgement>")
     assert fit.ids.count(policy.tokenizer.bos_token_id) == 1
     policy.tokenizer.chat_template = NO_SYSTEM + CHAT
     merged = fit_prompt(policy, tiny.SST2, row, 1000, style)
-    assert merged.text.startswith("[user] You read a sentence") and "Now judge" in merged.text
+    assert merged.text.startswith("<s>[user] You read a sentence") and "Now judge" in merged.text
 
 
 def test_what_is_missing_in_the_config_is_told(folder: Path, capsys) -> None:

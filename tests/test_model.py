@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 from ppo_nlu import lora, prefix_tree, tree_attention
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
+from ppo_nlu.load_check import choose_path
 from ppo_nlu.model import (
     StopDetector,
     ValueHead,
     check_words,
-    choose_path,
     load_policy,
     pick_device,
     trainable,
@@ -358,6 +358,10 @@ def test_the_check_at_load_has_a_shared_prefix_and_several_answers(
     assert choose_path(policy, "auto") is False
 
 
-@pytest.mark.parametrize(("window", "tree"), [(64, False), (256, True), (512, True)])
-def test_a_window_as_long_as_the_context_is_none(window: int, tree: bool) -> None:
-    assert tiny.policy("mistral", sliding_window=window).tree is tree
+@pytest.mark.parametrize(("window", "tree"), [(16, False), (64, True), (256, True), (512, True)])
+def test_a_window_that_holds_the_check_leaves_the_tree_to_shorter_rows(
+    window: int, tree: bool
+) -> None:
+    policy = tiny.policy("mistral", sliding_window=window)
+    assert policy.tree is tree and policy.window == window
+    assert policy.packs(window) is tree and not policy.packs(window + 1)

@@ -531,3 +531,85 @@ def test_operations_inside_a_compiled_graph(kind: str) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(compiled(), hidden), torch.autograd.grad(loss(), hidden)
     )
+
+
+# ---- what comes out may be worked on in place
+
+
+def test_the_outputs_of_lora_are_no_views() -> None:
+    """A block may add to its projection in place; the gradients are those of the sum."""
+    x, weight, bias, lora_a, lora_b = lora_inputs()
+    for change in (lambda y: y.mul_(2.0).add_(1.0), lambda y: y.clamp_(-1.0, 1.0)):
+        y = change(ops.lora_linear(x, weight, bias, lora_a, lora_b, 0.5))
+        ours = torch.autograd.grad(y.square().sum(), (x, lora_a, lora_b))
+        y = F.linear(x, weight, bias) + 0.5 * x @ lora_a.t() @ lora_b.t()
+        theirs = torch.autograd.grad(change(y).square().sum(), (x, lora_a, lora_b))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+    both = ops.lora_linear_grouped(
+        x, [weight] * 2, [bias] * 2, [lora_a] * 2, [lora_b] * 2, [0.5] * 2
+    )
+    both[0].add_(1.0)
+    both[1].mul_(3.0).sum().backward()
+
+
+# ---- logits as they are sampled from, and with a soft cap
+
+
+def test_logits_of_bf16_are_not_rounded() -> None:
+    """A product in bf16 keeps 8 bits of a logit: of one near 20 a step of 0.125."""
+    hidden, weight = torch.randn(5, 64).bfloat16() * 4, torch.randn(40_001, 64).bfloat16()
+    bias = torch.randn(40_001).bfloat16()
+    found = ops.linear_logits(hidden, weight, bias)
+    exact = hidden.double() @ weight.double().t() + bias.double()
+    assert found.dtype == torch.float32
+    assert float((found - exact).abs().max()) < 1e-4
+    assert float((F.linear(hidden, weight, bias).double() - exact).abs().max()) > 0.1
+    targets = torch.arange(5)
+    scored, _ = ops.linear_logprobs(hidden, weight, targets, bias)
+    drawn = found.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(scored, drawn, rtol=0, atol=1e-5)
+    hidden.requires_grad_()
+    again = ops.linear_logits(hidden, weight, bias)
+    torch.testing.assert_close(again.detach(), found)
+    (grad,) = torch.autograd.grad(again[:, 7].sum(), hidden)
+    assert torch.equal(grad, weight[7].expand(5, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_logprobs_behind_a_soft_cap(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """c tanh(z/c) in float64 by autograd; a few rows at a time as with all of them."""
+    monkeypatch.setattr(torch_logprobs, "_CAPPED", 3 * 33)
+    monkeypatch.setattr(torch_logprobs, "_WIDENED", 16 * 5)
+    hidden = torch.randn(rows, 16, dtype=dtype, requires_grad=True)
+    weight, bias = 3 * torch.randn(33, 16, dtype=dtype), torch.randn(33, dtype=dtype)
+    targets = torch.randint(0, 33, (rows,))
+    upstream = torch.randn(2, rows, dtype=torch.float64)
+    found = ops.linear_logprobs(
+        hidden, weight, targets, bias, 0.7, softcap=5.0, entropy_grad=True
+    )
+    (torch.stack(found).double() * upstream).sum().backward()
+    assert hidden.grad is not None
+    wide = hidden.detach().double().requires_grad_()
+    logits = 5.0 * torch.tanh((wide @ weight.double().t() + bias.double()) / 5.0)
+    expected = plain(logits, targets, 0.7)
+    (torch.stack(expected) * upstream).sum().backward()
+    assert wide.grad is not None
+    bound = 1e-12 if dtype == torch.float64 else 1e-5
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).detach().abs().max()) < bound * 10
+    gap = (hidden.grad.double() - wide.grad).abs().max()
+    assert float(gap) < (1e-12 if dtype == torch.float64 else 0.02) * float(wide.grad.abs().max())
+
+
+def test_a_soft_cap_wants_a_frozen_head() -> None:
+    hidden, weight, targets = torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 4])
+    for options in ({"softcap": 0.0}, {"softcap": 2.0, "bias": torch.ones(5, requires_grad=True)}):
+        with pytest.raises(ValueError, match="softcap"):
+            ops.linear_logprobs(hidden, weight, targets, **options)
+    logprobs, entropy = ops.linear_logprobs(hidden.requires_grad_(), weight, targets, softcap=2.0)
+    with pytest.raises(AssertionError, match="entropy_grad"):
+        (logprobs + entropy).sum().backward()

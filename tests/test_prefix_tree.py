@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ppo_nlu import lora, prefix_tree, tree_attention
-from ppo_nlu.model import choose_path
+from ppo_nlu.generate import Sampling, generate
+from ppo_nlu.load_check import choose_path
 from ppo_nlu.prefix_tree import build, common, pad, run
 
 BASE = [5, 9, 3, 14, 22, 7, 30, 11]
@@ -375,3 +376,51 @@ def test_the_last_block_runs_the_wanted_tokens_alone(kind: str) -> None:
     with tree_attention.whole():
         through(model.base_model, build(prompts, answers, owners))
     assert sizes == [6, 6, 18]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_in_bf16_sums_and_normalises_in_fp32(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No further from the truth than softmax in float64 that is rounded to bf16 at its end, but for
+    the weights, which a fused kernel may round: one bit more. Scores near 40, of which bf16 would
+    keep steps of a quarter."""
+    monkeypatch.setattr(tree_attention, "FUSED_ON", "cpu" if fused else "none")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 50, 32).bfloat16() for _ in range(3))
+    q, k = q * 4, k * 2
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    later = torch.ones(50, 50, dtype=torch.bool).triu_(1)
+    scores = (wide[0] @ wide[1].transpose(-1, -2)).masked_fill(later, -torch.inf)
+    exact = scores.softmax(-1) @ wide[2]
+    out, lse = tree_attention.partial_attention(q, k, v, True, None, 1.0)
+    assert lse.dtype == torch.float32
+    assert float((lse - scores.logsumexp(-1)).abs().max()) < 1e-4
+    rounding = float((exact.bfloat16().double() - exact).abs().max())
+    assert float((out - exact).abs().max()) <= 2 * rounding
+    grad = torch.randn(out.shape).bfloat16()
+    expected = torch.autograd.grad(exact, wide, grad.double())
+    found = tree_attention._backward(grad, q, k, v, out, lse, True, None, 1.0)
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).abs().max()) < 0.02 * float(other.abs().max())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_pass_under_autocast(kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, backward (inside and outside of the region) and decoding, as in bf16."""
+    monkeypatch.setattr(tree_attention, "FUSED_ON", "cpu" if fused else "none")
+    policy = tiny.policy(kind)
+    prompts, answers, owners = SHAPES["several answers a prompt"]
+    expected = policy.score(prompts, answers, owners).logprobs.detach()
+    for inside in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scored = policy.score(prompts, answers, owners)
+            if inside:
+                scored.logprobs.sum().backward()
+        if not inside:
+            scored.logprobs.sum().backward()
+        assert float((scored.logprobs - expected).detach().abs().max()) < 0.1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        drawn = generate(policy, prompts, 4, Sampling(greedy=True))
+    assert drawn.logprobs.dtype == torch.float32

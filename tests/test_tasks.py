@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -427,6 +428,12 @@ def test_record_has_a_row_for_each_distinct_name(tmp_path: Path) -> None:
         _load(tmp_path, "record", "dev", dev=_news())
 
 
+@pytest.mark.parametrize("answers", [[], [{"text": ""}], [{"text": "Bo"}, {"text": " "}]])
+def test_a_cloze_without_a_right_answer_is_refused(tmp_path: Path, answers: list) -> None:
+    with pytest.raises(UserError, match=r"val\.jsonl:1: a query has no answer, or an empty one"):
+        _load(tmp_path, "record", "dev", dev=_news(answers=answers))
+
+
 def test_record_trains_on_as_many_wrong_names_as_right_ones(tmp_path: Path) -> None:
     def query(index: int, *names: str) -> dict[str, object]:
         return {"query": "@placeholder", "idx": index, "answers": [{"text": n} for n in names]}
@@ -475,6 +482,18 @@ def test_wsc_marks_the_pronoun_at_its_index(tmp_path: Path) -> None:
     ]
     assert "3 pronouns not at their index" in dev.note and "1 pronouns not in" in dev.note
     assert dev.examples[0].label == "No" and dev.examples[0].fields["span1_text"] == "Ann"
+
+
+def test_a_marked_pronoun_is_a_whole_word_in_every_script() -> None:
+    assert readers.mark("นี่ไม่ดี ดี", "ดี", 0) == ("นี่ไม่ดี *ดี*", "moved")
+    assert readers.mark("non-it it", "it", 0) == ("non-it *it*", "moved")
+    assert readers.mark("so it's", "it", 1) == ("so *it*'s", "exact")
+
+
+def test_a_long_text_is_marked_in_linear_time() -> None:
+    text, pause = "it is " * 10_000, time.process_time()
+    assert readers.mark(text, "it", 19_998)[1] == "exact"
+    assert time.process_time() - pause < 2  # 8,000 words once took 2.6 s
 
 
 def test_ax_g_pairs(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from transformers import (
 from ppo_nlu import llama_block, lora, norms, prefix_tree, rollout, tree_attention
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.generate import Generation
-from ppo_nlu.model import Policy, ValueHead, choose_path, load_policy
+from ppo_nlu.load_check import Reference, choose_path
+from ppo_nlu.model import Policy, ValueHead, load_policy
 from ppo_nlu.prompts import STOP, render
 from ppo_nlu.tasks import Example, get_task
 
@@ -100,13 +101,14 @@ def policy(
     """A policy around a random model; `shaken`: LoRA and value head are not at zero."""
     cfg, words = model_cfg or ModelConfig(), tokenizer(few)
     model = causal_lm(kind, len(words), seed, **changes).requires_grad_(False)
+    reference = Reference.of(model, words, 256)
     torch.manual_seed(seed)
     lora.attach(model, lora_cfg or LoraConfig(r=4, alpha=8.0))
     norms.attach(model)
     llama_block.attach(model.base_model)
     head = ValueHead(model.config.hidden_size, cfg.value_head, cfg.value_hidden)
     made = Policy(model, words, head, cfg)
-    made.tree = choose_path(made, cfg.path)
+    made.tree = choose_path(made, cfg.path, reference)
     if shaken:
         shake(made, seed)
     return made

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import REWARD_KINDS, TASKS, Label, Rating, TaskSpec, get_task
+from ppo_nlu.words import is_empty, same, unmarked
 
 if TYPE_CHECKING:
     from ppo_nlu.config import Config, CustomConfig
@@ -119,7 +120,7 @@ def _problems(custom: CustomConfig) -> Iterator[tuple[str, str]]:
 
 
 def _of_names(custom: CustomConfig) -> Iterator[tuple[str, str]]:
-    if not custom.name or not re.fullmatch(r"[\w.-]+", custom.name):
+    if not custom.name or not re.fullmatch(r"[\w.-]+", unmarked(custom.name)):
         yield "name", f"{custom.name!r} is no name; use letters, digits, - and _"
     if custom.name in TASKS:
         yield "name", f"{custom.name!r} is a task of the tables; choose another name"
@@ -128,7 +129,8 @@ def _of_names(custom: CustomConfig) -> Iterator[tuple[str, str]]:
     twice = next((name for name in custom.fields if custom.fields.count(name) > 1), None)
     if twice is not None:
         yield "fields", f"{twice!r} is there twice; name each column once"
-    odd = next((name for name in custom.fields if not re.fullmatch(r"[^\W\d][\w -]*", name)), None)
+    bare = {name: unmarked(name) for name in custom.fields}
+    odd = next((n for n, text in bare.items() if not re.fullmatch(r"[^\W\d][\w -]*", text)), None)
     if odd is not None:
         yield "fields", f"{odd!r} cannot be a {{placeholder}}; rename the column, letters first"
     if custom.label_column in custom.fields:
@@ -169,18 +171,19 @@ def _of_labels(given: Given) -> Iterator[tuple[str, str]]:
     if len(words) < 2:
         yield "labels", f"has {len(words)} word; a choice needs two or more"
     for word in words:
-        if not word or word != word.strip() or re.search(r"[<>\n]", word):
+        if is_empty(word) or word != word.strip() or re.search(r"[<>\n]", word):
             yield "labels", f"{word!r} cannot be a label word; use a plain word or phrase"
-    # Answers are read in any case and in whole words.
+    # Answers are read in any case and in whole words, of which the longest counts.
     for one, other in permutations(words, 2):
-        if one.lower() == other.lower():
+        if same(one, other):
             yield "labels", f"{one!r} and {other!r} are the same word to a reader; rename one"
-        if re.search(rf"(?<!\w){re.escape(one)}(?!\w)", other, re.IGNORECASE):
-            yield "labels", f"{one!r} is a word of {other!r}, so answers would be unclear; rename"
     for word, values in given.items() if isinstance(given, Mapping) else ():
         if not values:
             yield "labels", f"{word!r} has no value; list those of the file that it stands for"
     labels = _labels(given)
+    for label in labels:
+        if is_empty(label.value):
+            yield "labels", f"{label.word!r} has an empty value; a row without a label has none"
     for label, twin in permutations(labels, 2):
         if label.value == twin.value:
             yield "labels", f"the value {label.value!r} is listed twice; keep it under one word"

@@ -191,9 +191,9 @@ class Campaign:
 
 
 def _snapshot(folder: Path) -> dict[str, Any]:
-    """All files with their content; a link with where it leads."""
+    """All files with their content, a link with where it leads; but for a killed run's lock."""
     found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(set(folder.rglob("*")) - {folder / ".lock"}):
         content = path.read_bytes() if path.is_file() else None
         found[str(path)] = os.readlink(path) if path.is_symlink() else content
     return found

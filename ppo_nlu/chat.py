@@ -1,0 +1,167 @@
+"""A model's own chat format: which messages its template keeps whole, and where its answer begins.
+
+Templates differ in what they drop without a word: system turns, all turns but the last, content
+that is no list of parts. So a made-up row is rendered at the first use, in one form of messages
+after another, and the first form is taken in which all of it comes back. Every row is checked too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ppo_nlu.errors import UserError
+from ppo_nlu.prompts import Message, written_out
+from ppo_nlu.tokens import TextError
+
+# What a template might change in the text of a row: case, marks, quotes, braces, line ends.
+PROBE = 'It\'s "ÉTÉ 1" & <b>ไม่ดี</b> {x} {{y}} \\n 50 %\nand more.'
+REPLY = "<Analysis> So. </Analysis>\n<Judgement> A Word </Judgement>"
+ANSWER = "Answer"
+# Switches of a thinking mode, where a template knows one: the answer must begin outside of it.
+THINKING = ("enable_thinking", "thinking")
+_THOUGHT = re.compile(r"(<([\w:]*(?:think|thought|reason)\w*)>|\[(THINK)\])\s*$")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How messages are given to a template: `turns` as they are, `joined` with the system text in
+    the first user turn, or `one` user turn for all; with `parts`, each content as a list of one."""
+
+    turns: str
+    parts: bool
+
+
+FORMS = [Form(turns, parts) for parts in (False, True) for turns in ("turns", "joined", "one")]
+
+
+class Chat:
+    """A tokenizer's chat template, with the form of messages that it keeps whole."""
+
+    def __init__(self, tokenizer: Any, name: str):
+        self.tokenizer, self.name = tokenizer, name
+        self.template = tokenizer.chat_template
+        self._chosen: dict[bool, tuple[Form, str]] = {}
+
+    def render(self, messages: Sequence[Message], shots: bool) -> str:
+        """The messages in the chat format, up to where the answer begins. `shots` says that rows
+        have worked examples, even if this one has none; all rows are given in the same form."""
+        if shots not in self._chosen:
+            self._chosen[shots] = self._choose(messages[0], shots)
+        form, header = self._chosen[shots]
+        try:
+            text = self._rendered(_arranged(messages, form)) + header
+        except Exception as error:  # whatever a template makes of this one row
+            raise TextError(self._said(f"fails on its text ({_reason(error)})")) from error
+        if lost := _lost(text, messages):
+            raise TextError(self._said(f"loses {lost}"))
+        return _without_thought(text)
+
+    def _choose(self, system: Message, shots: bool) -> tuple[Form, str]:
+        """The first form in which a made-up row comes back whole, and the header of the answer."""
+        query, reply = {"role": "user", "content": PROBE}, {"role": "assistant", "content": REPLY}
+        worked = [query, reply, {"role": "user", "content": f"2. {PROBE}"}, reply]
+        messages = [system, *(worked if shots else []), {"role": "user", "content": f"3. {PROBE}"}]
+        wrong = []
+        for form in FORMS:
+            try:
+                text = self._rendered(_arranged(messages, form))
+                lost = _lost(text, messages)
+                if not lost:
+                    return form, self._header(messages, form, text)
+                wrong.append(f"it loses {lost}")
+            except Exception as error:  # a template may raise what it likes; it is told below
+                wrong.append(_reason(error))
+        raise UserError(self._said(f"cannot be used: {', or '.join(dict.fromkeys(wrong[:2]))}"))
+
+    def _header(self, messages: Sequence[Message], form: Form, text: str) -> str:
+        """What stands before an answer that the template was given, where it does not write this
+        on being asked for a new one."""
+        arranged = _arranged(messages, form)
+        content: Any = [{"type": "text", "text": ANSWER}] if form.parts else ANSWER
+        try:
+            if self._rendered(arranged, ask=False) != text:
+                return ""
+            answered = self._rendered([*arranged, {"role": "assistant", "content": content}])
+        except Exception:  # it knows no other way of being asked, and so none could be missed
+            return ""
+        before, found, _ = answered.rpartition(ANSWER)
+        header = before.removeprefix(text)
+        return header if found and before.startswith(text) and header.strip() else ""
+
+    def _rendered(self, messages: Sequence[Message], ask: bool = True) -> str:
+        source = self._source()
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=ask,
+            chat_template=source,
+            **{switch: False for switch in THINKING if switch in source},
+        )
+
+    def _source(self) -> str:
+        """The template, of several the default one."""
+        if not isinstance(self.template, dict):
+            return self.template
+        if len(self.template) == 1:
+            return next(iter(self.template.values()))
+        if "default" not in self.template:
+            named = ", ".join(sorted(self.template))
+            raise ValueError(f"there are several, {named}, and none is called default")
+        return self.template["default"]
+
+    def _said(self, what: str) -> str:
+        return (
+            f"prompt.chat_template: the chat template of {self.name!r} {what}; "
+            "set it to false, or mend the template"
+        )
+
+
+def _arranged(messages: Sequence[Message], form: Form) -> list[dict[str, Any]]:
+    """The messages in a form; the first is the system's, the last is the user's."""
+    first, second, *rest = messages
+    found: list[Message] = list(messages)
+    if form.turns == "joined":
+        opening = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}
+        found = [opening, *rest]
+    elif form.turns == "one":
+        found = [{"role": "user", "content": written_out(messages)}]
+    if not form.parts:
+        return [dict(message) for message in found]
+    return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in found]
+
+
+def _lost(text: str, messages: Sequence[Message]) -> str | None:
+    """What of the messages is not in the text; the turns must be there in their order, and the
+    system's text before the last. White space does not count: many templates trim."""
+    flat, place, found = _flat(text), 0, 0
+    told = flat.find(_flat(messages[0]["content"]))
+    if told < 0:
+        return "the description of the task"
+    for count, message in enumerate(messages[1:], start=2):
+        part = _flat(message["content"])
+        found = flat.find(part, place)
+        if found < 0:
+            return "the text of the row" if count == len(messages) else "a worked example"
+        place = found + len(part)
+    return "the order of the turns" if told > found else None
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _without_thought(text: str) -> str:
+    """The text with the thinking closed, where the template opens it before every answer."""
+    found = _THOUGHT.search(text)
+    if not found:
+        return text
+    tag = f"[/{found[3]}]" if found[3] else f"</{found[2]}>"
+    return f"{text[: found.end(1)]}\n\n{tag}\n\n"
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"

@@ -39,7 +39,7 @@ REFUSED = {
     "reward": "give the source that it was started with",
 }
 # What is told: the results may differ in the last bits.
-TOLD = ("threads", "device", "backend", "machine", "torch", "transformers", "ppo_nlu")
+TOLD = ("threads", "device", "backend", "machine", "torch", "transformers", "tokenizers", "ppo_nlu")
 
 _MODEL_FILES = (
     "config.json", "generation_config.json", "adapter_config.json", "adapter_model*.safetensors",
@@ -79,6 +79,7 @@ def of_run(
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "transformers": _version("transformers"),
+        "tokenizers": _version("tokenizers"),
         "ppo_nlu": f"{ppo_nlu.__version__} ({own_source()})",
     }
 

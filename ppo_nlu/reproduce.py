@@ -232,7 +232,7 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int | None]:
+def locked(folder: Path, keep: bool = True) -> Iterator[int | None]:
     """Nobody else runs this grid. The cells inherit the lock, so that one whose grid was killed
     still holds it."""
     try:
@@ -245,7 +245,7 @@ def locked(folder: Path) -> Iterator[int | None]:
     try:
         yield lock.handle if lock.locked else None
     finally:
-        lock.release(keep=True)  # a cell may hold it still
+        lock.release(keep)  # a cell may hold it still
 
 
 def cores() -> int:
@@ -391,7 +391,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in {ASSETS / grid.config_of(cell).name for cell in cells}:
         load_config(path, grid.overrides)  # a mistake in an override ends the grid before it starts
     command = shlex.join(["python", "-m", "ppo_nlu.reproduce", *(argv or sys.argv[1:])])
-    settle(grid, cells, backbones, command)
+    with locked(files.make_folder(folder), keep=False):  # of two grids one makes the folder its own
+        settle(grid, cells, backbones, command)
     print(f"{len(cells)} cells, {jobs} side by side, in {folder}", flush=True)
     runner = Runner(grid, cells, jobs)
     code = runner.run()

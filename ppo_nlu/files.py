@@ -82,11 +82,12 @@ class Output:
 
 @contextmanager
 def atomic_open(
-    path: str | Path, binary: bool = False, newline: str | None = None
+    path: str | Path, binary: bool = False, newline: str | None = None, new: bool = False
 ) -> Iterator[Output]:
     """A new file to write into, UTF-8 or binary; it gets its name when the block ends well.
 
-    A link that bears the name is replaced, not followed. What an earlier writer of the same file
+    A link that bears the name is replaced, not followed; where the file must be `new`, whatever
+    bears the name is left alone, and a UserError says so. What an earlier writer of the same file
     left behind, because it was killed, is deleted.
     """
     path = Path(path)
@@ -102,7 +103,7 @@ def atomic_open(
             os.fsync(handle)
             if fcntl is None:
                 file.close()  # Windows renames no open file
-            os.replace(temp, path)
+            (_name_new if new else os.replace)(temp, path)
             sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
@@ -111,6 +112,17 @@ def atomic_open(
     finally:
         with suppress(OSError):  # a write that failed fails again; it was told
             file.close()
+
+
+def _name_new(temp: Path, path: Path) -> None:
+    """Give a file its name, unless another has it: of two writers the first wins."""
+    try:
+        os.link(temp, path)
+        temp.unlink()
+    except FileExistsError:
+        raise UserError(f"{path}: exists already; name a new file") from None
+    except OSError:  # a file system without hard links
+        os.replace(temp, path)
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:

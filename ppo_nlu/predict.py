@@ -119,7 +119,7 @@ def _writer(target: Path | None, spec: TaskSpec) -> Iterator[Any]:
     if target is None:
         yield lambda answer: print(_json(answer), flush=True)
         return
-    with atomic_open(target, newline="") as file:
+    with atomic_open(target, newline="", new=True) as file:
         yield _file_writer(file, target.suffix, spec)
 
 

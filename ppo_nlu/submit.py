@@ -31,7 +31,7 @@ from ppo_nlu import cli, data, evaluate
 from ppo_nlu.config import Config
 from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
-from ppo_nlu.files import atomic_write_bytes, make_folder, parse_object
+from ppo_nlu.files import atomic_open, make_folder, parse_object
 from ppo_nlu.metrics import chosen_row
 from ppo_nlu.model import Policy
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         print(_line(part, filled, args.fallback), flush=True)
     for line in missing:
         print(f"not whole: {line}")
-    atomic_write_bytes(output, packed(contents))
+    with atomic_open(output, binary=True, new=True) as file:
+        file.write(packed(contents))
     print(f"written: {output}")
     return 0
 

@@ -166,6 +166,29 @@ def test_no_link_is_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert theirs.read_text() == "theirs" and not (tmp_path / "not there").exists()
 
 
+def test_a_new_file_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that found the name free the first has it; nor is a dead link written through."""
+    path = tmp_path / "answers.csv"
+    with pytest.raises(UserError, match="exists already"), files.atomic_open(path, new=True) as two:
+        two.write("second")
+        with files.atomic_open(path, new=True) as one:
+            one.write("first")
+    assert path.read_text() == "first"
+    link = tmp_path / "link"
+    link.symlink_to("theirs")
+    with pytest.raises(UserError, match="exists already"), files.atomic_open(link, new=True) as two:
+        two.write("x")
+    assert names(tmp_path) == ["answers.csv", "link"]
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with files.atomic_open(tmp_path / "b", new=True) as file:
+        file.write("x")
+    assert (tmp_path / "b").read_text() == "x"
+
+
 def test_temporary_names_cannot_be_foretold(tmp_path: Path) -> None:
     found = {files.temporary_name(tmp_path / "a").name for _ in range(50)}
     assert len(found) == 50 and not any(str(os.getpid()) == name.split("-")[-1] for name in found)

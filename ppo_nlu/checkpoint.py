@@ -135,9 +135,12 @@ def best_metric(run_dir: str | Path) -> float | None:
         return None
 
 
-def complete(run_dir: str | Path) -> list[Path]:
-    """All complete step checkpoints, the newest first."""
-    return _steps(run_dir)[::-1]
+def candidates(run_dir: str | Path) -> list[Path]:
+    """What bears the name of a step checkpoint, the newest first: also a file or a dead link, which
+    `load` calls damaged."""
+    named = [path for path in _folder(run_dir).glob("step_*") if _STEP.fullmatch(path.name)]
+    found = {*_steps(run_dir), *(_readable(path) for path in named)}
+    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]), reverse=True)
 
 
 def set_aside(path: Path) -> Path | None:
@@ -208,6 +211,8 @@ def _readable(path: Path) -> Path:
 
 
 def _read_head(path: Path) -> dict[str, Any]:
+    if not path.is_dir() and os.path.lexists(path):
+        raise Damaged(f"{path}: is no folder with a checkpoint; {_BEFORE}")
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint; a run folder keeps them in checkpoints/")
     file = path / "state.json"

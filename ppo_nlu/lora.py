@@ -395,7 +395,7 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     if config.get("init_lora_weights") not in _HARMLESS_INITS:
         variants.append("init_lora_weights")
     if variants:
-        shown = ", ".join(f"{key}={config[key]!r}" for key in sorted(variants))
+        shown = ", ".join(f"{key}={short(config[key])}" for key in sorted(variants))
         raise UserError(f"{path}: {shown} is not supported; give a plain LoRA adapter")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")

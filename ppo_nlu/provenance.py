@@ -117,7 +117,9 @@ def _version(package: str) -> str:
 @lru_cache(maxsize=1)
 def own_source() -> str:
     """A hash of this package's own source: a checkout changes without another version."""
-    return _hash_of(sorted(Path(ppo_nlu.__file__).parent.rglob("*.py")))[:12]
+    own = set(Path(ppo_nlu.__file__).parent.rglob("*.py"))
+    kernels = {path for place in ppo_nlu.__path__ for path in Path(place, "kernels").glob("*.py")}
+    return _hash_of(sorted(own | kernels))[:12]
 
 
 def _hash_of(paths: Iterable[Path]) -> str:

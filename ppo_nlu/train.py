@@ -225,7 +225,7 @@ def restore(run: Run) -> None:
     checkpoint.clean(run.folder)
     damaged: dict[Path, files.Damaged] = {}
     told: list[str] = []
-    for path in checkpoint.complete(run.folder):
+    for path in checkpoint.candidates(run.folder):
         try:
             told = _take_back(run, path)
             break

@@ -429,6 +429,28 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
     assert kept == [f"damaged-{name.partition('/')[0]}-1"]
 
 
+@pytest.mark.parametrize("what", ["a file", "a dead link", "an empty folder", "another step"])
+def test_what_is_no_checkpoint_is_told(
+    unfinished: Path, tmp_path: Path, whole: Path, capsys, what: str
+) -> None:
+    """In the place of the newest: the one before it is taken."""
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished, folder)
+    newest = folder / "checkpoints" / "step_000003"
+    shutil.rmtree(newest)
+    {
+        "a file": lambda: newest.write_text("mine"),
+        "a dead link": lambda: newest.symlink_to("nowhere"),
+        "an empty folder": lambda: newest.mkdir(),
+        "another step": lambda: newest.symlink_to("step_000002"),
+    }[what]()
+    capsys.readouterr()
+    assert run(folder / "config.yaml", "--resume", folder) == 0
+    out, err = capsys.readouterr()
+    assert str(newest) in err and err.count("\n") == 1 and "resumed after step 2 of 4" in out
+    assert steps(folder) == steps(whole)
+
+
 def test_without_a_whole_checkpoint_nothing_is_changed(
     unfinished: Path, tmp_path: Path, capsys
 ) -> None:

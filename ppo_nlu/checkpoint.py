@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -500,4 +500,5 @@ class StopRequest:
             self.signal = number
             # os.write: a handler may run inside a print, where a second print would fail.
             line = b"\nstopping after this step, with everything saved (Ctrl-C again: at once)\n"
-            os.write(2, line)
+            with suppress(OSError):  # nobody may read it any more
+                os.write(2, line)

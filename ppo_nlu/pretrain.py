@@ -1333,7 +1333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     cfg = load_dataclass(TinyConfig, args.config, args.overrides)
     command = " ".join(["python -m ppo_nlu.pretrain", str(args.config), *args.overrides])
-    facts = run(cfg, args.output or Path(cfg.output), args.again, command)
+    output = cli.require_place("--output", args.output or Path(cfg.output))
+    facts = run(cfg, output, args.again, command)
     print(json.dumps({name: facts[name] for name in ("dev", "heldout")}, indent=1))
     return 0
 

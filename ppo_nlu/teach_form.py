@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.config, args.overrides)
-    folder: Path = args.output
+    folder: Path = cli.require_place("--output", args.output)
     if folder.is_file() or (folder / "summary.json").exists():
         raise UserError(f"--output {folder}: is a file or a finished run; name a new folder")
     specs = specs_of(cfg)

@@ -81,11 +81,14 @@ def require_place(flag: str, path: Path) -> Path:
             raise NotADirectoryError(errno.ENOTDIR, f"{above} is no folder")
         if not os.access(above, os.W_OK):
             raise PermissionError(errno.EACCES, f"{above} may not be written to")
-        limit = os.pathconf(above if above.is_dir() else above.parent, "PC_NAME_MAX")
+        there = above if above.is_dir() else above.parent
+        limit, whole = os.pathconf(there, "PC_NAME_MAX"), os.pathconf(there, "PC_PATH_MAX")
     except OSError as error:
         reason = f"cannot be written ({error.strerror}, so it cannot be made); check the folder"
         raise UserError(f"{flag} {path}: {reason}") from error
-    if any(len(os.fsencode(part)) > limit - 40 for part in path.parts):  # 40: of temporary names
+    # What is left free is for temporary names, and for the files inside.
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > limit - 40 or len(os.fsencode(path.absolute())) > whole - 200:
         raise UserError(f"{flag} {path}: the name is too long; give a shorter one")
     return path
 

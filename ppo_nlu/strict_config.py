@@ -20,9 +20,10 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -281,6 +282,7 @@ class Leaf:
     limits: Mapping[str, Any]
 
 
+@cache
 def schema(cls: Any, prefix: str = "") -> dict[str, Leaf]:
     """Every key of a tree of dataclasses, dotted, in order."""
     kinds = get_type_hints(cls)
@@ -288,7 +290,7 @@ def schema(cls: Any, prefix: str = "") -> dict[str, Leaf]:
     for item in fields(cls):
         key, kind = prefix + item.name, kinds[item.name]
         leaf = {key: Leaf(kind, item.metadata)}
-        found |= schema(kind, f"{key}.") if is_dataclass(kind) else leaf
+        found |= schema(cast(type, kind), f"{key}.") if is_dataclass(kind) else leaf
     return found
 
 

@@ -179,6 +179,7 @@ def test_unknown_flags(flags: list[str], words: list[str], capsys: Capture) -> N
         ("file/a/b/run", "is no folder"),
         ("x" * 300, "too long"),
         ("a/" + "x" * 5000, "too long"),
+        ("a/" * 3000, "too long"),
         ("loop/x", "cannot be"),
     ],
 )

@@ -89,7 +89,7 @@ class Case:
 VALUES = [
     ("int", "7000000000000"), ("int", "-3000000001"), ("int", "1" + "0" * 40),
     ("float", "1.5e+300"), ("float", "-2.5e+300"), ("odd", ".nan"), ("odd", "-.inf"),
-    ("odd", "1e400"), ("odd", "-1e400"), ("odd", "9" * 5000), ("bool", "true"), ("bool", "False"),
+    ("text", "1e400"), ("text", "-1e400"), ("odd", "9" * 5000), ("bool", "true"), ("bool", "False"),
     ("null", "null"), ("null", ""), ("text", "abc"), ("text", "yes"), ("text", "0x10"),
     ("text", "\u0661\u0662"), ("text", "1:30"), ("text", "'3'"), ("odd", "''"), ("odd", "'  '"),
     ("odd", "a" * 5000 + "b" * 96_000), ("odd", '"a\\0b"'), ("odd", '"\\e[2J"'),

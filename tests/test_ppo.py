@@ -21,6 +21,7 @@ from ppo_nlu.config import (
     PPOConfig,
     RewardConfig,
     RolloutConfig,
+    TrainConfig,
     load_config,
 )
 from ppo_nlu.config import OptimConfig as Optim
@@ -582,3 +583,56 @@ def test_it_learns_to_answer(name: str, lr: float) -> None:
     assert means[0] < -0.7
     assert sum(means[-5:]) / 5 > 0.8
     assert set(batch.rollout.predictions) <= {"Positive", None}
+
+
+# ---- what is said of the first ratio --------------------------------------------------------
+
+
+def lines_of(
+    learner: learners.OnPolicy, monkeypatch: pytest.MonkeyPatch, steps: range
+) -> list[bool]:
+    """In which steps a line about the first ratio is told."""
+    monkeypatch.setattr(learners, "check_first_ratio", lambda gap, exact: "the first ratio")
+    optimizer, told = sgd(learner.model, 1e-3), []
+    for step in steps:
+        learner.remark = None
+        learner.step(optimizer, tiny.examples(learner.batch_size), step)
+        told.append("the first ratio" in (learner.remark or ""))
+    return told
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_first_ratio_is_told_once_of_each_pass(
+    epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first step, and at the second, whose update is the first to stand on the rollout's
+    pass. That later epochs run passes of their own takes nothing back."""
+    cfg = replace(config(kl_coef=0.0, epochs=epochs), model=ModelConfig(name_or_path="bundled"))
+    learner = learners.PPO(cfg, tiny.SPECS)
+    assert lines_of(learner, monkeypatch, range(4)) == [True, True, False, False]
+    assert learner.checked and learner.rollout is not None and learner.rollout.stood
+    again = learners.PPO(cfg, tiny.SPECS)
+    again.set_state(learner.state())
+    assert lines_of(again, monkeypatch, range(4, 6)) == [False, False], "a resumed run"
+
+
+def test_a_pass_that_is_never_stood_on_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget has room for the answers, but not for the graph of the prompts too."""
+    cfg = replace(
+        config(kl_coef=0.0),
+        model=ModelConfig(name_or_path="bundled"),
+        train=TrainConfig(micro_batch_tokens=40),
+    )
+    learner = learners.PPO(cfg, tiny.SPECS)
+    assert lines_of(learner, monkeypatch, range(3)) == [True, False, False]
+    assert learner.keep_graph() == 40 and not learner.checked
+
+
+def test_micro_batches_of_one_update_stand_on_the_rollout_once() -> None:
+    """The first part has the answers of three prompts of four; the others run on their own."""
+    policy, cfg = tiny.policy(), config()
+    rows, kl = tiny.examples(cfg.rollout.batch_size), kl_of(cfg)
+    batch, _ = ppo.collect(policy, tiny.SPECS, cfg, kl, rows, 0, reuse=True, keep_graph=9999)
+    rollout = batch.rollout
+    given = [rollout.take_trunk(part) is not None for part in ([0, 2, 4], [1, 3, 5], [6, 7])]
+    assert given == [True, False, False] and rollout.stood

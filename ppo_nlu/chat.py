@@ -7,6 +7,7 @@ after another, and the first form is taken in which all of it comes back. Every 
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ REPLY = "<Analysis> So. </Analysis>\n<Judgement> A Word </Judgement>"
 ANSWER = "Answer"
 # Switches of a thinking mode, where a template knows one: the answer must begin outside of it.
 THINKING = ("enable_thinking", "thinking")
+# Some templates write the date. A prompt must be the same on the day that a run is resumed, so
+# they are given one day, that which Llama 3.1's names where it is told none.
+DAY = datetime.datetime(2024, 7, 26)
+CLOCK = (
+    "{%- macro strftime_now(format) -%}{%- set it = namespace(text=format) -%}"
+    "{%- for code, word in day.items() -%}{%- set it.text = it.text.replace(code, word) -%}"
+    "{%- endfor -%}{{ it.text }}{%- endmacro -%}{{ '' }}"
+)
 _THOUGHT = re.compile(r"(<([\w:]*(?:think|thought|reason)\w*)>|\[(THINK)\])\s*$")
 
 
@@ -97,7 +106,8 @@ class Chat:
             messages,
             tokenize=False,
             add_generation_prompt=ask,
-            chat_template=source,
+            chat_template=CLOCK + source if "strftime_now" in source else source,
+            day={f"%{code}": DAY.strftime(f"%{code}") for code in "aAbBdejmyYHIMSp"},
             **{switch: False for switch in THINKING if switch in source},
         )
 

@@ -25,7 +25,7 @@ from ppo_nlu.errors import UserError
 
 TEXT = "The film is good, and long. Now judge the opinion of the sentence."
 FAR = 1024  # tokens: rows behind a longer window are tried only where the config asks for them
-EXACT = 1e-3  # how far logits may be apart in fp32, where none is larger than 100
+EXACT = 1e-4  # how far logits may be apart in fp32, where none is larger than 10
 ROUGH = 0.1  # of the spread of the logits: how far apart (root mean square) in low precision
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window_size")
 LENGTHS = (
@@ -129,9 +129,12 @@ def only_attention(config: Any) -> bool:
 def switch_of_positions(decoder: nn.Module) -> int | None:
     """The longest batch before the rotary tables change for all of its rows; None: they never do.
 
-    LongRoPE takes other frequencies once any row is longer, dynamic NTK new ones for each length.
+    LongRoPE takes other frequencies once any row is longer, dynamic NTK new ones for each length;
+    Llama 4 scales its queries by the slots in front of them.
     """
     found = []
+    if getattr(decoder.config, "attn_temperature_tuning", False):  # Llama 4 counts padding there
+        found.append(int(decoder.config.floor_scale) - 1)
     for module in decoder.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = kinds if isinstance(kinds, dict) else {None: kinds}
@@ -455,7 +458,7 @@ def _near(found: Tensor, wanted: Tensor, exact: bool) -> bool:
     """Whether logits are the same but for rounding; NaN is not."""
     gap = found - wanted
     if exact:
-        return float(gap.abs().max()) <= EXACT * max(1.0, float(wanted.abs().max()) / 100)
+        return float(gap.abs().max()) <= EXACT * max(1.0, float(wanted.abs().max()) / 10)
     spread = wanted - wanted.mean(-1, keepdim=True)
     return float(gap.square().mean()) <= ROUGH**2 * float(spread.square().mean())
 

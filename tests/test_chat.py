@@ -522,3 +522,10 @@ def test_labels_inside_labels_are_scored_stopped_at_and_read() -> None:
         )
         assert parse(spec, made.decode(reply)) == word
     tiny.close(label_probabilities(made, spec, [fit])[0], torch.tensor(sums).softmax(-1))
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day() -> None:
+    """A run that is resumed on another day must have the same prompts."""
+    dated = "Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML
+    text = policy(None, dated).chat(turns(tiny.SST2, ROW.fields, []))
+    assert text.startswith("Today is 26 Jul 2024.\n")

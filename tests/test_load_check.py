@@ -272,16 +272,14 @@ def of(policy: Policy) -> Reference:
     return Reference.of(policy.model, policy.tokenizer, 256)
 
 
-@pytest.mark.parametrize("off", [0.002, 0.01, 0.3])
+@pytest.mark.parametrize("off", [0.0005, 0.01, 0.3])
 def test_a_path_that_is_a_little_off_is_not_taken(
     off: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp32 nothing but rounding may lie between the paths: 1e-3 of logits of a few units."""
+    """In fp32 nothing but rounding may lie between the paths: 1e-4 of logits of a few units."""
     policy = tiny.policy(shaken=False)
     reference = of(policy)
     run, plain = tree_attention.forward, prefix_tree.forward
-    near = float(policy.logits(torch.ones(1, 32)).abs().max())
-    assert near < 100
     monkeypatch.setattr(tree_attention, "forward", lambda *a: run(*a) * (1 + off))
     assert choose_path(policy, "auto", reference) is False
 

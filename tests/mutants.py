@@ -742,7 +742,7 @@ ATTENTION = (
         "generate",
         decode_heads_in_turns=(
             "further queries\n            rows = q.unflatten(1, (k.shape[1], groups))",
-            "further queries\n            rows = q.unflatten(1, (groups, k.shape[1])).transpose(1, 2)",
+            "these\n            rows = q.unflatten(1, (groups, k.shape[1])).transpose(1, 2)",
             "neighbouring query heads share keys",
         ),
         buffer_stands_still=(
@@ -920,8 +920,12 @@ LOAD_CHECK = of(
     "load_check",
     "load_check",
     "model",
-    path_bound=("EXACT = 1e-3", "EXACT = 1.0", "a path that is a little off is not taken"),
-    rough_path_bound=("ROUGH = 0.1 ", "ROUGH = 0.9 ", "a path that is far off is not taken"),
+    path_bound=(
+        "<= EXACT * max(",
+        "<= 1e4 * EXACT * max(",
+        "a path that is a little off is not taken",
+    ),
+    rough_path_bound=("<= ROUGH**2 *", "<= 81 * ROUGH**2 *", "a path that is far off is not taken"),
     path_not_decoded=(
         "for run in (_in_one_pass, _decoded)",
         "for run in (_in_one_pass, _in_one_pass)",

@@ -39,6 +39,8 @@ def of(file: str, *tests: str, **mutants: tuple[str, str, str]) -> list[Mutant]:
 LOSSES = of(
     "losses",
     "losses",
+    "published_bugs",
+    "ppo_loss",
     loss_old_not_detached=(
         "counted(logprobs, mask) - counted(old_logprobs, mask).detach()",
         "counted(logprobs, mask) - counted(old_logprobs, mask)",
@@ -265,7 +267,10 @@ ROLLOUT = of(
     ),
 ) + of(
     "rollout",
-    "ppo",
+    "ppo::test_an_update_on_the_rollouts_pass_has_the_same_gradient",
+    "ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on",
+    "ppo::test_the_kl_of_the_coefficient_is_the_sum_over_an_answer",
+    "ppo::test_the_first_ratio_is_told_once_of_each_pass",
     trunk_given_twice=(
         "trunk, self.trunk = self.trunk, None",
         "trunk = self.trunk",
@@ -292,7 +297,11 @@ ROLLOUT = of(
 
 PPO = of(
     "ppo",
-    "ppo",
+    "ppo::test_the_loss_of_a_batch_against_loops",
+    "ppo::test_rewards_advantages_and_returns_against_loops",
+    "ppo::test_every_answer_once_an_epoch_in_a_fresh_order",
+    "ppo::test_the_entropy_bonus_raises_the_entropy",
+    "ppo::test_the_kl_coefficient_is_steered",
     returns_of_whitened=(
         "        advantages = losses.masked_whiten(advantages, mask)",
         "        advantages = losses.masked_whiten(advantages, mask)\n"
@@ -445,7 +454,9 @@ SFT = of(
 UPDATES = of(
     "updates",
     "updates",
-    "ppo",
+    "ppo::test_a_mean_ratio_over_the_limit_is_skipped",
+    "ppo::test_the_gradient_is_clipped_and_its_norm_logged_before",
+    "ppo::test_check_first_ratio_bounds",
     oom_keeps_gradients=(
         "            parameter.grad = None",
         "            pass",

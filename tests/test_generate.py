@@ -348,3 +348,13 @@ def test_invert_on_the_border_of_two_tokens_of_a_later_block() -> None:
     weights[:, [5, 200, 201]] = torch.tensor([2.0, 1.0, 1.0])
     draws = torch.tensor([0.75, 0.75 - 2**-53], dtype=torch.float64)
     assert invert(weights, draws).tolist() == [201, 200]
+
+
+def test_invert_never_leads_past_the_last_token_of_any_weight() -> None:
+    """The largest draw there is aims just below the sum, and rounding puts it on the sum for many
+    of these rows; the answer is the last token with any weight all the same."""
+    weights = torch.zeros(64, 300)
+    weights[:, :5] = torch.rand(64, 5, generator=seeded(1)).clamp_(min=0.1)
+    weights[32:, 140:145] = weights[32:, :5]
+    draws = torch.full((64,), 1 - 2**-53, dtype=torch.float64)
+    assert invert(weights, draws).tolist() == [4] * 32 + [144] * 32

@@ -24,13 +24,13 @@ class Mutant:
     equivalent: str = ""
 
 
-def of(file: str, *tests: str, **mutants: tuple[str, str, str]) -> list[Mutant]:
-    """Mutants of one file with the same tests: name=(old, new, why)."""
+def of(file: str, *tests: str, **mutants: tuple[str, ...]) -> list[Mutant]:
+    """Mutants of one file with the same tests: name=(old, new, why), or with `equivalent` too."""
     parts = (test.partition("::") for test in tests)
     places = tuple(f"tests/test_{name}.py{colons}{node}" for name, colons, node in parts)
     return [
-        Mutant(name, f"ppo_nlu/{file}.py", old, new, places, why)
-        for name, (old, new, why) in mutants.items()
+        Mutant(name, f"ppo_nlu/{file}.py", old, new, places, why, *reason)
+        for name, (old, new, why, *reason) in mutants.items()
     ]
 
 
@@ -407,6 +407,7 @@ GRPO = of(
         "earned = rollout.scores.view(-1, size)",
         "earned = scores.view(-1, size)",
         "groups are even by what they earned",
+        "a group is of one task, and on its scale equal scores stay equal and others apart",
     ),
     kl_of_even_answers=(
         "if grpo.kl_coef or advantages[j] != 0",

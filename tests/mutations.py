@@ -120,7 +120,7 @@ def judged(mutant: Mutant, run: Run) -> tuple[str, str]:
 
 def first_failure(said: str) -> str:
     """The first failing test that pytest names."""
-    match = re.search(r"^(?:FAILED|ERROR) (\S+)", said, flags=re.MULTILINE)
+    match = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, flags=re.MULTILINE)
     return match[1] if match else (said.strip().splitlines() or ["no output"])[-1]
 
 

@@ -2,115 +2,60 @@
 
 Nothing here is pickled: tensors are safetensors files, everything else is JSON. A folder under
 `checkpoints/` gets its final name only when every byte of it is on disk, so a name is a promise.
+Its state.json holds the sha256 of every file, its own included: damage is noticed, not loaded.
 """
 
 from __future__ import annotations
 
-import errno
-import json
+import hashlib
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import (
+    LOCK,
+    TEMP,
+    Damaged,
+    FolderLock,
+    atomic_write_text,
+    make_folder,
+    parse_object,
+    read_object,
+    seal,
+    sync_folder,
+    temporary_name,
+    to_json,
+    unseal,
+    write_errors,
+    write_new,
+)
 
-FORMAT = 1
+RUN_FORMAT = 1  # of run.json
+FORMAT = 2  # of a checkpoint
 Tensors = dict[str, dict[str, Tensor]]
 
-_STEP = re.compile(r"step_(\d{6,})")
-_TEMP = ".tmp-"  # incomplete, or on its way out: worthless
+_STEP = re.compile(r"step_(\d{6,18})")
 _MOVED = ".old-"  # complete, moved away while its successor takes the name
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-# --- files ------------------------------------------------------------------------------------
-
-
-def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new, never half."""
-    path = Path(path)
-    temp = path.with_name(f"{_TEMP}{path.name}-{os.getpid()}")
-    with _write_errors(path):
-        try:
-            _write_synced(temp, data)
-            os.replace(temp, path)
-            _sync_folder(path.parent)
-        except Exception:
-            temp.unlink(missing_ok=True)
-            raise
-
-
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """Like `atomic_write_bytes`, for UTF-8 text."""
-    atomic_write_bytes(path, text.encode())
-
-
-def atomic_write_json(path: str | Path, value: Any) -> None:
-    """Like `atomic_write_bytes`, for strict JSON: what is not a finite number becomes null."""
-    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write_text(path, text + "\n")
-
-
-def plain(value: Any) -> Any:
-    """The same value in JSON types: one-element tensors as numbers, NaN and infinity as None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if not isinstance(value, str) and hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-@contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise UserError(
-                f"{path}: no space left on the disk; what was complete before is untouched: "
-                f"free some space and go on with --resume"
-            ) from error
-        reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); check the folder") from error
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make renames in a folder durable; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+_ASIDE = "damaged-"  # what a resumed run could not read
+_WRITTEN = ("adapter", "encoder", "bad_steps")  # folders of a run that only its training writes
+_BEFORE = "--resume takes the one before it"
 
 
 # --- checkpoints ------------------------------------------------------------------------------
@@ -145,16 +90,25 @@ def save_best(
 
 
 def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
-    """Read a checkpoint folder, or, where a kill fell into its replacement, the one before it."""
+    """Read a checkpoint folder, or, where a kill fell into its replacement, the one before it.
+
+    `Damaged` where any byte of it is not what was written.
+    """
     path = _readable(Path(path))
     head = _read_head(path)
-    try:
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in head["files"]}
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: the checkpoint is damaged ({error}); delete this folder to use the one before"
-        ) from error
+    tensors = {name: _read_tensors(path, name, sha256) for name, sha256 in head["files"].items()}
     return tensors, head["state"]
+
+
+def _read_tensors(folder: Path, name: str, sha256: str) -> dict[str, Tensor]:
+    path = folder / f"{name}.safetensors"
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise Damaged(f"{path}: the checkpoint is damaged (its sha256 is another); {_BEFORE}")
+        return parse_tensors(data)
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"{path}: the checkpoint is damaged ({error}); {_BEFORE}") from error
 
 
 def latest(run_dir: str | Path) -> Path | None:
@@ -170,9 +124,35 @@ def best(run_dir: str | Path) -> Path | None:
 
 
 def best_metric(run_dir: str | Path) -> float | None:
-    """The dev metric of the best checkpoint, or None where there is none."""
+    """The dev metric of the best checkpoint, or None where there is none that can be read."""
     path = best(run_dir)
-    return None if path is None else float(_read_head(path)["metric"])
+    if path is None:
+        return None
+    try:
+        return float(_read_head(path)["metric"])
+    except (Damaged, KeyError, TypeError, ValueError) as error:
+        print(f"warning: {error}: the next evaluation replaces it", file=sys.stderr)
+        return None
+
+
+def candidates(run_dir: str | Path) -> list[Path]:
+    """What bears the name of a step checkpoint, the newest first: also a file or a dead link, which
+    `load` calls damaged."""
+    named = [path for path in _folder(run_dir).glob("step_*") if _STEP.fullmatch(path.name)]
+    found = {*_steps(run_dir), *(_readable(path) for path in named)}
+    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]), reverse=True)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a damaged checkpoint, so that it is neither read nor counted again; its new name."""
+    path = _readable(path)
+    for number in range(1, 100):
+        aside = path.with_name(f"{_ASIDE}{path.name.removeprefix(_MOVED)}-{number}")
+        if not os.path.lexists(aside):
+            with suppress(OSError):
+                os.rename(path, aside)
+                return aside
+    return None
 
 
 def step_of(path: str | Path) -> int:
@@ -183,17 +163,31 @@ def step_of(path: str | Path) -> int:
 def prune(run_dir: str | Path, keep: int) -> None:
     """Delete all but the last `keep` step checkpoints; one always stays, and so does the best."""
     for path in _steps(run_dir)[: -max(keep, 1)]:
-        _remove(path)
+        with write_errors(path):
+            _remove(path)
 
 
 def clean(run_dir: str | Path) -> None:
-    """Before a run writes: finish a replacement that was cut short, delete half-written files."""
-    folder = _folder(run_dir)
-    for moved in sorted(folder.glob(f"{_MOVED}*")):
-        _settle(folder / moved.name.removeprefix(_MOVED))
-    for place in (Path(run_dir), folder):
-        for path in sorted(place.glob(f"{_TEMP}*")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Before a run writes: finish a replacement that was cut short, delete half-written files.
+
+    Whoever calls this holds the lock of the run folder: nobody is still writing there.
+    """
+    folder, run_dir = _folder(run_dir), Path(run_dir)
+    with write_errors(folder):
+        for moved in sorted(folder.glob(f"{_MOVED}*")):
+            _settle(folder / moved.name.removeprefix(_MOVED))
+        places = [run_dir, folder, *(run_dir / name for name in _WRITTEN)]
+        for place in places:
+            for path in sorted(place.glob(f"{TEMP}*")):
+                _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a folder, or a link (not what it leads to)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _folder(run_dir: str | Path) -> Path:
@@ -217,35 +211,51 @@ def _readable(path: Path) -> Path:
 
 
 def _read_head(path: Path) -> dict[str, Any]:
+    if not path.is_dir() and os.path.lexists(path):
+        raise Damaged(f"{path}: is no folder with a checkpoint; {_BEFORE}")
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint; a run folder keeps them in checkpoints/")
+    file = path / "state.json"
     try:
-        head = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        head["files"], head["state"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a checkpoint (state.json cannot be read)") from error
+        head = _opened(file.read_bytes().decode())
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{file}: not a checkpoint, or damaged ({error}); {_BEFORE}") from error
     if head.get("format") != FORMAT:
         raise UserError(
             f"{path}: checkpoint format {head.get('format')}, this version reads {FORMAT}; "
             f"use the ppo_nlu that wrote it"
         )
+    kinds = {"step": int, "files": dict, "state": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(head.get(key), kind)]:
+        raise Damaged(f"{file}: not a checkpoint, it has no {wrong[0]}; {_BEFORE}")
+    step = _STEP.fullmatch(path.name.removeprefix(_MOVED))
+    if step and int(step[1]) != head["step"]:
+        raise Damaged(f"{path}: holds the checkpoint of step {head['step']}; {_BEFORE}")
     return head
+
+
+def _opened(text: str) -> dict[str, Any]:
+    """What a state.json holds; ValueError where it is damaged, unless another version wrote it."""
+    head = parse_object(text)
+    older = "sha256" not in head and isinstance(head.get("format"), int)
+    return head if older and head["format"] != FORMAT else unseal(text)
 
 
 def _write(final: Path, tensors: Tensors, head: dict[str, Any]) -> None:
     """Fill a folder under a temporary name, force it to disk, give it its name."""
-    temp = final.with_name(_TEMP + final.name)
-    text = json.dumps({**head, "files": sorted(tensors)}, indent=1)
-    with _write_errors(final):
+    with write_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temp = temporary_name(final)
         try:
-            temp.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temp, ignore_errors=True)
             temp.mkdir()
-            for name, group in tensors.items():
+            sums = {}
+            for name in sorted(tensors):
                 # Not save_file: it makes files that nobody else may read, whatever the umask.
-                _write_synced(temp / f"{name}.safetensors", dump_tensors(_separate(group)))
-            _write_synced(temp / "state.json", text.encode())
-            _sync_folder(temp)
+                data = dump_tensors(_separate(tensors[name]))
+                sums[name] = hashlib.sha256(data).hexdigest()
+                write_new(temp / f"{name}.safetensors", data)
+            write_new(temp / "state.json", seal({**head, "files": sums}).encode())
+            sync_folder(temp)
             _replace_folder(temp, final)
         except Exception:
             shutil.rmtree(temp, ignore_errors=True)
@@ -271,20 +281,20 @@ def _replace_folder(temp: Path, final: Path) -> None:
     """Give `temp` the name `final`: a folder cannot be replaced in one call, so in two renames."""
     moved = final.with_name(_MOVED + final.name)
     _settle(final)
-    if final.exists():
+    if os.path.lexists(final):
         os.rename(final, moved)
     os.rename(temp, final)
-    _sync_folder(final.parent)
-    if moved.exists():
+    sync_folder(final.parent)
+    if os.path.lexists(moved):
         _remove(moved)
 
 
 def _settle(final: Path) -> None:
     """Undo or finish a replacement that was cut short: whoever holds the name has won."""
     moved = final.with_name(_MOVED + final.name)
-    if not moved.exists():
+    if not os.path.lexists(moved):
         return
-    if final.exists():
+    if os.path.lexists(final):
         _remove(moved)
     else:
         os.rename(moved, final)
@@ -292,10 +302,9 @@ def _settle(final: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Delete a folder that has a name; first the name, so that half a folder never bears it."""
-    trash = path.with_name(f"{_TEMP}trash-{path.name}")
-    shutil.rmtree(trash, ignore_errors=True)
+    trash = temporary_name(path)
     os.rename(path, trash)
-    shutil.rmtree(trash)
+    _delete(trash)
 
 
 # --- optimizer state without pickle -----------------------------------------------------------
@@ -327,27 +336,46 @@ def restore_optimizer(
     The options (learning rate, betas) stay those of `optimizer`: they belong to the config, and
     an override given with --resume has to count.
     """
-    if state["name"] != type(optimizer).__name__:
+    try:
+        name, shapes, scalars = state["name"], state["shapes"], dict(state["scalars"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"the checkpoint's optimizer state is not whole ({error!r})") from error
+    if name != type(optimizer).__name__:
         raise UserError(
-            f"optim.name: the checkpoint holds the state of {state['name']}, the config asks for "
+            f"optim.name: the checkpoint holds the state of {name}, the config asks for "
             f"{type(optimizer).__name__}; resume with the optimizer the run began with"
         )
     params = _params(optimizer)
-    shapes = [list(param.shape) for param in params]
-    if state["shapes"] != shapes:
+    if shapes != [list(param.shape) for param in params]:
         raise UserError(
-            f"the checkpoint holds {len(state['shapes'])} trained tensors of other shapes than "
-            f"the {len(shapes)} of this config; resume with the model and lora.* of the run"
+            f"the checkpoint holds {len(shapes)} trained tensors of other shapes than "
+            f"the {len(params)} of this config; resume with the model and lora.* of the run"
         )
     on_device = _step_on_device(optimizer)
     optimizer.state.clear()
     for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        param = params[int(index)]
-        device = param.device if key != "step" or on_device[int(index)] else "cpu"
+        index, key = _owner(name, params)
+        param = params[index]
+        if tuple(tensor.shape) not in _state_shapes(tuple(param.shape)):
+            raise Damaged(f"the checkpoint's optimizer state {name} has no shape of its tensor")
+        device = param.device if key != "step" or on_device[index] else "cpu"
         optimizer.state[param][key] = tensor.to(device, copy=True)
-    for index, values in state["scalars"].items():
-        optimizer.state[params[int(index)]].update(values)
+    for name, values in scalars.items():
+        index, _ = _owner(f"{name}.", params)
+        optimizer.state[params[index]].update(values)
+
+
+def _owner(name: str, params: list[Tensor]) -> tuple[int, str]:
+    """The tensor's number and the key in a name of `flatten_optimizer`."""
+    index, _, key = name.partition(".")
+    if not re.fullmatch(r"[0-9]{1,9}", index) or int(index) >= len(params):
+        raise Damaged(f"the checkpoint's optimizer state {name!r} belongs to no trained tensor")
+    return int(index), key
+
+
+def _state_shapes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """What an optimizer keeps of a tensor: a number, as many numbers, or factors of a matrix."""
+    return {(), shape, shape[:-1], shape[:-2] + shape[-1:]}
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -369,7 +397,7 @@ def _step_on_device(optimizer: torch.optim.Optimizer) -> list[bool]:
 def new_run_dir(root: str | Path = "runs") -> Path:
     """Make and return the next numbered folder under `root`; two programs never get the same."""
     root = Path(root)
-    with _write_errors(root):
+    with write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         taken = [int(path.name) for path in root.iterdir() if path.name.isdecimal()]
         number = max(taken, default=0) + 1
@@ -382,18 +410,52 @@ def new_run_dir(root: str | Path = "runs") -> Path:
                 return root / f"{number:04d}"
 
 
+_held: dict[str, FolderLock] = {}  # the folders that this process works in, by their real path
+
+
+def hold(folder: str | Path) -> FolderLock:
+    """Lock a run folder until `release`; a `UserError` where another process works in it."""
+    real = os.path.realpath(folder)
+    if real not in _held:
+        _held[real] = FolderLock(folder)
+    return _held[real]
+
+
+def release(folder: str | Path) -> None:
+    """Let other processes work in a folder; the end of a process does so too."""
+    if lock := _held.pop(os.path.realpath(folder), None):
+        lock.release()
+
+
+def release_all() -> None:
+    """Release whatever folder a program came to hold."""
+    for folder in list(_held):
+        release(folder)
+
+
 def claim(output: str | Path, config: str | None = None) -> Path:
     """Make `output` the folder of a new run, with `config` (YAML text) as its config.yaml.
 
     A folder that holds anything is never written into: not a stranger's, and not an earlier run.
+    Of several processes that claim one folder at once one succeeds, and has it until `release`.
     """
     output = Path(output)
     require_free(output)
-    with _write_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(output / "run.json", {"program": "ppo_nlu", "format": FORMAT})
-    if config is not None:
-        atomic_write_text(output / "config.yaml", config)
+    make_folder(output)
+    lock = hold(output)
+    try:
+        require_free(output)  # again, now that nobody else can take it
+        text = to_json({"program": "ppo_nlu", "format": RUN_FORMAT}, indent=2) + "\n"
+        if lock.locked:
+            atomic_write_text(output / "run.json", text)
+        else:  # only the first can make this file
+            with write_errors(output / "run.json"):
+                write_new(output / "run.json", text.encode())
+        if config is not None:
+            atomic_write_text(output / "config.yaml", config)
+    except Exception:
+        release(output)
+        raise
     return output
 
 
@@ -405,14 +467,14 @@ def require_free(output: str | Path) -> None:
     if is_run_dir(output):
         what = "a finished" if (output / "summary.json").exists() else "an unfinished"
         raise UserError(
-            f"{output}: holds {what} run; continue it with --resume {output}, or name a new folder "
-            f"with --output"
+            f"{output}: holds {what} run; continue it with --resume {shlex.quote(str(output))}, or "
+            f"name a new folder with --output"
         )
     if not output.exists():
         return
-    with _write_errors(output):
-        held = {p.name for p in output.iterdir() if not p.name.startswith(_TEMP)}
-    if held and not (held == {"run.json"} and _marker(output)):  # a claim that was cut short
+    with write_errors(output):
+        names = {p.name for p in output.iterdir() if not p.name.startswith(TEMP)} - {LOCK}
+    if names and not (names == {"run.json"} and _marker(output)):  # a claim that was cut short
         raise UserError(
             f"{output}: is not empty and no run of ppo_nlu; name a new folder with --output"
         )
@@ -435,9 +497,9 @@ def require_run_dir(path: str | Path) -> Path:
             f"{path}: not a run folder (config.yaml and run.json are missing); "
             f"name the folder that ppo_nlu.train wrote"
         )
-    if marker.get("format") != FORMAT:
+    if marker.get("format") != RUN_FORMAT:
         raise UserError(
-            f"{path}: run format {marker.get('format')}, this version reads {FORMAT}; "
+            f"{path}: run format {marker.get('format')}, this version reads {RUN_FORMAT}; "
             f"use the ppo_nlu that wrote it"
         )
     return path
@@ -445,11 +507,10 @@ def require_run_dir(path: str | Path) -> Path:
 
 def _marker(path: Path) -> dict[str, Any] | None:
     try:
-        marker = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        marker = read_object(path / "run.json")
     except (OSError, ValueError):
         return None
-    ours = isinstance(marker, dict) and marker.get("program") == "ppo_nlu"
-    return marker if ours else None
+    return marker if marker.get("program") == "ppo_nlu" else None
 
 
 # --- being asked to stop ----------------------------------------------------------------------

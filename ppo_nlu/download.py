@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urljoin
 
+from ppo_nlu import files
 from ppo_nlu.archives import ARCHIVES, Archive
 from ppo_nlu.errors import UserError, printable
 from ppo_nlu.tasks import TaskSpec
@@ -148,6 +149,7 @@ def _take(archive: Archive, folder: str, address: str, scratch: Path, target: Pa
 
 def _move(folder: Path, target: Path, spec: TaskSpec) -> None:
     try:
+        files.sync_tree(folder)
         folder.rename(target)
     except OSError as error:
         names = {name for names in spec.files.values() for name in names}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +22,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ppo_nlu.checkpoint import atomic_write_bytes
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import (
+    check_folder,
+    make_folder,
+    parse_object,
+    read_checked,
+    read_tensors,
+    temporary_name,
+    write_errors,
+    write_folder,
+)
+from ppo_nlu.lora import require_numbers
 from ppo_nlu.model import BUNDLED, DTYPES, hub_answers, pick_device, reason_of
 from ppo_nlu.optim import clip_gradients
 from ppo_nlu.rollout import seeded
@@ -50,6 +58,7 @@ class Encoder(nn.Module):
     def __init__(self, model: Any, tokenizer: Any, spec: TaskSpec, dtype: torch.dtype):
         super().__init__()
         self.model, self.tokenizer, self.spec, self.dtype = model, tokenizer, spec, dtype
+        self.saved_as = _cutting(tokenizer)
         self.takes = set(inspect.signature(model.forward).parameters)
 
     @property
@@ -232,7 +241,7 @@ def load(cfg: Config, spec: TaskSpec) -> Encoder:
         model = _blank(cfg, config)
         if cfg.init_from:
             source = saved_folder(cfg.init_from)
-            stored = _stored_answers(_read_config(cfg, source))
+            stored = _answers_in(source)
             _take(model, _read_weights(source), stored == wanted, f"init_from: {source / WEIGHTS}")
         elif not bundled:
             tensors = _library_weights(cfg, config, options)
@@ -245,6 +254,7 @@ def load_saved(cfg: Config, spec: TaskSpec, folder: str | Path) -> Encoder:
     from transformers import AutoTokenizer
 
     folder, device = Path(folder), pick_device(cfg.model.device)
+    check_folder(folder, but=WEIGHTS)  # which are read, and checked, below
     config = _read_config(cfg, folder)
     stored = _stored_answers(config)
     if stored != answers_of(spec):
@@ -395,6 +405,16 @@ def _stored_answers(config: Any) -> list[str]:
     return [config.id2label[i] for i in sorted(config.id2label)]
 
 
+def _answers_in(folder: Path) -> list[str]:
+    """The same for a saved encoder, whose config is read as data: no code of its own is run."""
+    path = folder / "config.json"
+    try:
+        table = parse_object(read_checked(path).decode()).get("id2label") or {}
+        return [str(table[key]) for key in sorted(table, key=int)]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: its id2label cannot be read ({error})") from error
+
+
 def _require_room(cfg: Config, config: Any, tokenizer: Any) -> None:
     """The rows must fit into the encoder's positions."""
     limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
@@ -450,24 +470,41 @@ def load_weights(encoder: Encoder, tensors: Mapping[str, Tensor]) -> None:
 def save(encoder: Encoder, folder: str | Path) -> None:
     """A Hugging Face folder that `AutoModelForSequenceClassification` and `AutoTokenizer` read.
 
-    Each file appears whole or not at all, config.json last: with it the folder is complete.
+    Each file appears whole or not at all, config.json last: with it the folder is complete. The
+    tokenizer cuts and pads as it did when it was loaded, whatever was read since.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(folder / WEIGHTS, dump_tensors(weights(encoder), {"format": "pt"}))
-    with tempfile.TemporaryDirectory() as made:
-        encoder.tokenizer.save_pretrained(made)
-        encoder.model.config.save_pretrained(made)
-        files = [path for path in Path(made).iterdir() if path.is_file()]
-        for path in sorted(files, key=lambda path: path.name == "config.json"):
-            atomic_write_bytes(folder / path.name, path.read_bytes())
+    folder = make_folder(folder)
+    contents = {WEIGHTS: dump_tensors(weights(encoder), {"format": "pt"})}
+    _set_cutting(encoder.tokenizer, encoder.saved_as)
+    made = temporary_name(folder / "files")  # here and not in $TMPDIR, which may be missing or full
+    with write_errors(folder):
+        try:
+            encoder.tokenizer.save_pretrained(made)
+            encoder.model.config.save_pretrained(made)
+            files = sorted(path for path in made.iterdir() if path.is_file())
+            contents |= {path.name: path.read_bytes() for path in files}
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    last = contents.pop("config.json")
+    write_folder(folder, contents | {"config.json": last})
+
+
+def _cutting(tokenizer: Any) -> tuple[Any, Any] | None:
+    """How a fast tokenizer cuts and pads; each call that does so changes it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else (backend.truncation, backend.padding)
+
+
+def _set_cutting(tokenizer: Any, cutting: tuple[Any, Any] | None) -> None:
+    if cutting is None:
+        return
+    backend, (truncation, padding) = tokenizer.backend_tokenizer, cutting
+    backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+    backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); save it again") from error
+    return read_tensors(folder / WEIGHTS)
 
 
 def _take(model: Any, tensors: Mapping[str, Tensor], head: bool, source: str) -> None:
@@ -480,6 +517,8 @@ def _take(model: Any, tensors: Mapping[str, Tensor], head: bool, source: str) ->
             f"{source}: {len(wrong)} tensors are missing or of another shape than those of this "
             f"encoder ({', '.join(wrong[:3])}); give weights of the model in model.name_or_path"
         )
+    for name, x in own.items():
+        require_numbers(tensors[name], x.dtype, f"{source}: {name}")
     with torch.no_grad():
         for name, x in own.items():
             x.copy_(tensors[name])

@@ -6,8 +6,6 @@ T=1, greedy decoding, and scoring each label word whole behind the prompt (never
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,20 +15,29 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from ppo_nlu import cli, data, demonstrations, encoder, lora, metrics, prefix_tree, runlog
 from ppo_nlu.answers import parse
-from ppo_nlu.checkpoint import atomic_write_json, require_run_dir
-from ppo_nlu.config import Config, load_config
+from ppo_nlu.checkpoint import require_run_dir
+from ppo_nlu.config import Config
 from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import (
+    LOCK,
+    TEMP,
+    FolderLock,
+    atomic_open,
+    atomic_write_json,
+    make_folder,
+    read_tensors,
+    to_json,
+)
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.model import VALUE_HEAD, Policy, check_words, load_policy
 from ppo_nlu.prefix_tree import Opening
 from ppo_nlu.prompts import answer
+from ppo_nlu.provenance import read_config, resume_command, stored_config
 from ppo_nlu.rollout import Fitted, fit_prompt, longest_prompt, seeded
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
@@ -264,13 +271,13 @@ def shown(rows: Iterable[T], title: str, total: int | None, progress: bool) -> I
 def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a finished run; a UserError where the run is none or has not finished."""
     folder = require_run_dir(run_dir)
-    cfg = load_config(folder / "config.yaml", overrides)
+    cfg = stored_config(folder, overrides)
     kept = encoder_folder(folder) if cfg.method == "encoder" else folder / "adapter"
     named = "config.json" if cfg.method == "encoder" else lora.CONFIG_FILE
     if not (kept / named).is_file():
         raise UserError(
             f"{folder}: the run has not finished and left no {kept.name}/; "
-            f"finish it with python -m ppo_nlu.train {folder}/config.yaml --resume {folder}"
+            f"finish it with {resume_command(folder, cfg)}"
         )
     return cfg
 
@@ -289,14 +296,15 @@ def load_trained(cfg: Config, run_dir: str | Path) -> Policy | Encoder:
     lora.load_adapter(policy.model, adapter)
     if cfg.method != "ppo":
         return policy  # no critic was trained
+    path = adapter / VALUE_HEAD
     try:
-        policy.value_head.load_state_dict(load_file(adapter / VALUE_HEAD))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        head = read_tensors(path)
+    except UserError as error:
         raise UserError(
-            f"{adapter / VALUE_HEAD}: not the value head of this run ({error}); resume the run's "
-            f"last step to write it again: python -m ppo_nlu.train {run_dir}/config.yaml "
-            f"--resume {run_dir}"
+            f"{error}; resume the run's last step to write the value head again: "
+            f"{resume_command(run_dir, cfg)}"
         ) from error
+    lora.take(policy.value_head.state_dict(), head, str(path))
     return policy
 
 
@@ -308,17 +316,10 @@ def write_predictions(path: Path, answers: Iterable[Answer], named: bool = False
 
 def recorded(path: Path, answers: Iterable[Answer], named: bool = False) -> Iterator[Answer]:
     """The answers as they come, each written down at once; with the last the file gets its name."""
-    part = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for row in answers:
-                file.write(json.dumps(row.to_json(named), ensure_ascii=False) + "\n")
-                yield row
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_open(path) as file:
+        for row in answers:
+            file.write(to_json(row.to_json(named)) + "\n")
+            yield row
 
 
 def join(decoded: Sequence[Answer], scored: Sequence[Answer]) -> list[Answer]:
@@ -410,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     target = Path(args.target)
     is_run = target.is_dir()
-    cfg = (run_config if is_run else load_config)(target, args.overrides)
+    cfg = (run_config if is_run else read_config)(target, args.overrides)
     cfg = replace(cfg, eval=replace(cfg.eval, split=args.split or cfg.eval.split))
     specs, split = specs_of(cfg), cfg.eval.split
     label = "+".join(name.replace("/", "-") for name in specs)
@@ -422,14 +423,8 @@ def main(argv: list[str] | None = None) -> int:
     policy = load_trained(cfg, target) if is_run else load_base_policy(cfg)
     for spec in specs.values():
         require_fit(policy, spec, cfg)
-    measured = []
-    for name, spec in specs.items():
-        folder = output / name.replace("/", "-") if len(specs) > 1 else output
-        folder.mkdir(parents=True, exist_ok=True)
-        decodes = (args.decode,) if args.decode else decodes_of(spec)
-        found = _answered(policy, spec, cfg, held[name].examples, decodes, folder)
-        measured.append(Measured(spec, held[name], found, None, cfg.eval.bootstrap, cfg.seed))
-        _tell(measured[-1], cfg, folder)
+    with FolderLock(make_folder(output)):
+        measured = list(_measured(policy, specs, cfg, held, args.decode, output))
     if all(row.label is not None for rows in held.values() for row in rows.examples):
         method = "few-shot" if cfg.prompt.shots else "zero-shot"
         summary = summarise(cfg, measured) | {
@@ -444,6 +439,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{lost:,} worked examples were left out, whole, where a prompt did not fit")
     print(f"written: {output}")
     return 0
+
+
+def _measured(
+    policy: Policy | Encoder,
+    specs: Mapping[str, TaskSpec],
+    cfg: Config,
+    held: Mapping[str, data.Dataset],
+    decode: str | None,
+    output: Path,
+) -> Iterator[Measured]:
+    """Each task answered, written down and told."""
+    for name, spec in specs.items():
+        folder = make_folder(output / name.replace("/", "-") if len(specs) > 1 else output)
+        decodes = (decode,) if decode else decodes_of(spec)
+        found = _answered(policy, spec, cfg, held[name].examples, decodes, folder)
+        one = Measured(spec, held[name], found, None, cfg.eval.bootstrap, cfg.seed)
+        _tell(one, cfg, folder)
+        yield one
 
 
 def load_base_policy(cfg: Config) -> Policy:
@@ -490,7 +503,7 @@ def require_own(output: Path, tasks: Iterable[str] = ()) -> Path:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
     names = [path.name for path in output.iterdir()] if output.is_dir() else []
-    own = (".tmp-", "predictions", "report.json", "summary.json")
+    own = (TEMP, LOCK, "predictions", "report.json", "summary.json")
     plain = {name.replace("/", "-") for name in (*TASKS, *tasks)}
     if any(not name.startswith(own) and name not in plain for name in names):
         raise UserError(f"--output {output}: holds files of other kinds; name a new folder")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import shutil
 import sys
@@ -23,13 +22,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from ppo_nlu import checkpoint, cli, lora
-from ppo_nlu.config import Config, load_config
+from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.model import VALUE_HEAD, load_base, resolve
+from ppo_nlu.files import (
+    FolderLock,
+    atomic_write_text,
+    parse_object,
+    read_checked,
+    read_tensors,
+    sweep_folders,
+    sync_folder,
+    sync_tree,
+    temporary_name,
+    to_json,
+    write_errors,
+    write_folder,
+)
+from ppo_nlu.model import VALUE_HEAD, load_base
+from ppo_nlu.provenance import stored_config
 
 # Texts on which the merged model must agree with the policy; of each the last 64 tokens.
 PROBES = (
@@ -43,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Export a run; the exit code."""
     args = _arguments(argv)
     run = checkpoint.require_run_dir(args.run_dir)
-    cfg = load_config(run / "config.yaml", args.overrides)
+    cfg = stored_config(run, args.overrides)
     output = Path(args.output)
     _refuse_used(output)
     with _appearing(output) as folder:
@@ -59,17 +73,10 @@ def export_adapter(run: Path, cfg: Config, which: str | None, folder: Path) -> s
     """Write the PEFT adapter, its value head and a README; what to tell the user."""
     base = base_name(cfg)
     if which is None:
-        source = _final_adapter(run)
-        lora.read_adapter_config(source)  # refuses what cannot be read
-        shutil.copyfile(source / lora.WEIGHTS_FILE, folder / lora.WEIGHTS_FILE)
-        if (source / VALUE_HEAD).is_file():
-            shutil.copyfile(source / VALUE_HEAD, folder / VALUE_HEAD)
-        config = json.loads((source / lora.CONFIG_FILE).read_text(encoding="utf-8"))
-        text = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True)
-        (folder / lora.CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        _copy_adapter(_final_adapter(run), base, folder)
     else:
         _write_checkpoint(run, cfg, which, folder)
-    (folder / "README.md").write_text(ADAPTER_README.format(**_facts(cfg)), encoding="utf-8")
+    atomic_write_text(folder / "README.md", ADAPTER_README.format(**_facts(cfg)))
     return f"adapter for {base}"
 
 
@@ -83,11 +90,12 @@ def export_merged(run: Path, cfg: Config, which: str | None, folder: Path) -> st
     merged: Any = lora.merge(model)
     del model
     gc.collect()
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with write_errors(folder):
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     del merged
     gc.collect()
-    (folder / "README.md").write_text(MERGED_README.format(**_facts(cfg)), encoding="utf-8")
+    atomic_write_text(folder / "README.md", MERGED_README.format(**_facts(cfg)))
     again = _logits(*load_base(replace(cfg.model, name_or_path=str(folder))))
     gap = max(float((a - b).abs().max()) for a, b in zip(again, wanted, strict=True))
     bound = _bound(cfg.model.dtype, wanted)
@@ -98,10 +106,8 @@ def export_merged(run: Path, cfg: Config, which: str | None, folder: Path) -> st
 
 
 def base_name(cfg: Config) -> str:
-    """The base model as others can load it: a folder as its full path, else a name of the hub."""
-    name = resolve(cfg.model.name_or_path)
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.is_dir() else name
+    """What the base model is called: as the user named it, of a full path the last part."""
+    return lora.portable_name(cfg.model.name_or_path)
 
 
 # ---- what a run holds ------------------------------------------------------------------------
@@ -145,12 +151,25 @@ def _checkpoint(run: Path, which: str) -> tuple[checkpoint.Tensors, Path]:
     return groups, path
 
 
+def _copy_adapter(source: Path, base: str, folder: Path) -> None:
+    """The run's adapter and value head, whole and finite, with the base's name in the config."""
+    lora.read_adapter_config(source)  # refuses what cannot be read
+    contents = {}
+    for name in (VALUE_HEAD, lora.WEIGHTS_FILE):
+        if (source / name).is_file() or name == lora.WEIGHTS_FILE:
+            for key, tensor in read_tensors(source / name).items():
+                lora.require_numbers(tensor, torch.float32, f"{source / name}: {key}")
+            contents[name] = read_checked(source / name)
+    config = parse_object(read_checked(source / lora.CONFIG_FILE).decode())
+    text = to_json(config | {"base_model_name_or_path": base}, indent=2) + "\n"
+    write_folder(folder, contents | {lora.CONFIG_FILE: text.encode()})
+
+
 def _write_checkpoint(run: Path, cfg: Config, which: str, folder: Path) -> None:
     groups, _ = _checkpoint(run, which)
     model, _ = _policy(run, cfg, which)
-    lora.save_adapter(model, folder, cfg.lora, base_name(cfg))
-    if "value_head" in groups:
-        save_file(groups["value_head"], folder / VALUE_HEAD)
+    beside = {VALUE_HEAD: dump_tensors(groups["value_head"])} if "value_head" in groups else {}
+    lora.save_adapter(model, folder, cfg.lora, base_name(cfg), beside)
 
 
 # ---- the check -------------------------------------------------------------------------------
@@ -186,18 +205,24 @@ def _refuse_used(output: Path) -> None:
 
 @contextmanager
 def _appearing(output: Path) -> Iterator[Path]:
-    """A folder under a temporary name, renamed to `output` at the end and deleted on any error."""
+    """A folder under a temporary name, renamed to `output` at the end and deleted on any error;
+    so is that of an earlier export that was killed."""
     output = output.absolute()
-    temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
+    temporary = temporary_name(output)
     try:
+        sweep_folders(output)
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output: {output} cannot be made ({error.strerror})") from error
     try:
-        yield temporary
-        if output.is_dir():
-            output.rmdir()  # empty, or this fails; not every system renames over a folder
-        os.rename(temporary, output)
+        with FolderLock(temporary):  # by which the next export knows that this one is at work
+            yield temporary
+        with write_errors(output):
+            sync_tree(temporary)
+            if output.is_dir():
+                output.rmdir()  # empty, or this fails; not every system renames over a folder
+            os.rename(temporary, output)
+            sync_folder(output.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -207,6 +232,8 @@ def _facts(cfg: Config) -> dict[str, str]:
         "task": "+".join(cfg.names),
         "method": cfg.method,
         "base": base_name(cfg),
+        "load": "BUNDLED" if cfg.model.name_or_path == "bundled" else repr(base_name(cfg)),
+        "more": "; from ppo_nlu.model import BUNDLED" * (cfg.model.name_or_path == "bundled"),
         "dtype": cfg.model.dtype,
     }
 
@@ -215,11 +242,12 @@ ADAPTER_README = """\
 # LoRA adapter for {task} ({method})
 
 Base model: `{base}`. Trained with ppo_nlu; `value_head.safetensors`, if there, is its critic and is
-not needed for answers. From within this folder:
+not needed for answers. From within this folder, with the base's place on your machine where it is
+no name of the Hugging Face hub:
 
 ```python
-from transformers import AutoModelForCausalLM; from peft import PeftModel
-base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="{dtype}")
+from transformers import AutoModelForCausalLM; from peft import PeftModel{more}
+base = AutoModelForCausalLM.from_pretrained({load}, dtype="{dtype}")
 model = PeftModel.from_pretrained(base, ".")
 ```
 """

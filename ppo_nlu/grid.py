@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ppo_nlu import checkpoint, results
+from ppo_nlu import checkpoint, files, results
 from ppo_nlu.config import Config, load_config
 from ppo_nlu.errors import UserError
 
@@ -147,12 +147,12 @@ class Grid:
         return self.folder / "configs" / f"{cell.backbone.preset}{family_of(cell)}.yaml"
 
     def finished(self, name: str) -> bool:
-        """Whether the cell has left its summary."""
-        return (self.cell_dir(name) / "summary.json").is_file()
+        """Whether the cell has left its summary, whole."""
+        return bool(self.summary(name))
 
     def summary(self, name: str) -> dict[str, Any]:
         """The summary of a finished cell."""
-        return results.read_json(self.cell_dir(name) / "summary.json")
+        return results.read_summary(self.cell_dir(name) / "summary.json")
 
 
 # --- the plan -----------------------------------------------------------------------------------
@@ -289,7 +289,9 @@ def command_of(grid: Grid, cell: Cell) -> tuple[list[str], str]:
     task = [f"task={cell.tasks[0]}"]
     if cell.source:
         alone = ["tasks=[]"] if METHODS[cell.method].several else []
-        return [*evaluate, str(grid.cell_dir(cell.source)), *task, *alone, *where], ""
+        trusted = [text for text in grid.overrides if "trust_remote_code" in text]
+        run = str(grid.cell_dir(cell.source))
+        return [*evaluate, run, *task, *alone, *trusted, *where], ""
     said = [f"seed={cell.seed}"]
     said += task if len(cell.tasks) == 1 else ["task=null", f"tasks=[{', '.join(cell.tasks)}]"]
     if cell.backbone.model and cell.method != "encoder" and not cell.start:
@@ -313,7 +315,8 @@ def command_of(grid: Grid, cell: Cell) -> tuple[list[str], str]:
         return [*evaluate, config, *said, *grid.overrides, *where], ""
     steps, note = steps_of(grid, cell)
     if checkpoint.is_run_dir(folder):
-        return [*train, str(folder / "config.yaml"), "--resume", str(folder)], note
+        stored = [str(folder / "config.yaml"), *grid.overrides]
+        return [*train, *stored, "--resume", str(folder)], note
     said += [f"train.steps={steps}", "eval.before=false"]
     return [*train, config, *said, *grid.overrides, *where], note
 
@@ -341,7 +344,7 @@ def settle(grid: Grid, cells: Sequence[Cell], backbones: Sequence[Backbone], com
     if not before:
         if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
             raise UserError(f"--output {folder}: holds files of other kinds; name a new folder")
-        (folder / "configs").mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder / "configs")
     else:
         _require_same(folder, before, now)
         for name, text in configs.items():
@@ -352,7 +355,7 @@ def settle(grid: Grid, cells: Sequence[Cell], backbones: Sequence[Backbone], com
                     "name a new folder"
                 )
     for name, text in configs.items():
-        checkpoint.atomic_write_text(folder / "configs" / name, text)
+        files.atomic_write_text(folder / "configs" / name, text)
     planned = before.get("plan", {})
     planned |= {
         c.name: {
@@ -366,7 +369,7 @@ def settle(grid: Grid, cells: Sequence[Cell], backbones: Sequence[Backbone], com
     commands = before.get("commands", [])
     commands = [*(line for line in commands if line != command), command]
     grown = before | now | {"commands": commands, "plan": planned}
-    checkpoint.atomic_write_json(folder / "grid.json", grown)
+    files.atomic_write_json(folder / "grid.json", grown)
 
 
 def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -17,10 +17,10 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ppo_nlu import checkpoint, encoder, grpo, lora, ppo, sft, updates
+from ppo_nlu import encoder, grpo, lora, ppo, sft, updates
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.losses import AdaptiveKL
-from ppo_nlu.model import VALUE_HEAD, Policy, load_policy, resolve
+from ppo_nlu.model import VALUE_HEAD, Policy, load_policy
 from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.rewards import RunningScale
 from ppo_nlu.rollout import Rollout, seeded, tell_reuse
@@ -102,9 +102,9 @@ class LoraLearner(Learner):
         lora.load_state_dict(self.model.model, groups["adapter"], place)
 
     def save(self, folder: Path) -> None:
-        name = resolve(self.cfg.model.name_or_path)
-        (folder / "adapter").mkdir(exist_ok=True)
-        lora.save_adapter(self.model.model, folder / "adapter", self.cfg.lora, name)
+        name, groups = self.cfg.model.name_or_path, self.weights()
+        beside = {VALUE_HEAD: dump_tensors(groups["value_head"])} if "value_head" in groups else {}
+        lora.save_adapter(self.model.model, folder / "adapter", self.cfg.lora, name, beside)
 
 
 class OnPolicy(LoraLearner):
@@ -240,13 +240,7 @@ class PPO(OnPolicy):
 
     def restore(self, groups: Groups, place: str) -> None:
         super().restore(groups, place)
-        self.model.value_head.load_state_dict(groups["value_head"])
-
-    def save(self, folder: Path) -> None:
-        (folder / "adapter").mkdir(exist_ok=True)
-        head = dump_tensors(self.weights()["value_head"])
-        checkpoint.atomic_write_bytes(folder / "adapter" / VALUE_HEAD, head)
-        super().save(folder)  # the adapter's own config is written last
+        lora.take(self.model.value_head.state_dict(), groups["value_head"], place)
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"kl_coef": self.kl.coef}

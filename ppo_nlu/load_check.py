@@ -126,7 +126,7 @@ def only_attention(config: Any) -> bool:
     return set(getattr(config, "layer_types", None) or LAYERS) <= LAYERS
 
 
-def switch_of_positions(decoder: nn.Module) -> int | None:
+def switch_of_positions(decoder: Any) -> int | None:
     """The longest batch before the rotary tables change for all of its rows; None: they never do.
 
     LongRoPE takes other frequencies once any row is longer, dynamic NTK new ones for each length;

@@ -9,20 +9,20 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ppo_nlu import ops
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import Damaged, parse_object, read_checked, read_tensors, write_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -291,7 +291,12 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy a whole adapter into the attached layers; `source` names it in the errors."""
-    own = _named(model)
+    take(_named(model), tensors, source)
+
+
+def take(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into those of the same names; a UserError where any does not fit or is no
+    number, before the first is copied."""
     for word, keys in (("lacks", own.keys() - tensors), ("has unexpected", tensors.keys() - own)):
         if keys:
             shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
@@ -305,17 +310,46 @@ def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], source: str
                 f"{source}: {key} has shape {tuple(tensors[key].shape)}, "
                 f"the model needs {tuple(parameter.shape)}; was it made for this base model?"
             )
+        require_numbers(tensors[key], parameter.dtype, f"{source}: {key}")
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
 
 
-def save_adapter(model: nn.Module, folder: str | Path, cfg: LoraSettings, base_name: str) -> None:
-    """Write the adapter in the PEFT layout; each file appears whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def require_numbers(tensor: Tensor, dtype: torch.dtype, source: str) -> None:
+    """A UserError where a weight is not made of finite floating-point numbers, as `dtype` asks."""
+    if not dtype.is_floating_point:
+        return  # a buffer of positions, say
+    if not tensor.is_floating_point():
+        raise UserError(f"{source} holds {tensor.dtype}, not floating-point numbers; save it again")
+    if not tensor.to(dtype).isfinite().all():
+        raise UserError(
+            f"{source} holds NaN or infinity; take the weights of an earlier step or of another run"
+        )
+
+
+def portable_name(name: str) -> str:
+    """What an adapter calls its base: the name that the user gave, of a full path the last part.
+
+    Nobody else has the path, and it may say more of its machine than is meant to be shared.
+    """
+    path = Path(name)
+    return path.name if path.is_absolute() or name.startswith("~") else name
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    cfg: LoraSettings,
+    base_name: str,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write the adapter in the PEFT layout, its checksums, and what else belongs to it.
+
+    Each file appears whole or not at all, the config last: with it the adapter is complete.
+    """
     config = {
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": portable_name(base_name),
         "bias": "none",
         "fan_in_fan_out": any(layer.transposed for layer in lora_layers(model).values()),
         "inference_mode": True,
@@ -328,8 +362,10 @@ def save_adapter(model: nn.Module, folder: str | Path, cfg: LoraSettings, base_n
         "task_type": "CAUSAL_LM",
         "use_rslora": cfg.rslora,
     }
-    _replace(folder / WEIGHTS_FILE, save(state_dict(model), {"format": "pt"}))
-    _replace(folder / CONFIG_FILE, f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
+    weights = save(state_dict(model), {"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    contents = {**(beside or {}), WEIGHTS_FILE: weights, CONFIG_FILE: text.encode()}
+    write_folder(Path(folder), contents)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -359,24 +395,44 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     if config.get("init_lora_weights") not in _HARMLESS_INITS:
         variants.append("init_lora_weights")
     if variants:
-        shown = ", ".join(f"{key}={config[key]!r}" for key in sorted(variants))
+        shown = ", ".join(f"{key}={short(config[key])}" for key in sorted(variants))
         raise UserError(f"{path}: {shown} is not supported; give a plain LoRA adapter")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
     weights = path.with_name(WEIGHTS_FILE)
-    targets = targets_of(_read_weights(weights))
+    tensors = _read_weights(weights)
+    targets = targets_of(tensors)
     if not targets:
         raise UserError(f"{weights} holds no LoRA weights ({_PREFIX}...{_SUFFIXES[0]})")
-    try:
-        return AdapterConfig(
-            r=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            rslora=bool(config.get("use_rslora", False)),
-            dropout=float(config.get("lora_dropout", 0.0)),
-            targets=targets,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: r and lora_alpha must be there, as numbers ({error})") from error
+    if not isinstance(config.get("use_rslora"), bool | None):
+        raise UserError(f"{path}: use_rslora is {short(config['use_rslora'])}, not true or false")
+    found = AdapterConfig(
+        r=_number(path, config, "r", lambda r: r >= 1 and r == int(r)),
+        alpha=float(_number(path, config, "lora_alpha", lambda alpha: alpha != 0)),
+        rslora=bool(config.get("use_rslora")),
+        dropout=float(_number(path, {"lora_dropout": 0.0} | config, "lora_dropout", _is_share)),
+        targets=targets,
+    )
+    for key in (f"{_PREFIX}{name}{_SUFFIXES[0]}" for name in targets):
+        rows = tensors[key].shape[:1]
+        if rows != (found.r,):
+            raise UserError(f"{path}: r is {found.r}, but {key} has {rows[0] if rows else 0} rows")
+    return found
+
+
+def _is_share(value: float) -> bool:
+    return 0 <= value < 1
+
+
+def _number(
+    path: Path, config: Mapping[str, Any], key: str, allowed: Callable[[float], bool]
+) -> Any:
+    """A finite number of an adapter's config."""
+    value: Any = config.get(key)
+    finite = type(value) in (int, float) and abs(value) < 1e9 and value == value
+    if not finite or not allowed(value):
+        raise UserError(f"{path}: {key} is {short(value)}, which is no number that it can be")
+    return int(value) if key == "r" else value
 
 
 def targets_of(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -410,14 +466,13 @@ def _shortest_suffixes(model: nn.Module) -> list[str]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(read_checked(path).decode())
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no adapter folder: it has no {path.name}") from None
-    except (NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return config
+    except Damaged:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a JSON object ({error})") from error
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -425,23 +480,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         pickled = (path.parent / "adapter_model.bin").is_file()
         hint = "; adapter_model.bin is a pickle, save it again as safetensors" if pickled else ""
         raise UserError(f"{path.parent} has no {path.name}{hint}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error})") from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file under another name, then rename it, so that nobody ever sees half of it."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return read_tensors(path)
 
 
 # ---- merge ----------------------------------------------------------------------------------

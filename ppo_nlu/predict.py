@@ -8,20 +8,19 @@ probability of every label by scoring the whole word behind the prompt.
 from __future__ import annotations
 
 import csv
-import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ppo_nlu import cli, data
 from ppo_nlu.config import Config
 from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import Answer, answer_all, load_trained, require_fit, run_config, shown
+from ppo_nlu.files import Output, atomic_open, to_json
 from ppo_nlu.model import Policy
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
@@ -120,21 +119,15 @@ def _writer(target: Path | None, spec: TaskSpec) -> Iterator[Any]:
     if target is None:
         yield lambda answer: print(_json(answer), flush=True)
         return
-    part = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            yield _file_writer(file, target.suffix, spec)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_open(target, newline="", new=True) as file:
+        yield _file_writer(file, target.suffix, spec)
 
 
 def _json(answer: Answer) -> str:
-    row = _record(answer) | {"probabilities": answer.probabilities}
-    return json.dumps(row, ensure_ascii=False)
+    return to_json(_record(answer) | {"probabilities": answer.probabilities})
 
 
-def _file_writer(file: TextIO, suffix: str, spec: TaskSpec) -> Any:
+def _file_writer(file: Output, suffix: str, spec: TaskSpec) -> Any:
     if suffix == ".jsonl":
         return lambda answer: file.write(_json(answer) + "\n")
     listed = spec.words if spec.kind == "choice" else ()

@@ -23,6 +23,7 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +41,15 @@ from tqdm import tqdm
 from ppo_nlu import cli
 from ppo_nlu.answers import parse
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import (
+    FolderLock,
+    atomic_write_bytes,
+    atomic_write_text,
+    make_folder,
+    read_object,
+    read_tensors,
+    to_json,
+)
 from ppo_nlu.prefix_tree import cache_argument, kept_cache
 from ppo_nlu.prompts import STOP, answer, render
 from ppo_nlu.strict_config import below_one, load_dataclass, number, one_of, positive, share
@@ -583,7 +593,7 @@ def train_tokenizer(lines: Iterable[str], cfg: TokenizerConfig, folder: Path) ->
         )
     except RuntimeError as error:
         raise UserError(f"tokenizer.vocab_size: {cfg.vocab_size} does not fit: {error}") from None
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    atomic_write_bytes(folder / "tokenizer.model", model.getvalue())
     write_fast_tokenizer(folder)
 
 
@@ -623,7 +633,7 @@ def write_fast_tokenizer(folder: Path) -> None:
     )
     fast.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
     fast.add_tokens([AddedToken(s, special=False, normalized=False) for s in USER_PIECES])
-    fast.save(str(folder / "tokenizer.json"), pretty=False)
+    atomic_write_text(folder / "tokenizer.json", fast.to_str(pretty=False))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     config = {
         **names,
@@ -631,8 +641,8 @@ def write_fast_tokenizer(folder: Path) -> None:
         "model_max_length": 2048,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=1) + "\n")
+    atomic_write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+    atomic_write_text(folder / "special_tokens_map.json", json.dumps(names, indent=1) + "\n")
 
 
 def tokenizer_lines(m: Material, cfg: TokenizerConfig) -> Iterator[str]:
@@ -1038,7 +1048,7 @@ def run(cfg: TinyConfig, folder: Path, again: str | None, command: str) -> dict[
         files[stage].unlink(missing_ok=True)
     final = folder / "model"
     for place in (final, folder / "stages"):
-        place.mkdir(parents=True, exist_ok=True)
+        make_folder(place)
     facts = Facts(folder / "stages" / "facts.json", cfg)
 
     material = gather(cfg)
@@ -1085,7 +1095,7 @@ def run(cfg: TinyConfig, folder: Path, again: str | None, command: str) -> dict[
     rounded = load_model(final)  # what is scored is what is shipped
     for name, scored in (("dev", material.dev), ("heldout", material.heldout)):
         facts.put(name, asdict(evaluate(rounded, tokenizer, scored, cfg.eval, cfg.seed)))
-    (final / "README.md").write_text(model_card(cfg, material, facts.all, final, command))
+    atomic_write_text(final / "README.md", model_card(cfg, material, facts.all, final, command))
     return facts.all
 
 
@@ -1094,14 +1104,23 @@ class Facts:
 
     def __init__(self, path: Path, cfg: TinyConfig) -> None:
         self.path = path
-        self.all: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.all = self._kept()
         self.settings = asdict(cfg)
+
+    def _kept(self) -> dict[str, Any]:
+        """The facts of an earlier call."""
+        try:
+            return read_object(self.path)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: is damaged ({error}); delete it") from error
 
     def put(self, name: str, value: Any) -> None:
         """Add one fact, and write all of them."""
         self.all[name] = value
         self.all.setdefault("settings", {})[name] = self.settings
-        self.path.write_text(json.dumps(self.all, indent=1) + "\n")
+        atomic_write_text(self.path, to_json(self.all, indent=1) + "\n")
 
 
 @contextmanager
@@ -1117,17 +1136,15 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 def save_stage(model: Any, path: Path) -> None:
     """A stage's weights in full precision; the head is the embedding."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {name: v.clone() for name, v in model.state_dict().items() if name != TIED}
-    save_file(state, str(path))
+    atomic_write_bytes(path, save(state))
 
 
 def load_stage(model: Any, path: Path) -> None:
     """A stage's weights back into the model."""
-    from safetensors.torch import load_file
-
-    state = load_file(str(path))
+    state = read_tensors(path)
     try:
         missing = model.load_state_dict(state, strict=False)
     except RuntimeError:
@@ -1138,13 +1155,13 @@ def load_stage(model: Any, path: Path) -> None:
 
 def save_model(model: Any, folder: Path) -> None:
     """The weights as float16; the configuration asks for float32, in which they are to be used."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items() if k != TIED}
-    save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    atomic_write_bytes(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.dtype = "float32"
-    (folder / "config.json").write_text(model.config.to_json_string())
+    atomic_write_text(folder / "config.json", model.config.to_json_string())
 
 
 def load_model(folder: Path) -> Any:
@@ -1163,7 +1180,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def write_seen(split: Split, path: Path) -> None:
     """The phrases whose label was seen, normalised, one a line."""
-    path.write_text("".join(key + "\n" for key in sorted(seen_keys(split))), encoding="utf-8")
+    atomic_write_text(path, "".join(key + "\n" for key in sorted(seen_keys(split))))
 
 
 def seen_keys(split: Split) -> set[str]:
@@ -1332,8 +1349,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", choices=RESULTS, help="repeat from this stage on")
     args = parser.parse_intermixed_args(argv)
     cfg = load_dataclass(TinyConfig, args.config, args.overrides)
-    command = " ".join(["python -m ppo_nlu.pretrain", str(args.config), *args.overrides])
-    facts = run(cfg, args.output or Path(cfg.output), args.again, command)
+    command = f"python -m ppo_nlu.pretrain {shlex.join([str(args.config), *args.overrides])}"
+    folder = make_folder(args.output or Path(cfg.output))
+    with FolderLock(folder):
+        facts = run(cfg, folder, args.again, command)
     print(json.dumps({name: facts[name] for name in ("dev", "heldout")}, indent=1))
     return 0
 

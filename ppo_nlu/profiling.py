@@ -22,6 +22,7 @@ checkpointing or inside a fused op, is not counted again, nor is the elementwise
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from ppo_nlu.files import temporary_name, write_errors
 
 PHASES = ("prefill", "decode", "score", "reference", "update", "evaluation", "io")
 OTHER = "other"  # the time outside every phase
@@ -318,7 +321,10 @@ class Profile:
         self._book()
         self._tracer.stop()
         assert self.trace is not None
-        self._tracer.export_chrome_trace(str(self.trace))
+        temp = temporary_name(self.trace)
+        with write_errors(self.trace):
+            self._tracer.export_chrome_trace(str(temp))
+            os.replace(temp, self.trace)
         if self.apart:  # nor is the writing of it a part of any phase
             self._mark, self._cpu = time.perf_counter(), time.process_time()
         self._tracer = None

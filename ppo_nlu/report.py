@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ppo_nlu import checkpoint, cli, published, report_plots
+from ppo_nlu import cli, files, published, report_plots
 from ppo_nlu import results as measured
 from ppo_nlu.document import (
     Figure,
@@ -422,12 +422,12 @@ def write(folder: Path, output: Path) -> int:
     figures = report_plots.draw_all(found) if drawn else {}
     parts = document(found, figures, drawn)
     title = f"ppo_nlu: the {found.grid.get('benchmark', '')} grid"
-    output.mkdir(parents=True, exist_ok=True)
+    files.make_folder(output)
     for name, figure in figures.items():
-        (output / "report_files").mkdir(exist_ok=True)
-        checkpoint.atomic_write_bytes(output / "report_files" / f"{name}.png", figure.png)
-    checkpoint.atomic_write_text(output / "report.html", to_html(title, parts))
-    checkpoint.atomic_write_text(output / "report.md", to_markdown(title, parts))
+        files.make_folder(output / "report_files")
+        files.atomic_write_bytes(output / "report_files" / f"{name}.png", figure.png)
+    files.atomic_write_text(output / "report.html", to_html(title, parts))
+    files.atomic_write_text(output / "report.md", to_markdown(title, parts))
     measured.write_rows(found, output)
     print(f"report: {output / 'report.html'} (and report.md, rows.csv)")
     return 0

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ppo_nlu import checkpoint, cli, report, results
+from ppo_nlu import checkpoint, cli, files, report, results
 from ppo_nlu.config import load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.grid import (
@@ -64,8 +64,8 @@ class Runner:
         self.total = len(cells)
         self.waiting = [cell for cell in cells if not grid.finished(cell.name)]
         self.running: dict[str, tuple[Cell, subprocess.Popen[bytes], float]] = {}
-        self.started = results.read_json(grid.folder / "cells.json")
-        kept = results.read_json(grid.folder / "failures.json")
+        self.started = results.read_table(grid.folder / "cells.json")
+        kept = results.read_table(grid.folder / "failures.json")
         names = {cell.name for cell in cells}
         self.failed = {k: v for k, v in kept.items() if k not in names and not grid.finished(k)}
         self.failed_now = 0
@@ -172,10 +172,10 @@ class Runner:
         return self.grid.folder / "logs" / f"{cell.name}.log"
 
     def _write(self) -> None:
-        checkpoint.atomic_write_json(self.grid.folder / "cells.json", self.started)
-        checkpoint.atomic_write_json(self.grid.folder / "failures.json", self.failed)
+        files.atomic_write_json(self.grid.folder / "cells.json", self.started)
+        files.atomic_write_json(self.grid.folder / "failures.json", self.failed)
         self.settings["elapsed_s"] = self.before + time.perf_counter()
-        checkpoint.atomic_write_json(self.grid.folder / "grid.json", self.settings)
+        files.atomic_write_json(self.grid.folder / "grid.json", self.settings)
 
     def _say(self, cell: Cell, text: str) -> None:
         done = self.total - len(self.waiting) - len(self.running)
@@ -232,22 +232,20 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int | None]:
+def locked(folder: Path, keep: bool = True) -> Iterator[int | None]:
     """Nobody else runs this grid. The cells inherit the lock, so that one whose grid was killed
     still holds it."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield None
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--output {folder}: this grid, or a cell of it, is still running; wait or stop it"
-            ) from None
-        yield file.fileno()
+        lock = files.FolderLock(folder)
+    except files.InUse as error:
+        raise UserError(
+            f"--output {folder}: this grid, or a cell of it, is still running ({error.holder}); "
+            "wait or stop it"
+        ) from None
+    try:
+        yield lock.handle if lock.locked else None
+    finally:
+        lock.release(keep)  # a cell may hold it still
 
 
 def cores() -> int:
@@ -393,7 +391,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in {ASSETS / grid.config_of(cell).name for cell in cells}:
         load_config(path, grid.overrides)  # a mistake in an override ends the grid before it starts
     command = shlex.join(["python", "-m", "ppo_nlu.reproduce", *(argv or sys.argv[1:])])
-    settle(grid, cells, backbones, command)
+    with locked(files.make_folder(folder), keep=False):  # of two grids one makes the folder its own
+        settle(grid, cells, backbones, command)
     print(f"{len(cells)} cells, {jobs} side by side, in {folder}", flush=True)
     runner = Runner(grid, cells, jobs)
     code = runner.run()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo_nlu import checkpoint, metrics
+from ppo_nlu import files, metrics
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import TASKS
 
@@ -130,11 +129,16 @@ def load(folder: Path) -> Results:
     grid = read_json(folder / "grid.json")
     if not grid:
         raise UserError(f"{folder}: no grid.json; name the folder that ppo_nlu.reproduce wrote")
-    started, failures = read_json(folder / "cells.json"), read_json(folder / "failures.json")
-    plan: dict[str, Json] = grid.get("plan", {})
+    started, failures = read_table(folder / "cells.json"), read_table(folder / "failures.json")
+    plan = grid.get("plan", {})
+    keys = {"method", "model", "tasks", "seed"}
+    if not isinstance(plan, dict) or not all(
+        isinstance(cell, dict) and keys <= cell.keys() for cell in plan.values()
+    ):
+        raise UserError(f"{folder}/grid.json: its plan is damaged; start the grid in a new folder")
     scores, summaries = [], {}
     for name, cell in plan.items():
-        summary = read_json(folder / "cells" / name / "summary.json")
+        summary = read_summary(folder / "cells" / name / "summary.json")
         if not summary:
             continue
         summaries[name] = (cell, summary)
@@ -155,10 +159,22 @@ def load(folder: Path) -> Results:
 def read_json(path: Path) -> Json:
     """The object in a JSON file; empty where it is missing or torn."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        return files.read_object(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def read_table(path: Path) -> dict[str, Json]:
+    """The objects in an object of a JSON file, by their names; what is no object is left out."""
+    return {name: row for name, row in read_json(path).items() if isinstance(row, dict)}
+
+
+def read_summary(path: Path) -> Json:
+    """A summary.json; empty where it is missing or damaged, as if its run had not finished."""
+    found = read_json(path)
+    tasks = found.get("tasks", {})
+    whole = isinstance(tasks, dict) and all(isinstance(entry, dict) for entry in tasks.values())
+    return found if whole else {}
 
 
 def short_paths(text: str) -> str:
@@ -409,8 +425,8 @@ def write_rows(results: Results, output: Path) -> None:
         writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint.atomic_write_text(output / "rows.csv", text.getvalue())
+    files.make_folder(output)
+    files.atomic_write_text(output / "rows.csv", text.getvalue())
 
 
 def unparsed_rates(results: Results) -> dict[str, dict[str, float]]:

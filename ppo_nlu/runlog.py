@@ -6,6 +6,7 @@ Nothing here decides anything. matplotlib, tensorboard and wandb are imported on
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 import re
@@ -19,11 +20,21 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import torch
 
-from ppo_nlu.checkpoint import atomic_write_bytes, atomic_write_json, atomic_write_text, plain
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    parse_object,
+    plain,
+    write_errors,
+)
 
 if TYPE_CHECKING:
     from ppo_nlu.config import LogConfig
+
+
+METRICS = "metrics.jsonl"
 
 
 # --- metrics ----------------------------------------------------------------------------------
@@ -41,28 +52,44 @@ class MetricsLog:
     """Appends one JSON object a step to metrics.jsonl, and hands its numbers to the sinks."""
 
     def __init__(self, run_dir: str | Path, sinks: Sequence[ScalarSink] = ()) -> None:
-        self.path = Path(run_dir) / "metrics.jsonl"
+        self.path = Path(run_dir) / METRICS
         self.sinks = sinks
         self._file: TextIO | None = None
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write a line and flush it; what is not a finite number becomes null."""
         record = {"step": step, **plain(metrics)}
-        if self._file is None:
-            self._file = open(self.path, "a", encoding="utf-8")
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with write_errors(self.path):
+            if self._file is None:
+                self._file = open(self.path, "a", encoding="utf-8")
+            self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
         scalars = {k: v for k, v in record.items() if k != "step" and _is_number(v)}
         for sink in self.sinks:
             sink.log(step, scalars)
 
-    def truncate_after(self, step: int) -> None:
-        """On resume: drop the lines of later steps, which will be run again, and a torn one."""
+    def truncate_after(self, step: int) -> list[str]:
+        """On resume: drop the lines of later steps, which will be run again, and torn ones; what
+        is to be told, such as the steps up to `step` that have no line. A link becomes a file."""
         self._close_file()
-        if self.path.exists():
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= step]
-            atomic_write_bytes(self.path, b"".join(kept))
+        with write_errors(self.path):
+            lines = self.path.read_bytes().splitlines(True) if self.path.exists() else []
+        places = [_step_of(line) for line in lines]
+        both = zip(places, lines, strict=True)
+        kept = {int(place): line for place, line in both if place <= step}
+        if lines != [kept[at] for at in sorted(kept)] or self.path.is_symlink():
+            atomic_write_bytes(self.path, b"".join(kept[at] for at in sorted(kept)))
+        told = []
+        if torn := sum(place == math.inf for place in places):
+            told.append(f"{self.path}: {torn} torn line(s) left out")
+        if again := sum(place <= step for place in places) - len(kept):
+            told.append(f"{self.path}: {again} line(s) of a step that has another left out")
+        if missing := [at for at in range(1, step + 1) if at not in kept]:
+            told.append(
+                f"{self.path}: no line of {_spans(missing)}, lost before the disk had them; the "
+                "weights of these steps are in the checkpoint"
+            )
+        return told
 
     def close(self) -> None:
         self._close_file()
@@ -88,7 +115,7 @@ class MetricsLog:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """All complete lines of metrics.jsonl, in order."""
-    path = Path(run_dir) / "metrics.jsonl"
+    path = Path(run_dir) / METRICS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if _step_of(line) < math.inf]
 
@@ -96,9 +123,23 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 def _step_of(line: bytes) -> float:
     """The step of a complete line; infinity for a torn one."""
     try:
-        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        step = parse_object(line.decode())["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError):
         return math.inf
+    return step if type(step) is int and step > 0 else math.inf
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Rising numbers as "step 3" or "steps 3, 5 to 9"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    shown = [f"{a} to {b}" if a < b else f"{a}" for a, b in spans]
+    word = "step" if len(numbers) == 1 else "steps"
+    return f"{word} {', '.join(shown[:5])}{' and others' if len(shown) > 5 else ''}"
 
 
 def _is_number(value: Any) -> bool:
@@ -311,10 +352,10 @@ def draw_curves(
         axes.set_xlim(0, last * 1.02)
     figure.suptitle(title + (f"\n{subtitle}" if subtitle else ""), fontsize=12)
     path = Path(run_dir) / "curves.png"
-    temp = path.with_name(".tmp-curves.png")
-    figure.savefig(temp, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
     plt.close(figure)
-    temp.replace(path)
+    atomic_write_bytes(path, image.getvalue())
     return path
 
 

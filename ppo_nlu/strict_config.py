@@ -8,7 +8,6 @@ wrong, how to mend it. Nothing here imports torch or knows a key by name.
 from __future__ import annotations
 
 import math
-import os
 import re
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import atomic_write_text
 
 T = TypeVar("T")
 
@@ -104,16 +104,7 @@ def dump(cfg: Any) -> str:
 
 def save_config(cfg: Any, path: str | Path) -> None:
     """Write `dump(cfg)`; whoever reads the file sees the old text or the new, never a part."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(dump(cfg))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    atomic_write_text(path, dump(cfg))
 
 
 def diff(a: Any, b: Any, allowed: Collection[str] = ()) -> list[str]:

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from ppo_nlu import cli, data, evaluate
-from ppo_nlu.checkpoint import atomic_write_bytes
 from ppo_nlu.config import Config
 from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import atomic_open, make_folder, parse_object
 from ppo_nlu.metrics import chosen_row
 from ppo_nlu.model import Policy
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         print(_line(part, filled, args.fallback), flush=True)
     for line in missing:
         print(f"not whole: {line}")
-    atomic_write_bytes(output, packed(contents))
+    with atomic_open(output, binary=True, new=True) as file:
+        file.write(packed(contents))
     print(f"written: {output}")
     return 0
 
@@ -319,7 +320,7 @@ def kept(path: Path, part: Part) -> list[Given] | None:
     if not path.is_file() or path.stat().st_mtime < part.run.trained_at:
         return None
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows = [parse_object(line) for line in path.read_text("utf-8").splitlines()]
         ids = [row["id"] for row in rows]
         given = [Given(row["prediction"], row["probabilities"]) for row in rows]
     except (ValueError, KeyError, TypeError):
@@ -345,7 +346,7 @@ def ask(policy: Policy | Encoder, part: Part, path: Path, decode: str) -> list[G
     """
     cfg, spec = part.run.cfg, part.trained
     evaluate.require_fit(policy, spec, cfg)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     answers = evaluate.answer_all(policy, spec, cfg, part.examples, decode)
     rows = evaluate.shown(
         evaluate.recorded(path, answers), part.file.name, len(part.examples), cfg.log.progress

@@ -10,6 +10,7 @@ drawn evenly from the allowed ones. FOLDER/model is the taught model, for `model
 from __future__ import annotations
 
 import math
+import os
 import random
 import shutil
 import sys
@@ -17,13 +18,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from ppo_nlu import checkpoint, cli, data, mixture, optim, runlog, sft
+from ppo_nlu import cli, data, files, mixture, optim, provenance, runlog, sft
 from ppo_nlu.answers import parse
-from ppo_nlu.config import Config, load_config
+from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.load_check import choose_path
@@ -43,10 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_intermixed_args(argv)
-    cfg = load_config(args.config, args.overrides)
+    cfg = provenance.read_config(args.config, args.overrides)
     folder: Path = args.output
-    if folder.is_file() or (folder / "summary.json").exists():
-        raise UserError(f"--output {folder}: is a file or a finished run; name a new folder")
+    _require_new(folder)
     specs = specs_of(cfg)
     if free := [name for name, spec in specs.items() if not spec.words]:
         raise UserError(f"tasks: {free[0]} has no list of answers to teach; leave it out")
@@ -66,6 +67,31 @@ def main(argv: list[str] | None = None) -> int:
     for spec in specs.values():
         check_words(policy, spec, cfg.prompt)
     print(f"model: {cfg.model.name_or_path} on {policy.device}; {len(specs)} tasks", flush=True)
+    files.make_folder(folder)
+    with files.FolderLock(folder):
+        _require_new(folder)  # again, now that nobody else writes there
+        summary = _taught(policy, specs, cfg, rows, folder, seen)
+        summary |= {"left_out": sorted(absent), "wall_s": time.perf_counter() - started}
+        files.atomic_write_json(folder / "summary.json", summary)
+    taught, wall = summary["train_samples"], summary["wall_s"]
+    print(f"{taught:,} prompts, no label read, {wall:.0f} s; written: {folder / 'model'}")
+    return 0
+
+
+def _require_new(folder: Path) -> None:
+    if folder.is_file() or (folder / "summary.json").exists():
+        raise UserError(f"--output {folder}: is a file or a finished run; name a new folder")
+
+
+def _taught(
+    policy: Policy,
+    specs: Mapping[str, TaskSpec],
+    cfg: Config,
+    rows: Mapping[str, list[Example]],
+    folder: Path,
+    seen: bool,
+) -> dict[str, Any]:
+    """Teach, save the model, and say what that changed: a summary.json but for two keys."""
     probes = {name: found[:PROBED] for name, found in rows.items()}
     before = unparsed(policy, specs, cfg, probes)
     teach(policy, specs, cfg, rows, [name for name in specs if before[name] < 0.5])
@@ -75,25 +101,16 @@ def main(argv: list[str] | None = None) -> int:
             f"{name}: unparsed {100 * before[name]:.0f} % before, {100 * after[name]:.0f} % after"
         )
     _save(policy, folder / "model", seen)
-    wall = time.perf_counter() - started
-    taught = cfg.train.steps * cfg.sft.batch_size
-    checkpoint.atomic_write_json(
-        folder / "summary.json",
-        {
-            "task": "+".join(specs),
-            "left_out": sorted(absent),
-            "method": "form",
-            "model": cfg.model.name_or_path,
-            "seed": cfg.seed,
-            "unparsed_before": before,
-            "unparsed_after": after,
-            "train_samples": taught,
-            "wall_s": wall,
-            "peak_memory_mb": runlog.peak_memory_mb(policy.device),
-        },
-    )
-    print(f"{taught:,} prompts, no label read, {wall:.0f} s; written: {folder / 'model'}")
-    return 0
+    return {
+        "task": "+".join(specs),
+        "method": "form",
+        "model": cfg.model.name_or_path,
+        "seed": cfg.seed,
+        "unparsed_before": before,
+        "unparsed_after": after,
+        "train_samples": cfg.train.steps * cfg.sft.batch_size,
+        "peak_memory_mb": runlog.peak_memory_mb(policy.device),
+    }
 
 
 def _load(cfg: Config) -> Policy:
@@ -179,11 +196,24 @@ def unparsed(
 
 
 def _save(policy: Policy, folder: Path, seen: bool) -> None:
-    """A Hugging Face folder; with the list of rows whose labels the base has seen, if it has."""
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
-    if seen:
-        shutil.copyfile(data.SEEN_LABELS, folder / data.SEEN_LABELS.name)
+    """A Hugging Face folder, whole or not at all; with the list of rows whose labels the base has
+    seen, if it has. That of a call that was cut short is replaced."""
+    for left in folder.parent.glob(f"{files.TEMP}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    temp = files.temporary_name(folder)
+    with files.write_errors(folder):
+        try:
+            policy.model.save_pretrained(temp)
+            policy.tokenizer.save_pretrained(temp)
+            if seen:
+                shutil.copyfile(data.SEEN_LABELS, temp / data.SEEN_LABELS.name)
+            files.sync_tree(temp)
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            os.rename(temp, folder)
+            files.sync_folder(folder.parent)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ evaluation split under three ways of decoding.
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import sys
 import time
@@ -24,10 +23,12 @@ from ppo_nlu import (
     cli,
     data,
     evaluate,
+    files,
     memory,
     mixture,
     optim,
     profiling,
+    provenance,
     rewards,
     runlog,
     updates,
@@ -47,6 +48,7 @@ MAY_CHANGE = (
     "eval.bootstrap",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "model.device",
     "data.path",
     "custom.train",
     "custom.dev",
@@ -72,6 +74,7 @@ class Run:
     started: float = field(default_factory=time.perf_counter)  # of the program
     step: int = 0
     saved: int = 0  # the step of the newest checkpoint
+    made_of: dict[str, Any] = field(default_factory=dict)  # fingerprints; see `provenance`
     pending: dict[str, Any] | None = None  # a step's metrics where a stop cut its evaluation short
     bad_in_a_row: int = 0
     totals: dict[str, float] = field(
@@ -84,7 +87,8 @@ def train(run: Run, stop: checkpoint.StopRequest) -> None:
     cfg, learner = run.cfg, run.learner
     sinks = runlog.open_sinks(cfg.log, run.folder, to_dict(cfg), run.step)
     log = runlog.MetricsLog(run.folder, sinks)
-    log.truncate_after(run.step if run.pending is None else run.step - 1)
+    for line in log.truncate_after(run.step if run.pending is None else run.step - 1):
+        print(f"warning: {line}", file=sys.stderr)
     with log, runlog.Progress(cfg.train.steps, run.step, cfg.log.progress) as progress:
         if run.pending is not None and _evaluated(run, run.pending, stop):
             log.log(run.step, run.pending)
@@ -128,9 +132,9 @@ def _learn(run: Run, examples: list[Example], progress: runlog.Progress) -> dict
         run.bad_in_a_row += 1
         run.totals["bad_steps"] += 1
         dumped = run.folder / "bad_steps" / f"step_{run.step + 1:06d}.json"
-        dumped.parent.mkdir(exist_ok=True)
+        files.make_folder(dumped.parent)
         rows = learner.describe(bad.index)
-        checkpoint.atomic_write_json(dumped, {"metrics": bad.metrics, "rows": rows})
+        files.atomic_write_json(dumped, {"metrics": bad.metrics, "rows": rows})
         progress.write(
             f"step {run.step + 1}: {bad}; the rest of the step is skipped, its batch is in {dumped}"
         )
@@ -192,6 +196,8 @@ def _evaluated(run: Run, metrics: dict[str, Any], stop: checkpoint.StopRequest) 
 def save(run: Run) -> None:
     """Everything that a resumed run needs to go on to the last bit."""
     with profiling.phase("io"):
+        files.sync_file(run.folder / runlog.METRICS)  # never behind its checkpoint
+        files.sync_folder(run.folder)
         tensors, state = checkpoint.flatten_optimizer(run.optimizer)
         checkpoint.save(
             run.folder,
@@ -202,7 +208,7 @@ def save(run: Run) -> None:
                 "learner": run.learner.state(),
                 "bad_in_a_row": run.bad_in_a_row,
                 "totals": run.totals | {"wall_s": time.perf_counter() - run.started},
-                "rows": fingerprint(run),
+                "made_of": run.made_of,
                 "pending": run.pending,
                 "optimizer": state,
             },
@@ -211,34 +217,67 @@ def save(run: Run) -> None:
         checkpoint.prune(run.folder, run.cfg.train.keep_checkpoints)
 
 
-def fingerprint(run: Run) -> str:
-    """A hash of the training rows, wherever they were read from."""
-    digest = hashlib.sha256()
-    for rows in run.train_rows.values():
-        for row in rows:
-            digest.update(repr((row.id, sorted(row.fields.items()), row.label)).encode())
-    return digest.hexdigest()
-
-
 def restore(run: Run) -> None:
-    """Go on from the last complete checkpoint; from the start where there is none."""
+    """Go on from the last checkpoint that can be read; from the start where there never was one.
+
+    A damaged one is told and renamed. Where all are damaged the run is left as it is.
+    """
     checkpoint.clean(run.folder)
-    last = checkpoint.latest(run.folder)
-    if last is None:
-        return
-    tensors, state = checkpoint.load(last)
-    if state["rows"] != fingerprint(run):
-        raise UserError(
-            f"--resume {run.folder}: the run was started on other training rows than those found "
-            f"now ({run.source}); give the same data with data.path"
-        )
-    run.learner.restore(tensors, str(last))
-    run.learner.set_state(state["learner"])
-    checkpoint.restore_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
-    run.step = run.saved = state["step"]
-    run.pending, run.bad_in_a_row = state["pending"], state["bad_in_a_row"]
-    run.totals = state["totals"]
-    run.started -= run.totals.pop("wall_s")
+    damaged: dict[Path, files.Damaged] = {}
+    told: list[str] = []
+    for path in checkpoint.candidates(run.folder):
+        try:
+            told = _take_back(run, path)
+            break
+        except files.Damaged as error:
+            damaged[path] = error
+    else:
+        if damaged:
+            raise UserError(
+                f"--resume {run.folder}: none of its {len(damaged)} checkpoint(s) can be read "
+                f"({next(iter(damaged.values()))}); copy them again, or start a new run with "
+                "--output"
+            )
+    for path, damage in damaged.items():
+        aside = checkpoint.set_aside(path)
+        told.append(f"{damage}; it is kept as {aside.name}" if aside else str(damage))
+    for line in told + _checked_best(run.folder):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _take_back(run: Run, path: Path) -> list[str]:
+    """Everything that a checkpoint holds into the run, and what is to be told of it; `Damaged`
+    where it does not fit."""
+    tensors, state = checkpoint.load(path)
+    told = provenance.compare(run.folder, state.get("made_of", {}), run.made_of)
+    try:
+        run.learner.restore(tensors, str(path))
+        run.learner.set_state(state["learner"])
+        checkpoint.restore_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
+        run.pending, run.bad_in_a_row = state["pending"], int(state["bad_in_a_row"])
+        totals = {name: value + 0 for name, value in state["totals"].items()}
+        wall = totals.pop("wall_s")
+        run.totals, run.started = totals, run.started - wall
+        run.step = run.saved = checkpoint.step_of(path)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise files.Damaged(
+            f"{path}: does not hold what a checkpoint of this run holds ({error!r})"
+        ) from error
+    return told
+
+
+def _checked_best(folder: Path) -> list[str]:
+    """A damaged `best` is told and renamed; the next evaluation writes another."""
+    best = checkpoint.best(folder)
+    try:
+        if best is not None:
+            checkpoint.load(best)
+    except files.Damaged as error:
+        checkpoint.set_aside(best)  # type: ignore[arg-type]
+        return [f"{error}; the best is now looked for among the coming steps"]
+    return []
 
 
 def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
@@ -267,11 +306,19 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     optimizer = optim.build_optimizer(cfg.optim, *learner.parameters())
     train_rows = {name: found.examples for name, found in rows.items()}
     plan_memory(learner, mixture.batch(train_rows, cfg.mixture, PLANNED_BY, 0, cfg.seed))
+    held_rows = {name: found.examples for name, found in held.items()}
+    own = [spec.reward for spec in specs.values() if spec.reward not in REWARD_KINDS]
+    named = own if cfg.method in BY_REWARD else ()
+    made_of = provenance.of_run(
+        cfg, train_rows, held_rows, learner.model.device, named, MAY_CHANGE
+    )
     if folder is None:
         folder = checkpoint.claim(output or checkpoint.new_run_dir(), dump(cfg))
     print(f"run folder: {folder}", flush=True)
     source = "+".join(dict.fromkeys(found.source for found in rows.values()))
-    return Run(cfg, specs, folder, learner, optimizer, train_rows, held, source, rows)
+    return Run(
+        cfg, specs, folder, learner, optimizer, train_rows, held, source, rows, made_of=made_of
+    )
 
 
 def path_of(policy: Policy) -> str:
@@ -350,7 +397,7 @@ def finish(run: Run, stop: checkpoint.StopRequest) -> bool:
     }
     for name, rows in run.learned_from.items():
         summary["tasks"][name] |= {"train_note": rows.note, "train_partial": rows.partial}
-    checkpoint.atomic_write_json(folder / "summary.json", summary)
+    files.atomic_write_json(folder / "summary.json", summary)
     show(run, summary)
     return True
 
@@ -415,28 +462,33 @@ def main(argv: list[str] | None = None) -> int:
         help="measure where the time goes: profile.json, trace.json",
     )
     args = parser.parse_intermixed_args(argv)
-    cfg = load_config(args.config, args.overrides)
+    cfg = provenance.read_config(args.config, args.overrides, training=True)
     if args.resume:
-        check_same(cfg, args.resume)
+        checkpoint.require_run_dir(args.resume)
+        checkpoint.hold(args.resume)
     elif args.output:
         checkpoint.require_free(args.output)  # before minutes of loading; `start` makes it
-    with checkpoint.StopRequest() as stop:
-        run = start(cfg, args.resume, args.output)
-        run.started = started
+    try:
         if args.resume:
-            restore(run)
-            print(f"resumed after step {run.step} of {cfg.train.steps}")
-        with profiled(run) if args.profile else nullcontext():
-            train(run, stop)
-            done = not stop and finish(run, stop)
-        if done:
-            return 0
+            check_same(cfg, args.resume)
+        with checkpoint.StopRequest() as stop:
+            run = start(cfg, args.resume, args.output)
+            run.started = started
+            if args.resume:
+                restore(run)
+                print(f"resumed after step {run.step} of {cfg.train.steps}")
+            with profiled(run) if args.profile else nullcontext():
+                train(run, stop)
+                done = not stop and finish(run, stop)
+    finally:
+        checkpoint.release_all()
+    if done:
+        return 0
     if stop:
         print(
             f"\nstopped after step {run.step} of {cfg.train.steps}, everything is saved; go on with"
         )
-        folder = shlex.quote(str(run.folder))
-        print(f"  python -m ppo_nlu.train {folder}/config.yaml --resume {folder}")
+        print(f"  {provenance.resume_command(run.folder, cfg)}")
     return stop.exit_code
 
 
@@ -456,20 +508,25 @@ def profiled(run: Run) -> Iterator[None]:
             yield
     finally:
         report = profile.report()
-        checkpoint.atomic_write_json(run.folder / "profile.json", report)
+        files.atomic_write_json(run.folder / "profile.json", report)
         trace = " and trace.json" if report["traced_steps"] else ""
         print(f"\n{profiling.table(report)}\nprofile: {run.folder}/profile.json{trace}")
 
 
 def check_same(cfg: Config, folder: Path) -> None:
-    """A run is resumed with the config it was started with; anything else is a UserError."""
-    stored = checkpoint.require_run_dir(folder) / "config.yaml"
-    changed = diff(cfg, load_config(stored), MAY_CHANGE)
+    """A run is resumed with the config it was started with; anything else is a UserError. What may
+    differ, and does, is told."""
+    stored = folder / "config.yaml"
+    before = load_config(stored)
+    changed = diff(cfg, before, MAY_CHANGE)
     if changed:
         raise UserError(
             f"--resume {folder}: the run was started with another config (differs in "
-            f"{', '.join(changed[:5])}); resume with {stored}, or start a new run with --output"
+            f"{', '.join(changed[:5])}); resume with {shlex.quote(str(stored))}, or start a new "
+            "run with --output"
         )
+    if told := diff(cfg, before):
+        print(f"resumed with another {', '.join(told)}; the run folder keeps its config.yaml")
 
 
 if __name__ == "__main__":

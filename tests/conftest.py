@@ -53,6 +53,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     cfg = load_config(root / "run.yaml")
     folder = checkpoint.claim(root / "run", dump(cfg))
+    checkpoint.release(folder)
     policy = model.load_policy(cfg)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

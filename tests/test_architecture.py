@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ppo_nlu"
 
 ROOMS = {
-    "bottom": "__init__ errors strict_config config profiling",
+    "bottom": "__init__ errors files strict_config config profiling",
     "maths": "losses advantages",
     "language": "tasks archives download readers data prompts answers metrics rewards published "
     "demonstrations mixture words",
@@ -25,8 +25,8 @@ ROOMS = {
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
     "reward_model",
-    "programs": "__main__ data_program train evaluate predict export pretrain teach_form submit "
-    "reproduce grid results report report_tables report_plots document",
+    "programs": "__main__ provenance data_program train evaluate predict export pretrain "
+    "teach_form submit reproduce grid results report report_tables report_plots document",
 }
 ALLOWED = {
     "bottom": "",

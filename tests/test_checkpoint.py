@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,10 +21,18 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
-from ppo_nlu import checkpoint
+from ppo_nlu import checkpoint, files
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import Damaged
 
 CALLS = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")  # of os: every step of a write
+
+
+@pytest.fixture(autouse=True)
+def _released() -> Iterator[None]:
+    """No test leaves a folder to this process alone."""
+    yield
+    checkpoint.release_all()
 
 
 class Killed(BaseException):
@@ -172,6 +181,161 @@ def test_a_spoilt_checkpoint_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         checkpoint.load(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- damage -----------------------------------------------------------------------------------
+
+
+def test_any_changed_byte_is_noticed(tmp_path: Path) -> None:
+    """Bits flipped in every file of a checkpoint: all of state.json, samples of the others."""
+    path = checkpoint.save(tmp_path, 1, *content(1))
+    draw = random.Random(0)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        places = range(len(whole)) if file.suffix == ".json" else draw.sample(range(len(whole)), 60)
+        for place in places:
+            spoilt = bytearray(whole)
+            spoilt[place] ^= 1 << draw.randrange(8)
+            file.write_bytes(spoilt)
+            with pytest.raises(Damaged) as error:
+                checkpoint.load(path)
+            assert str(file) in str(error.value) and "\n" not in str(error.value)
+        file.write_bytes(whole)
+    check(path, 1)
+
+
+SPOILS: dict[str, Callable[[Path], Any]] = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b" "),
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a dead link": lambda file: (file.unlink(), file.symlink_to("nowhere")),
+    "a link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
+    "binary": lambda file: file.write_bytes(b"\xff\x00" * 50),
+    **{
+        f"other JSON: {text[:25]}": lambda file, text=text: file.write_text(text)
+        for text in (
+            "null", "[]", "{}", "1e999", '{"files": {}, "state": {}}', '{"format": 2}',
+            '{"format": 2, "step": 1, "files": {"adapter": "x"}, "state": {}}',
+            '{"format": "2", "step": [], "files": [], "state": 3}',
+            '{"format": 2, "step": ' + "9" * 5000 + "}", "[" * 100_000,
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+@pytest.mark.parametrize("name", ["state.json", "adapter.safetensors"])
+def test_a_spoilt_file_of_any_kind_is_damage(tmp_path: Path, name: str, spoil: str) -> None:
+    path = checkpoint.save(tmp_path, 1, *content(1))
+    SPOILS[spoil](path / name)
+    with pytest.raises(Damaged) as error:
+        checkpoint.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"files": ["adapter"]}, {"files": {"../x": "0"}}, {"state": []}, {"step": "1"}, {"step": 2}],
+)
+def test_a_sealed_state_of_another_shape_is_damage(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path = checkpoint.save(tmp_path, 1, *content(1))
+    head = files.unseal((path / "state.json").read_text())
+    (path / "state.json").write_text(files.seal(head | changes))
+    with pytest.raises(Damaged):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_of_another_version_is_not_called_damaged(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, *content(1))
+    head = files.unseal((path / "state.json").read_text())
+    for text in (files.seal(head | {"format": 3}), '{"format": 1, "files": [], "state": {}}'):
+        (path / "state.json").write_text(text)
+        with pytest.raises(UserError, match="this version reads 2") as error:
+            checkpoint.load(path)
+        assert not isinstance(error.value, Damaged)
+
+
+def test_a_damaged_best_is_told_and_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.save_best(tmp_path, 1, 0.5, *content(1))
+    (tmp_path / "checkpoints" / "best" / "state.json").write_text("{}")
+    assert checkpoint.best_metric(tmp_path) is None
+    assert "best" in capsys.readouterr().err
+    assert checkpoint.save_best(tmp_path, 2, 0.1, *content(2)) is not None
+    check(checkpoint.best(tmp_path), 2)
+
+
+def test_set_aside_keeps_the_folder_under_another_name(tmp_path: Path) -> None:
+    for number in (1, 2):
+        path = checkpoint.save(tmp_path, 3, *content(3))
+        aside = checkpoint.set_aside(path)
+        assert aside is not None and aside.name == f"damaged-step_000003-{number}"
+    assert checkpoint.latest(tmp_path) is None and len(names(tmp_path)) == 2
+    checkpoint.save(tmp_path, 4, *content(4))
+    checkpoint.prune(tmp_path, 1)
+    checkpoint.clean(tmp_path)
+    assert names(tmp_path) == {"damaged-step_000003-1", "damaged-step_000003-2", "step_000004"}
+
+
+def test_links_in_checkpoints_lose_only_the_link(tmp_path: Path) -> None:
+    """Pruning, cleaning and replacing take the link away, and leave what it leads to."""
+    theirs = tmp_path / "theirs"
+    checkpoint.save(theirs, 1, *content(1))
+    held = theirs / "checkpoints" / "step_000001"
+    run = tmp_path / "run"
+    folder = run / "checkpoints"
+    checkpoint.save(run, 2, *content(2))
+    for name in ("step_000001", ".tmp-link", ".old-step_000002", "step_000007"):
+        (folder / name).symlink_to(held, target_is_directory=True)
+    (folder / "step_000008").symlink_to("step_000008")
+    check(folder / "step_000001", 1)
+    assert [p.name for p in checkpoint.candidates(run)] == [
+        "step_000008", "step_000007", "step_000002", "step_000001",
+    ]  # fmt: skip
+    with pytest.raises(Damaged, match="is no folder"):
+        checkpoint.load(folder / "step_000008")
+    with pytest.raises(Damaged, match="holds the checkpoint of step 1"):
+        checkpoint.load(folder / "step_000007")
+    checkpoint.clean(run)
+    checkpoint.set_aside(folder / "step_000007")
+    checkpoint.save(run, 2, *content(2))
+    checkpoint.prune(run, 1)
+    assert names(run) == {"step_000002", "damaged-step_000007-1", "step_000008"}
+    check(held, 1)
+    checkpoint.save(run, 8, *content(8))
+    check(folder / "step_000008", 8)
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("mine")
+    assert checkpoint.latest(tmp_path) is None and checkpoint.best(tmp_path) is None
+    checkpoint.clean(tmp_path)
+    with pytest.raises(UserError, match="cannot be written"):
+        checkpoint.save(tmp_path, 1, *content(1))
+    assert (tmp_path / "checkpoints").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EROFS, errno.EXDEV, errno.EBUSY])
+@pytest.mark.parametrize("call", ["fsync", "mkdir", "rename"])
+def test_what_the_system_refuses_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    def fail() -> None:
+        raise OSError(number, os.strerror(number))
+
+    checkpoint.save(tmp_path, 1, *content(1))
+    with monkeypatch.context() as patch:
+        on_call(patch, 0, fail, (call,))
+        with pytest.raises(UserError, match="cannot be written") as error:
+            checkpoint.save(tmp_path, 2, *content(2))
+    assert "\n" not in str(error.value)
+    check(checkpoint.latest(tmp_path), 1)
+    assert names(tmp_path) == {"step_000001"}
 
 
 # --- kills ------------------------------------------------------------------------------------
@@ -406,37 +570,6 @@ def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path: Path) -> None:
     assert names(tmp_path) == {"step_000001"}
 
 
-def test_atomic_write_leaves_the_old_text_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "summary.json"
-    seen = set()
-    for kill_at in range(5):
-        checkpoint.atomic_write_json(path, {"n": 1})
-        with monkeypatch.context() as patch:
-            on_call(patch, kill_at, die)
-            try:
-                checkpoint.atomic_write_json(path, {"n": 2})
-            except Killed:
-                pass
-        seen.add(json.loads(path.read_text())["n"])
-    assert seen == {1, 2}
-    checkpoint.clean(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-        with pytest.raises(UserError, match="no space left"):
-            checkpoint.atomic_write_json(path, {"n": 3})
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
-    with open(path) as reader:  # who has the old file open goes on reading the old one
-        checkpoint.atomic_write_json(path, {"n": 4})
-        assert json.load(reader) == {"n": 2}
-    value = {"x": (math.nan, math.inf, torch.tensor(2.5)), "p": Path("a/b"), "s": "ü"}
-    checkpoint.atomic_write_json(path, value)
-    assert json.loads(path.read_text()) == {"x": [None, None, 2.5], "p": "a/b", "s": "ü"}
-    assert "ü" in path.read_text(encoding="utf-8")
-
-
 # --- optimizers -------------------------------------------------------------------------------
 
 
@@ -533,6 +666,38 @@ def test_options_stay_those_of_the_config() -> None:
     assert fresh.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"x.exp_avg": torch.zeros(5)},
+        {"99.exp_avg": torch.zeros(5)},
+        {"-1.exp_avg": torch.zeros(5)},
+        {"exp_avg": torch.zeros(5)},
+        {"9" * 5000 + ".exp_avg": torch.zeros(5)},
+        {"0.exp_avg": torch.zeros(4, 6)},
+    ],
+)
+def test_odd_optimizer_tensors_are_damage(tensors: dict[str, torch.Tensor]) -> None:
+    optimizer = adamw(small_model())
+    _, state = checkpoint.flatten_optimizer(optimizer)
+    with pytest.raises(Damaged) as error:
+        checkpoint.restore_optimizer(optimizer, tensors, state)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"scalars": {"x": {}}}, {"scalars": []}, {"scalars": {"7": {"step": 1}}}, {"scalars": None}],
+)
+def test_an_odd_optimizer_state_is_damage(change: dict[str, Any]) -> None:
+    optimizer = adamw(small_model())
+    tensors, state = checkpoint.flatten_optimizer(optimizer)
+    for odd in (state | change, {}, None, [1]):
+        if odd != state | {"scalars": []}:  # an empty list says what an empty mapping says
+            with pytest.raises(Damaged):
+                checkpoint.restore_optimizer(optimizer, tensors, odd)  # type: ignore[arg-type]
+
+
 def test_another_optimizer_or_other_shapes_are_the_users_mistake() -> None:
     model = small_model()
     tensors, state = checkpoint.flatten_optimizer(adamw(model))
@@ -586,7 +751,7 @@ def test_claim_takes_new_and_empty_folders_only(tmp_path: Path) -> None:
     new = checkpoint.claim(tmp_path / "a" / "b", "task: sst2\n")
     assert checkpoint.is_run_dir(new) and checkpoint.require_run_dir(new) == new
     assert (new / "config.yaml").read_text() == "task: sst2\n"
-    assert json.loads((new / "run.json").read_text())["format"] == checkpoint.FORMAT
+    assert json.loads((new / "run.json").read_text())["format"] == checkpoint.RUN_FORMAT
 
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -647,6 +812,45 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     for act in (checkpoint.claim, checkpoint.new_run_dir):
         with pytest.raises(UserError, match="cannot be written"):
             act(tmp_path / "file" / "runs")
+
+
+def test_of_processes_that_claim_one_folder_one_succeeds(tmp_path: Path) -> None:
+    """50 tries of two processes, each behind a pipe that lets both go at once."""
+    for number in range(50):
+        folder, ready = tmp_path / str(number), os.pipe()
+        children = []
+        for _ in range(2):
+            child = os.fork()
+            if child == 0:
+                code = 3
+                try:
+                    os.close(ready[1])
+                    os.read(ready[0], 1)
+                    checkpoint.claim(folder, "task: sst2\n")
+                    code = 0
+                except UserError as error:
+                    told = ("is working in it", "holds an unfinished run")
+                    code = 2 if any(words in str(error) for words in told) else 4
+                finally:
+                    os._exit(code)
+            children.append(child)
+        os.close(ready[0])
+        os.close(ready[1])
+        codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+        assert codes == [0, 2], number
+        assert checkpoint.is_run_dir(folder)
+
+
+def test_without_locks_one_claim_succeeds_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "try_lock", lambda handle: None)
+    monkeypatch.setattr(checkpoint, "require_free", lambda output: None)  # both have looked
+    checkpoint.claim(tmp_path / "run", "task: sst2\n")
+    checkpoint.release_all()
+    with pytest.raises(UserError, match="File exists"):
+        checkpoint.claim(tmp_path / "run", "task: cola\n")
+    assert (tmp_path / "run" / "config.yaml").read_text() == "task: sst2\n"
 
 
 # --- signals ----------------------------------------------------------------------------------

@@ -405,6 +405,7 @@ def test_a_saved_folder_is_the_librarys(tmp_path: Path) -> None:
     list(encoder.answer_all(made, MNLI, cfg, rows, "greedy"))
     encoder.save(made, folder)  # over the first
     assert {path.name for path in folder.iterdir()} == {
+        "checksums.json",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -424,6 +425,42 @@ def test_a_saved_folder_is_the_librarys(tmp_path: Path) -> None:
     assert same(encoder.weights(made), encoder.weights(again))
     assert same(encoder.weights(made), load_file(folder / "model.safetensors"))
     assert not again.model.training and again.spec is MNLI
+
+
+def test_what_was_read_before_changes_no_byte_of_a_saved_folder(tmp_path: Path) -> None:
+    """The library keeps in the tokenizer how the last rows were cut and padded. A run that was
+    killed at its end and resumed has read none."""
+    cfg, rows = config("mnli"), pairs(MNLI, ["Neutral"] * 5)
+    made = encoder.load(cfg, MNLI)
+    encoder.save(made, tmp_path / "unread")
+    list(encoder.answer_all(made, MNLI, cfg, rows, "greedy"))
+    encoder.save(made, tmp_path / "read")
+    for path in (tmp_path / "unread").iterdir():
+        assert path.read_bytes() == (tmp_path / "read" / path.name).read_bytes(), path.name
+
+
+def test_an_encoder_is_saved_without_a_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    made = encoder.load(config("mnli"), MNLI)
+    encoder.save(made, tmp_path / "encoder")
+    assert not [p.name for p in (tmp_path / "encoder").iterdir() if p.name.startswith(".tmp")]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    folder = tmp_path / "encoder"
+    made = finished(tmp_path, MNLI)
+    tensors = encoder.weights(made)
+    name = next(key for key, tensor in tensors.items() if tensor.is_floating_point())
+    (folder / "checksums.json").unlink()
+    for spoilt in (torch.full_like(tensors[name], value), tensors[name].int()):
+        save_file(tensors | {name: spoilt}, folder / "model.safetensors")
+        with pytest.raises(UserError, match=f"{name} holds"):
+            encoder.load_saved(config("mnli"), MNLI, folder)
 
 
 def test_weights_are_copies() -> None:
@@ -555,7 +592,10 @@ def test_mistakes_in_a_run_folder(tmp_path: Path) -> None:
     start = config("mrpc", str(tmp_path / "other"), init_from=str(tmp_path))
     refused("init_from: .* tensors are missing or of another shape", start)
     (folder / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="model.safetensors: cannot be read"):
+    with pytest.raises(UserError, match="model.safetensors: is damaged"):
+        encoder.load_saved(config("mnli"), MNLI, folder)
+    (folder / "checksums.json").unlink()
+    with pytest.raises(UserError, match="model.safetensors: is damaged, or no safetensors"):
         encoder.load_saved(config("mnli"), MNLI, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "no such"}))
     with pytest.raises(UserError, match="its config.json cannot be read"):

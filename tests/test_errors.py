@@ -70,7 +70,9 @@ class Place:
         """A run that was begun and has left nothing yet."""
         from ppo_nlu.config import dump, load_config
 
-        return checkpoint.claim(self.run, dump(load_config(self.config)))
+        checkpoint.claim(self.run, dump(load_config(self.config)))
+        checkpoint.release(self.run)
+        return self.run
 
     def snapshot(self) -> dict[str, bytes]:
         files = (path for path in self.root.rglob("*"))
@@ -325,19 +327,19 @@ def test_a_resume_that_cannot_be(place: Place, capsys: Any) -> None:
         ["another config (differs in ppo.clip, optim.lr)", f"{place.run}/config.yaml", "--output"],
     )
     damaged = place.run / "checkpoints" / "step_000001"
-    damaged.mkdir(parents=True)
-    head = '{"format": 1, "step": 1, "files": ["adapter"], "state": {}}'
-    (damaged / "state.json").write_text(head)
+    checkpoint.save(place.run, 1, {"adapter": {}}, {})
     (damaged / "adapter.safetensors").write_bytes(b"\0" * 20)
-    told(["--resume", place.run], [f"{damaged}: the checkpoint is damaged", "delete this folder"])
+    told(["--resume", place.run], [f"{damaged}/adapter.safetensors: the checkpoint is damaged"])
     (damaged / "state.json").write_text("{")
-    told(["--resume", place.run], [f"{damaged}: not a checkpoint"])
+    told(["--resume", place.run], [f"{damaged}/state.json: not a checkpoint, or damaged"])
+    (damaged / "state.json").write_text('{"format": 1, "step": 1, "files": [], "state": {}}')
+    told(["--resume", place.run], [f"{damaged}: checkpoint format 1, this version reads 2"])
 
 
 def test_a_full_disk_keeps_what_was_saved(
     place: Place, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoint._write_synced
+    write = checkpoint.write_new
 
     def full(path: Path, data: bytes) -> None:
         if "step_000002" in str(path):
@@ -345,7 +347,7 @@ def test_a_full_disk_keeps_what_was_saved(
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_synced", full)
+        patch.setattr(checkpoint, "write_new", full)
         words = ["step_000002: no space left on the disk", "free some space", "--resume"]
         refused(train.main, [place.config, "--output", place.run], words, capsys)
     assert [p.name for p in (place.run / "checkpoints").iterdir()] == ["step_000001"]

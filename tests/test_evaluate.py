@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from ppo_nlu import checkpoint, cli, data, evaluate, prefix_tree
+from ppo_nlu import checkpoint, cli, data, evaluate, files, predict, prefix_tree
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config
 from ppo_nlu.evaluate import Answer
@@ -299,3 +300,23 @@ def test_a_split_without_labels_has_predictions_and_no_scores(
     lines = read(out / "predictions-greedy.jsonl")
     assert [line["id"] for line in lines] == ["0", "1", "2", "3", "4"]
     assert all(line["label"] is None for line in lines)
+
+
+def test_predictions_are_strict_json(tmp_path: Path) -> None:
+    """A probability that is no number is null there: no reader of JSON takes NaN."""
+    row = Answer(tiny.examples(1)[0], None, "", {"Positive": math.nan, "Negative": 0.5})
+    evaluate.write_predictions(tmp_path / "p.jsonl", [row])
+    (line,) = (tmp_path / "p.jsonl").read_text().splitlines()
+    assert json.loads(line)["probabilities"] == {"Positive": None, "Negative": 0.5}
+    assert json.loads(predict._json(row))["probabilities"] == {"Positive": None, "Negative": 0.5}
+
+
+def test_a_folder_in_which_another_evaluation_works_is_refused(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with files.FolderLock(tmp_path):
+        argv = [str(finished_run), "--output", str(tmp_path), "--decode", "greedy"]
+        assert cli.run(evaluate.main, argv) == 2
+    error = capsys.readouterr().err
+    assert "is working in it" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

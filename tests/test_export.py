@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ppo_nlu import checkpoint, cli, export, lora
+from ppo_nlu import checkpoint, cli, export, files, lora
 from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
 
@@ -89,6 +89,7 @@ def run(base: Path, tmp_path: Path) -> Path:
         f"task: sst2\nmodel: {{name_or_path: {base}, device: cpu}}\nlora: {{r: 2, alpha: 8}}\n"
     )
     folder = checkpoint.claim(tmp_path / "run", dump(load_config(given)))
+    checkpoint.release(folder)
     lora.save_adapter(policy(base, FINAL), folder / "adapter", LORA, "somewhere/else")
     save_file({"out.bias": torch.tensor([0.5])}, folder / "adapter" / export.VALUE_HEAD)
 
@@ -110,8 +111,10 @@ def export_to(run: Path, *options: str) -> Path:
     return output
 
 
-def by_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the README's Python lines define, run as it says from within the folder."""
+def by_readme(folder: Path, monkeypatch: pytest.MonkeyPatch, base: Path) -> dict[str, Any]:
+    """What the README's Python lines define, run as it says from within the folder, with the base
+    where they look for it."""
+    (folder / base.name).symlink_to(base)
     monkeypatch.chdir(folder)
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) == 3
@@ -129,25 +132,59 @@ def test_readme_loads_the_adapter_with_peft(
 ) -> None:
     pytest.importorskip("peft")
     output = export_to(run, *(["--checkpoint", which] if which else []))
-    model = by_readme(output, monkeypatch)["model"]
+    model = by_readme(output, monkeypatch, base)["model"]
     assert gap(logits(model), logits(policy(base, seed))) <= 1e-5
     assert gap(logits(model), logits(load(base))) > 1e-3
     head = load_file(output / export.VALUE_HEAD)["out.bias"]
     assert head.item() == (0.5 if which is None else seed)
 
 
-def test_adapter_names_its_base_by_a_full_path(run: Path, base: Path) -> None:
-    config = json.loads((export_to(run) / lora.CONFIG_FILE).read_text())
-    assert config["base_model_name_or_path"] == str(base.resolve())
+def test_an_export_does_not_tell_the_machines_path_of_its_base(run: Path, base: Path) -> None:
+    output = export_to(run)
+    config = json.loads((output / lora.CONFIG_FILE).read_text())
+    assert config["base_model_name_or_path"] == base.name
     assert config["r"] == 2 and config["lora_alpha"] == 8.0
+    for path in output.iterdir():
+        assert str(base.parent).encode() not in path.read_bytes(), path.name
 
 
-def test_base_name_of_the_bundled_model_and_of_the_hub(run: Path, monkeypatch) -> None:
-    monkeypatch.setattr(export, "resolve", lambda name: str(run) if name == "bundled" else name)
-    cfg = load_config(run / "config.yaml", ["model.name_or_path=bundled"])
-    assert export.base_name(cfg) == str(run.resolve())
-    cfg = load_config(run / "config.yaml", ["model.name_or_path=owner/name"])
-    assert export.base_name(cfg) == "owner/name"
+def test_base_name_of_the_bundled_model_and_of_the_hub(run: Path) -> None:
+    for name in ("bundled", "owner/name", "models/base"):
+        cfg = load_config(run / "config.yaml", [f"model.name_or_path={name}"])
+        assert export.base_name(cfg) == name
+
+
+def test_the_readme_of_the_bundled_model_finds_it_by_itself(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    output = tmp_path / "out"
+    assert export.main([str(finished_run), "--output", str(output)]) == 0
+    assert by_readme(output, monkeypatch, tmp_path)["model"] is not None
+
+
+def test_what_a_killed_export_left_is_deleted(run: Path) -> None:
+    """Of the same output; one that is at work keeps its own."""
+    left, other = (files.temporary_name(run.parent / "out" / "exported") for _ in range(2))
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("half")
+    with files.FolderLock(other):
+        assert export.main([str(run), "--output", str(run.parent / "out" / "exported")]) == 0
+    assert not left.exists() and other.exists()
+
+
+def test_two_exports_to_one_folder(run: Path, tmp_path: Path) -> None:
+    """Both found it free: the one that comes second gets a line, and the first stays."""
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match="cannot be written") as error:
+        with export._appearing(output) as folder:
+            (folder / "second").write_text("")
+            output.mkdir()
+            (output / "first").write_text("")
+    assert "\n" not in str(error.value)
+    assert [p.name for p in output.iterdir()] == ["first"]
+    assert not list(tmp_path.glob(".tmp*"))
 
 
 # ---- merged ----------------------------------------------------------------------------------
@@ -159,7 +196,10 @@ def test_merged_folder_is_the_policy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     output = export_to(run, "--merge", *(["--checkpoint", which] if which else []))
-    names = by_readme(output, monkeypatch)
+    assert str(base.parent) not in "".join(
+        path.read_text() for path in output.iterdir() if path.suffix in (".json", ".md")
+    )
+    names = by_readme(output, monkeypatch, base)
     assert gap(logits(names["model"]), logits(policy(base, seed))) <= 1e-4
     assert gap(logits(names["model"]), logits(load(base))) > 1e-3
     text = "a film ."

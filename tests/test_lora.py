@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ppo_nlu import lora
 from ppo_nlu.config import LoraConfig
 from ppo_nlu.errors import UserError
+from ppo_nlu.files import CHECKSUMS
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -327,7 +329,8 @@ def test_saved_and_loaded_is_the_same_to_the_bit(name: str, tmp_path: Path) -> N
     lora.attach(again, lora.read_adapter_config(tmp_path))
     lora.load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [lora.CONFIG_FILE, lora.WEIGHTS_FILE]
+    names = [lora.CONFIG_FILE, lora.WEIGHTS_FILE, CHECKSUMS]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 def test_keys_come_in_one_order() -> None:
@@ -370,7 +373,9 @@ def test_target_modules_name_our_layers_and_no_others(tmp_path: Path) -> None:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
+    """An adapter as other tools leave it: without checksums."""
     lora.save_adapter(randomise(with_lora("llama")), tmp_path, CFG, "base")
+    (tmp_path / CHECKSUMS).unlink()
     return tmp_path
 
 
@@ -424,7 +429,7 @@ def test_refuses_wrong_shapes(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"r": 8}, ["r is 8", "lora.r=3"]),
+        ({"r": 8}, ["r is 8", "has 3 rows"]),
         ({"lora_alpha": 7}, ["alpha is 7.0", "lora.alpha=6.0"]),
         ({"use_rslora": True}, ["rslora is True", "lora.rslora=False"]),
         ({"use_dora": True}, ["use_dora"]),
@@ -434,8 +439,19 @@ def test_refuses_wrong_shapes(adapter: Path) -> None:
         ({"a_variant_to_come": True}, ["a_variant_to_come"]),
         ({"init_lora_weights": "pissa"}, ["init_lora_weights"]),
         ({"peft_type": "IA3"}, ["peft_type", "IA3"]),
-        ({"r": None}, ["r and lora_alpha"]),
-        ({"lora_alpha": "much"}, ["r and lora_alpha"]),
+        ({"r": None}, ["r is None"]),
+        ({"r": float("inf")}, ["r is inf"]),
+        ({"r": -3}, ["r is -3"]),
+        ({"r": 0}, ["r is 0"]),
+        ({"r": 2.5}, ["r is 2.5"]),
+        ({"r": True}, ["r is True"]),
+        ({"r": 10**30}, ["r is 1000"]),
+        ({"lora_alpha": "much"}, ["lora_alpha is 'much'"]),
+        ({"lora_alpha": float("nan")}, ["lora_alpha is nan"]),
+        ({"lora_alpha": None}, ["lora_alpha is None"]),
+        ({"lora_dropout": 1.5}, ["lora_dropout is 1.5"]),
+        ({"lora_dropout": [0.1]}, ["lora_dropout is [0.1]"]),
+        ({"use_rslora": "no"}, ["use_rslora is 'no'"]),
     ],
 )
 def test_refuses_a_config_that_says_otherwise(
@@ -443,6 +459,68 @@ def test_refuses_a_config_that_says_otherwise(
 ) -> None:
     edit_config(adapter, **values)
     refused(adapter, *words)
+
+
+def test_refuses_a_config_nested_too_deeply(adapter: Path) -> None:
+    (adapter / lora.CONFIG_FILE).write_text('{"r": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    refused(adapter, "nested too deeply")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_refuses_weights_that_are_not_finite(adapter: Path, value: float) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors[KEY][0, 1] = value
+        return tensors
+
+    edit_weights(adapter, spoil)
+    refused(adapter, KEY, "NaN or infinity")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_refuses_weights_that_are_no_floats(adapter: Path, dtype: torch.dtype) -> None:
+    edit_weights(adapter, lambda t: {**t, KEY: torch.ones(t[KEY].shape).to(dtype)})
+    refused(adapter, KEY, "not floating-point")
+
+
+def test_refuses_a_number_too_large_for_fp32(adapter: Path) -> None:
+    """Finite as float64, infinite in the layer."""
+    edit_weights(adapter, lambda t: {**t, KEY: t[KEY].double() + 1e300})
+    refused(adapter, KEY, "NaN or infinity")
+
+
+def test_half_precision_weights_are_taken(adapter: Path) -> None:
+    edit_weights(adapter, lambda t: {k: v.bfloat16() for k, v in t.items()})
+    lora.load_adapter(with_lora("llama"), adapter)
+
+
+def test_any_changed_byte_of_an_adapter_is_noticed(tmp_path: Path) -> None:
+    """Bits flipped all over the three files; peft's own folders have no sums and are taken."""
+    lora.save_adapter(randomise(with_lora("llama")), tmp_path, CFG, "base")
+    draw = random.Random(0)
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for place in draw.sample(range(len(whole)), 40):
+            spoilt = bytearray(whole)
+            spoilt[place] ^= 1 << draw.randrange(8)
+            path.write_bytes(spoilt)
+            refused(tmp_path, "damaged")
+        path.write_bytes(whole[:-1])
+        refused(tmp_path, "damaged")
+        path.write_bytes(whole)
+    lora.load_adapter(with_lora("llama"), tmp_path)
+
+
+def test_a_base_is_named_without_its_machines_path(tmp_path: Path) -> None:
+    for given, written in (
+        ("/home/me/models/base", "base"),
+        ("~/models/base", "base"),
+        ("models/base", "models/base"),
+        ("owner/name", "owner/name"),
+        ("bundled", "bundled"),
+    ):
+        lora.save_adapter(with_lora("llama"), tmp_path, CFG, given)
+        config = json.loads((tmp_path / lora.CONFIG_FILE).read_text())
+        assert config["base_model_name_or_path"] == written
 
 
 def test_refuses_what_is_not_there_or_not_whole(adapter: Path) -> None:
@@ -469,7 +547,7 @@ def test_a_failed_write_leaves_the_old_file(adapter: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="no space left"):
         lora.save_adapter(randomise(with_lora("llama"), seed=9), adapter, CFG, "base")
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from ppo_nlu import cli, files, reproduce
 from ppo_nlu import grid as grids
-from ppo_nlu import reproduce
 from ppo_nlu.config import load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.grid import ASSETS, GRIDS, METHODS, Backbone, Cell, Grid, plan, settle
@@ -316,6 +316,26 @@ def test_a_signal_stops_the_cells_politely_and_the_grid_goes_on_later(
 
 
 # --- settings and mistakes ------------------------------------------------------------------------
+
+
+def test_a_grid_is_not_settled_while_another_one_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "grid"
+    folder.mkdir()
+    with files.FolderLock(folder):
+        assert cli.run(reproduce.main, ["tiny", "--output", str(folder)]) == 2
+        assert os.listdir(folder) == [files.LOCK]
+    error = capsys.readouterr().err
+    assert "is still running (process" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"tasks": []}', '{"tasks": {"cb": 3}}', "[" * 99999])
+def test_a_cell_with_a_damaged_summary_is_run_again(tmp_path: Path, text: str) -> None:
+    grid, (cell, *_) = make(tmp_path, ["zero-shot"], ["cb"])
+    grid.cell_dir(cell.name).mkdir(parents=True)
+    (grid.cell_dir(cell.name) / "summary.json").write_text(text)
+    assert not grid.finished(cell.name) and grid.summary(cell.name) == {}
 
 
 def test_another_grid_in_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -92,6 +92,28 @@ def test_the_resumed_steps_own_line_may_lack_its_end(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
+def test_what_is_missing_torn_or_double_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}}}\n' for step in (1, 2, 2, 5, 6, 9)]
+    path.write_text("".join(lines) + "{}\n" + '{"step": 1e999}\n' + '{"step": 10')
+    with runlog.MetricsLog(tmp_path) as log:
+        told = " ".join(log.truncate_after(9))
+        assert "3 torn" in told and "1 line(s) of a step that has another" in told
+        assert "no line of steps 3 to 4, 7 to 8" in told
+        assert " ".join(log.truncate_after(9)).count("metrics.jsonl") == 1  # the gap, again
+    assert path.read_text() == "".join(lines[:1] + lines[2:])
+
+
+def test_no_line_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "metrics.jsonl").symlink_to("theirs")
+    with runlog.MetricsLog(tmp_path) as log:
+        log.truncate_after(0)
+        log.log(1, {})
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
 def test_truncating_an_open_log(tmp_path: Path) -> None:
     with runlog.MetricsLog(tmp_path) as log:
         for step in (1, 2, 1):

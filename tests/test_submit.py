@@ -51,6 +51,7 @@ class World:
         named = f"task: {tasks[0]}" if len(tasks) == 1 else f"tasks: [{', '.join(tasks)}]"
         (self.root / "run.yaml").write_text(named)
         folder = checkpoint.claim(self.root / name, dump(load_config(self.root / "run.yaml")))
+        checkpoint.release(folder)
         (folder / "adapter").mkdir()
         (folder / "adapter" / lora.CONFIG_FILE).write_text("{}")
         for task, given in (answers or {}).items():

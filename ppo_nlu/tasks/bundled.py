@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from ppo_nlu.files import atomic_write_text, make_folder
+
 TASK = "sst2"
 SIZES = {"train": 6000, "dev": 600, "test": 600}
 NEGATED = 0.12  # of the clauses
@@ -261,14 +263,13 @@ def splits(seed: int = 0) -> dict[str, Rows]:
 def write(folder: str | Path, seed: int = 0) -> None:
     """Write train.tsv, dev.tsv and test.tsv as the official ones are: no quoting, a space behind
     each labelled sentence, an index and no label in the test split."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     for split, rows in splits(seed).items():
         if split == "test":
             lines = ["index\tsentence"] + [f"{n}\t{text}" for n, (text, _) in enumerate(rows)]
         else:
             lines = ["sentence\tlabel"] + [f"{text} \t{value}" for text, value in rows]
-        (folder / f"{split}.tsv").write_bytes("".join(f"{x}\n" for x in lines).encode())
+        atomic_write_text(folder / f"{split}.tsv", "".join(f"{x}\n" for x in lines))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,289 @@
+"""What decides a run besides its config: where it comes from is noted, and compared on --resume.
+
+Rows, base weights, the start and a reward of the user's own must be the same: on others the run
+would become a mixture of two. Another machine, thread count or version only rounds otherwise: it
+is told. And a run folder that is read runs no code of its own: see `stored_config`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import struct
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+import ppo_nlu
+from ppo_nlu import checkpoint
+from ppo_nlu.config import Config, load_config, parse_overrides, to_dict
+from ppo_nlu.errors import UserError
+from ppo_nlu.model import adapter_folder, resolve
+from ppo_nlu.tasks import REWARD_KINDS, Example
+
+# What must be the same, and how to mend it where it is not.
+REFUSED = {
+    "config": "put its config.yaml back as it was",
+    "training rows": "give the same data with data.path",
+    "evaluation rows": "give the same data with data.path",
+    "base model": "give the weights and the tokenizer that it was started with",
+    "init_from": "give the adapter that it was started from",
+    "reward": "give the source that it was started with",
+}
+# What is told: the results may differ in the last bits.
+TOLD = ("threads", "device", "backend", "machine", "torch", "transformers", "tokenizers", "ppo_nlu")
+
+_MODEL_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "adapter_model*.safetensors",
+    "model*.safetensors*", "pytorch_model*", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab*", "merges.txt", "chat_template*", "*.model", "*.py",
+)  # fmt: skip
+_WHOLE = 16 * 2**20  # files up to so many bytes are hashed whole
+_BLOCK = 1024  # of longer ones, so many bytes at the start, middle and end of each tensor
+
+
+# --- what is noted --------------------------------------------------------------------------------
+
+
+def of_run(
+    cfg: Config,
+    train_rows: Mapping[str, Sequence[Example]],
+    held: Mapping[str, Sequence[Example]],
+    device: torch.device,
+    rewards: Iterable[str],
+    may_change: Collection[str] = (),
+) -> dict[str, Any]:
+    """The fingerprints of a run's parts, by the names in `REFUSED` and `TOLD`.
+
+    The config is among them, but for what `may_change`: its file in the run folder can be edited.
+    """
+    cuda = device.type == "cuda"
+    return {
+        "config": _values(cfg, may_change),
+        "training rows": {name: rows_hash(rows) for name, rows in train_rows.items()},
+        "evaluation rows": {name: rows_hash(rows) for name, rows in held.items()},
+        "base model": stamp(model_folder(cfg.model.name_or_path)),
+        "init_from": stamp(_start_folder(cfg)) if cfg.init_from else {},
+        "reward": {path: source_hash(path) for path in rewards},
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "backend": os.environ.get("PPO_NLU_BACKEND", "default"),
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "tokenizers": _version("tokenizers"),
+        "ppo_nlu": f"{ppo_nlu.__version__} ({own_source()})",
+    }
+
+
+def _values(cfg: Config, but: Collection[str]) -> dict[str, Any]:
+    """Every value by its dotted key, apart from some keys and sections."""
+    found: dict[str, Any] = {}
+    for name, value in to_dict(cfg).items():
+        items = value.items() if isinstance(value, dict) else ()
+        found |= {f"{name}.{key}": item for key, item in items} or {name: value}
+    return {
+        key: value
+        for key, value in found.items()
+        if key not in but and key.partition(".")[0] not in but
+    }
+
+
+def rows_hash(rows: Iterable[Example]) -> str:
+    """A hash of all that a row holds, wherever it was read from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        extra = json.dumps(row.extra, sort_keys=True, default=str)
+        parts = (row.id, row.task, sorted(row.fields.items()), row.label, row.group, extra)
+        digest.update(repr(parts).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "?"
+
+
+@lru_cache(maxsize=1)
+def own_source() -> str:
+    """A hash of this package's own source: a checkout changes without another version."""
+    own = set(Path(ppo_nlu.__file__).parent.rglob("*.py"))
+    kernels = {path for place in ppo_nlu.__path__ for path in Path(place, "kernels").glob("*.py")}
+    return _hash_of(sorted(own | kernels))[:12]
+
+
+def _hash_of(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def source_hash(reward: str) -> str:
+    """A hash of the module of a reward that has been imported, and of the modules beside it or
+    below it that it imports."""
+    name = reward.rpartition(":" if ":" in reward else ".")[0]
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if not file:
+        return "unknown"
+    top = sys.modules.get(name.partition(".")[0])
+    package = getattr(top, "__path__", None)
+    place = Path(next(iter(package))) if package else Path(file).parent
+    installed = not package and place.name in ("site-packages", "dist-packages")
+    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    beside = {Path(text) for text in loaded if text and text.endswith(".py")}
+    own = Path(ppo_nlu.__file__).parent
+    found = {p for p in beside if p.is_relative_to(place) and not p.is_relative_to(own)}
+    return _hash_of(sorted({Path(file)} if installed else found | {Path(file)}))
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder of a model: a local one, or that of the hub's cache; None where there is none."""
+    folder = Path(resolve(name)).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that the hub could have
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _start_folder(cfg: Config) -> Path:
+    if cfg.method == "encoder":
+        from ppo_nlu.encoder import saved_folder
+
+        return saved_folder(str(cfg.init_from))
+    return adapter_folder(str(cfg.init_from))
+
+
+def stamp(folder: Path | None) -> dict[str, str]:
+    """A hash of each file that decides what a model or an adapter computes.
+
+    Of a large file the size, the header and a sample of every tensor are hashed: other weights are
+    noticed, and gigabytes are not read.
+    """
+    if folder is None:
+        return {}
+    found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return {path.name: _file_hash(path) for path in sorted(found)}
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(str(size).encode())
+        if size <= _WHOLE:
+            digest.update(file.read())
+        else:
+            for start, length in _sample(file, size):
+                file.seek(start)
+                digest.update(file.read(length))
+    return digest.hexdigest()
+
+
+def _sample(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """(place, bytes) of what is read of a large file: the header and a part of every tensor, or, of
+    what is no safetensors file, of each of 256 parts."""
+    try:
+        header = struct.unpack("<Q", file.read(8))[0]
+        table = json.loads(file.read(min(header, 100 * 2**20)))
+        spans = [entry["data_offsets"] for name, entry in table.items() if name != "__metadata__"]
+        start = 8 + header
+        yield 0, start
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
+        start, spans = 0, [(size * k // 256, size * (k + 1) // 256) for k in range(256)]
+    for first, end in spans:
+        for place in (first, (first + end) // 2, max(first, end - _BLOCK)):
+            yield start + place, min(_BLOCK, end - place)
+
+
+# --- what is said of it ---------------------------------------------------------------------------
+
+
+def compare(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a resumed run is told of what has changed; a UserError where it must not have."""
+    for name, mend in REFUSED.items():
+        if before.get(name) != now[name]:
+            raise UserError(
+                f"--resume {run_dir}: the run was started on other inputs than are found now: "
+                f"{name} ({_changed(before.get(name), now[name])}); {mend}, or start a new run "
+                "with --output"
+            )
+    changed = [
+        f"{name} {before.get(name)} before, {now[name]} now"
+        for name in TOLD
+        if before.get(name) != now[name]
+    ]
+    if not changed:
+        return []
+    return [f"changed since the last checkpoint: {'; '.join(changed)}; the last bits may differ"]
+
+
+def _changed(before: Any, now: Mapping[str, Any]) -> str:
+    """Which parts differ: the names of tasks or files."""
+    if not isinstance(before, Mapping):
+        return "nothing is noted of it"
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+# --- the config of a run that is read -------------------------------------------------------------
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = (), training: bool = False) -> Config:
+    """The config of a file that the user names; where it lies in a run folder, `stored_config`."""
+    folder = Path(path).parent
+    if Path(path).name == "config.yaml" and checkpoint.is_run_dir(folder):
+        return stored_config(folder, overrides, training)
+    return load_config(path, overrides)
+
+
+def stored_config(
+    run_dir: str | Path, overrides: Sequence[str] = (), training: bool = False
+) -> Config:
+    """The config of a run folder, whoever made it: it may name no code to run.
+
+    What it asks for of this kind has to be said again on the command line.
+    """
+    path = Path(run_dir) / "config.yaml"
+    cfg, said = load_config(path, overrides), parse_overrides(overrides, Config)
+    for text in _code(cfg, training):
+        key, _, value = text.partition("=")
+        if key not in said:
+            raise UserError(
+                f"{path}: {key}: {value} would run Python code, which a run folder alone may not "
+                f"ask for; if you trust it, add {shlex.quote(text)}"
+            )
+    return cfg
+
+
+def _code(cfg: Config, training: bool) -> Iterator[str]:
+    """`key=value` of what a config names that is Python code."""
+    if cfg.model.trust_remote_code:
+        yield "model.trust_remote_code=true"
+    if training and cfg.custom.reward not in ("auto", *REWARD_KINDS):
+        yield f"custom.reward={cfg.custom.reward}"
+
+
+def resume_command(run_dir: str | Path, cfg: Config | None = None) -> str:
+    """What to type to go on with a run."""
+    folder = Path(run_dir)
+    words = [str(folder / "config.yaml"), *(_code(cfg, True) if cfg else ()), "--resume"]
+    return f"python -m ppo_nlu.train {shlex.join([*words, str(folder)])}"

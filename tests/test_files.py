@@ -1,0 +1,395 @@
+"""Files under kills, links and full disks; damage; one process at a time in a folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppo_nlu import files
+from ppo_nlu.errors import UserError
+
+CALLS = ("replace", "fsync", "unlink", "open")
+ROOT = Path(__file__).parents[1]
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+def at_call(patch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Do `act` instead of the `number`-th (from 0) of the calls of os, and at each later one."""
+    seen = 0
+
+    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen > number:
+                act()
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in CALLS:
+        patch.setattr(os, name, wrapped(getattr(os, name)))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- one file ---------------------------------------------------------------------------------
+
+
+def test_a_kill_leaves_the_old_content_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die() -> None:
+        raise Killed
+
+    path, seen = tmp_path / "summary.json", set()
+    for kill_at in range(8):
+        files.atomic_write_json(path, {"n": 1})
+        with monkeypatch.context() as patch:
+            at_call(patch, kill_at, die)
+            try:
+                files.atomic_write_json(path, {"n": 2})
+            except Killed:
+                pass
+        seen.add(json.loads(path.read_text())["n"])
+    assert seen == {1, 2}
+    files.atomic_write_json(path, {"n": 2})  # takes away what the kills have left
+    assert names(tmp_path) == ["summary.json"]
+    with open(path) as reader:  # who has the old file open goes on reading the old one
+        files.atomic_write_json(path, {"n": 4})
+        assert json.load(reader) == {"n": 2}
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    value = {"x": (math.nan, math.inf, torch.tensor(2.5)), "p": Path("a/b"), "s": "ü"}
+    files.atomic_write_json(path, value)
+    assert json.loads(path.read_text()) == {"x": [None, None, 2.5], "p": "a/b", "s": "ü"}
+    assert "ü" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "no space left"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.ENAMETOOLONG, "too long"),
+        (errno.EIO, "input/output error"),
+        (errno.EXDEV, "file systems"),
+        (errno.EBUSY, "is using it"),
+        (errno.ENXIO, "check the folder"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_and_the_old_file_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    path = tmp_path / "a"
+    files.atomic_write_text(path, "old")
+
+    def fail() -> None:
+        raise OSError(number, os.strerror(number))
+
+    for fail_at in range(4):  # open, fsync, replace, fsync of the folder
+        with monkeypatch.context() as patch:
+            at_call(patch, fail_at, fail)
+            patch.setattr(os, "unlink", os.unlink)
+            with pytest.raises(UserError, match=words) as error:
+                files.atomic_write_text(path, "new")
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        assert path.read_text() == ("old" if fail_at < 3 else "new")
+    files.atomic_write_text(path, "end")
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_error_of_the_caller_stays_what_it_is(tmp_path: Path) -> None:
+    """Only writing is told as writing: a reader's error inside the block has its own place."""
+    for error in (OSError(errno.EIO, "of the input"), ValueError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, files.atomic_open(tmp_path / "a") as file:
+            file.write("part")
+            raise error
+        assert caught.value is error
+    assert names(tmp_path) == []
+
+
+def test_a_write_that_fails_is_told_with_the_file(tmp_path: Path) -> None:
+    """/dev/full takes no byte; the buffer is written by the flush at the latest."""
+    with pytest.raises(UserError, match="no space left"), files.atomic_open(tmp_path / "a") as out:
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, out.file.fileno())
+        os.close(full)
+        out.write("x" * 100_000)
+        out.write("y")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links")
+def test_no_link_is_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that bears the file's name, nor one that has taken the temporary name."""
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "a").symlink_to(theirs)
+    files.atomic_write_text(place / "a", "ours")
+    assert theirs.read_text() == "theirs" and (place / "a").read_text() == "ours"
+    assert not (place / "a").is_symlink()
+
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 2 * size)
+    for target in (theirs, tmp_path / "not there"):
+        link = files.temporary_name(place / "a")
+        link.symlink_to(target)
+        with pytest.raises(UserError):
+            files.atomic_write_text(place / "a", "ours again")
+        with pytest.raises(FileExistsError):
+            files.write_new(link, b"ours again")
+        link.unlink()
+    assert theirs.read_text() == "theirs" and not (tmp_path / "not there").exists()
+
+
+def test_a_new_file_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that found the name free the first has it; nor is a dead link written through."""
+    path = tmp_path / "answers.csv"
+    with pytest.raises(UserError, match="exists already"), files.atomic_open(path, new=True) as two:
+        two.write("second")
+        with files.atomic_open(path, new=True) as one:
+            one.write("first")
+    assert path.read_text() == "first"
+    link = tmp_path / "link"
+    link.symlink_to("theirs")
+    with pytest.raises(UserError, match="exists already"), files.atomic_open(link, new=True) as two:
+        two.write("x")
+    assert names(tmp_path) == ["answers.csv", "link"]
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with files.atomic_open(tmp_path / "b", new=True) as file:
+        file.write("x")
+    assert (tmp_path / "b").read_text() == "x"
+
+
+def test_temporary_names_cannot_be_foretold(tmp_path: Path) -> None:
+    found = {files.temporary_name(tmp_path / "a").name for _ in range(50)}
+    assert len(found) == 50 and not any(str(os.getpid()) == name.split("-")[-1] for name in found)
+    for long in ("x" * 255, "ü" * 127, "漢" * 85):  # the longest that a file system takes
+        files.atomic_write_text(tmp_path / long, "x")
+        assert (tmp_path / long).read_text() == "x"
+    with pytest.raises(UserError, match="too long"):
+        files.atomic_write_text(tmp_path / ("x" * 256), "x")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_decides_who_may_read(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        files.atomic_write_text(tmp_path / "a", "x")
+        files.write_new(tmp_path / "b", b"x")
+    finally:
+        os.umask(before)
+    for name in "ab":
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
+
+
+def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    dead = files.temporary_name(path)
+    dead.write_text("half")
+    other = tmp_path / ".tmp-predictions.jsonl-mine"  # no name of ours
+    other.write_text("mine")
+    with files.atomic_open(path) as first:
+        first.write("first")
+        assert not dead.exists()
+        files.atomic_write_text(path, "second")
+    assert path.read_text() == "first"  # who ends last has the name
+    assert names(tmp_path) == [other.name, path.name]
+
+
+# --- damage -----------------------------------------------------------------------------------
+
+
+def test_sealed_values_come_back_bit_for_bit() -> None:
+    value = {"a": [0.1, 1 / 3, 5e-324, -0.0, 1e308], "b": {"c": None, "d": "ü\n"}, "e": (1, 2)}
+    back = files.unseal(files.seal(value))
+    assert back == value | {"e": [1, 2]} and math.copysign(1, back["a"][3]) == -1
+    assert files.unseal(files.seal({})) == {}
+    odd = files.unseal(files.seal({"x": [math.nan, math.inf, {"y": -math.inf}], "float": "nan"}))
+    assert math.isnan(odd["x"][0]) and odd["x"][1:] == [math.inf, {"y": -math.inf}]
+    assert odd["float"] == "nan"
+    json.loads(files.seal({"x": math.nan}), parse_constant=pytest.fail)  # strict JSON
+
+
+def test_no_changed_byte_is_unsealed() -> None:
+    text = files.seal({"step": 7, "nested": {"loss": 0.25, "names": ["a", "b"]}}).encode()
+    for place in range(len(text)):
+        for bit in range(8):
+            spoilt = bytearray(text)
+            spoilt[place] ^= 1 << bit
+            with pytest.raises(ValueError):
+                files.unseal(spoilt.decode())
+    for end in range(len(text)):
+        with pytest.raises(ValueError):
+            files.unseal(text[:end].decode())
+    for other in ("[]", "1", "null", "{}", '{"sha256": 1}', "[" * 100_000, "{" + text.decode()):
+        with pytest.raises(ValueError):
+            files.unseal(other)
+
+
+def test_a_folder_shows_its_damage(tmp_path: Path) -> None:
+    contents = {"weights": bytes(range(256)) * 4, "config.json": b"{}"}
+    files.write_folder(tmp_path, contents)
+    assert files.read_checked(tmp_path / "weights") == contents["weights"]
+    (tmp_path / "added later").write_bytes(b"x")
+    assert files.read_checked(tmp_path / "added later") == b"x"
+    draw = random.Random(1)
+    for name in ("weights", "config.json", files.CHECKSUMS):
+        whole = (tmp_path / name).read_bytes()
+        for _ in range(30):
+            spoilt = bytearray(whole)
+            spoilt[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            (tmp_path / name).write_bytes(spoilt)
+            with pytest.raises(files.Damaged, match="damaged"):
+                files.check_folder(tmp_path, but="")
+        (tmp_path / name).write_bytes(whole)
+    files.check_folder(tmp_path, but="")
+    (tmp_path / "weights").unlink()
+    with pytest.raises(files.Damaged, match="weights"):
+        files.check_folder(tmp_path, but="")
+    (tmp_path / files.CHECKSUMS).unlink()  # a folder of another tool
+    files.check_folder(tmp_path, but="")
+
+
+def test_a_folder_is_never_complete_before_its_last_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill at any call: with the config all are there, and no checksum is wrong."""
+
+    def die() -> None:
+        raise Killed
+
+    whole = 0
+    for kill_at in range(60):
+        folder = tmp_path / str(kill_at)
+        for number in range(2):  # the first, and one that replaces it
+            contents = {n: f"{n}{number}".encode() for n in ("a", "b", "config.json")}
+            with monkeypatch.context() as patch:
+                at_call(patch, kill_at if number else 1000, die)
+                try:
+                    files.write_folder(folder, contents)
+                    whole += number
+                except Killed:
+                    pass
+        files.check_folder(folder, but="")
+        files.write_folder(folder, contents)
+        assert {n: (folder / n).read_bytes() for n in contents} == contents
+        assert names(folder) == ["a", "b", files.CHECKSUMS, "config.json"]
+    assert whole
+
+
+# --- one process at a time ------------------------------------------------------------------------
+
+
+def in_another_process(folder: Path) -> str:
+    """What another process is told that wants to work in the folder."""
+    code = (
+        "import sys; from ppo_nlu import files, errors\n"
+        "try:\n    files.FolderLock(sys.argv[1])\n    print('free')\n"
+        "except errors.UserError as error:\n    print(error)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+
+
+def test_a_folder_has_one_worker(tmp_path: Path) -> None:
+    with files.FolderLock(tmp_path):
+        said = in_another_process(tmp_path)
+        assert f"process {os.getpid()} on " in said and said.count("\n") == 1
+        assert str(tmp_path) in said
+    assert names(tmp_path) == []
+    assert in_another_process(tmp_path) == "free\n"
+
+
+def test_kill_9_gives_the_folder_back(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            lock = files.FolderLock(tmp_path)
+            os.kill(os.getpid(), signal.SIGKILL if lock.locked else signal.SIGTERM)
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert names(tmp_path) == [files.LOCK]
+    with files.FolderLock(tmp_path) as lock:
+        assert lock.locked
+    assert names(tmp_path) == []
+
+
+def test_of_many_processes_one_has_the_folder(tmp_path: Path) -> None:
+    """Twenty forks at once, ten times over, each of which holds it for a moment."""
+    for number in range(10):
+        log = tmp_path / f"log{number}"
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        children = []
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                try:
+                    with files.FolderLock(folder), log.open("a") as file:
+                        file.write("in ")
+                        file.flush()
+                        file.write("out ")
+                except UserError:
+                    pass
+                finally:
+                    os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+        words = log.read_text().split()
+        assert words and words == ["in", "out"] * (len(words) // 2)
+
+
+def test_without_locks_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with files.FolderLock(tmp_path):
+        assert "has no locks" in capsys.readouterr().err
+    files.atomic_write_text(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x"
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    (tmp_path / files.LOCK).symlink_to(theirs)
+    with pytest.raises(UserError, match="symbolic link"):
+        files.FolderLock(tmp_path)
+    assert theirs.read_text() == "theirs"

@@ -1,0 +1,392 @@
+"""What a resumed run is compared by, and what a run folder may not switch on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ppo_nlu import (
+    checkpoint,
+    cli,
+    evaluate,
+    export,
+    files,
+    predict,
+    pretrain,
+    provenance,
+    submit,
+    teach_form,
+    train,
+)
+from ppo_nlu.config import dump, load_config
+from ppo_nlu.errors import UserError
+from ppo_nlu.model import BUNDLED
+from ppo_nlu.tasks import Example
+
+pytestmark = pytest.mark.skipif(
+    not (BUNDLED / "config.json").is_file(), reason="the bundled model is not in ppo_nlu/assets"
+)
+
+CONFIG = """\
+task: mine
+method: METHOD
+model: {name_or_path: MODEL}
+custom:
+  {name: mine, train: TRAIN, dev: DEV, fields: [text], labels: [good, bad], query: "{text} Good?",
+   reward: REWARD}
+rollout: {batch_size: 4, max_new_tokens: 4}
+ppo: {epochs: 1}
+sft: {batch_size: 4}
+lora: {r: 2, targets: attention}
+train: {steps: 3, checkpoint_every: 1, eval_every: 1}
+eval: {before: false, limit: 4, batch_size: 4, bootstrap: 0}
+log: {plot: false, progress: false}
+"""
+REWARD = "def score(text, row):\n    return float(row['label'] in text)\n"
+
+
+class Place:
+    """A task of the user's own, with a base and a reward that a test can change."""
+
+    def __init__(self, root: Path):
+        self.root, self.run = root, root / "a run"
+        self.base = root / "base"
+        shutil.copytree(BUNDLED, self.base, ignore=shutil.ignore_patterns("*.txt", "*.md"))
+        for name in ("train", "dev"):
+            self.rows(name, "a good film", "a bad film", "so good", "so bad")
+
+    def rows(self, name: str, *texts: str) -> None:
+        labels = ["good" if "good" in text else "bad" for text in texts]
+        lines = [f"{text},{label}" for text, label in zip(texts, labels, strict=True)]
+        (self.root / f"{name}.csv").write_text("\n".join(["text,label", *lines, ""]))
+
+    def config(self, method: str = "sft", reward: str = "auto") -> Path:
+        text = CONFIG.replace("METHOD", method).replace("MODEL", str(self.base))
+        text = text.replace("TRAIN", str(self.root / "train.csv"))
+        text = text.replace("DEV", str(self.root / "dev.csv")).replace("REWARD", reward)
+        path = self.root / "config.yaml"
+        path.write_text(text)
+        return path
+
+    def stopped(self, patch: pytest.MonkeyPatch, config: Path, *more: str) -> None:
+        """A run that was stopped behind its second step."""
+        real = train._learn
+
+        def learn(run: train.Run, *rest: Any) -> dict[str, Any]:
+            if run.step == 2:
+                raise KeyboardInterrupt
+            return real(run, *rest)
+
+        with patch.context() as inside:
+            inside.setattr(train, "_learn", learn)
+            assert start(config, *more, "--output", self.run) == 130
+
+    def resume(self, *more: str) -> int:
+        return start(self.run / "config.yaml", *more, "--resume", self.run)
+
+
+def start(*arguments: object) -> int:
+    return cli.run(train.main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- --resume on other inputs -----------------------------------------------------------------
+
+
+def one_weight(place: Place) -> None:
+    """The same shapes, one number of one tensor another."""
+    path = place.base / "model.safetensors"
+    tensors = load_file(path)
+    tensors[min(tensors)].view(-1)[5] += 0.5
+    save_file(tensors, path, {"format": "pt"})
+
+
+def chat_template(place: Place) -> None:
+    (place.base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+def theta(place: Place) -> None:
+    path = place.base / "config.json"
+    config = json.loads(path.read_text()) | {"rms_norm_eps": 3e-5}
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: p.rows("train", "a good film", "bad"), "now: training rows (mine)"),
+        (lambda p: p.rows("dev", "a good film", "bad"), "now: evaluation rows (mine)"),
+        (one_weight, "model.safetensors"),
+        (chat_template, "chat_template.jinja"),
+        (theta, "config.json"),
+    ],
+)
+def test_other_inputs_are_refused_and_nothing_is_lost(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any, change: Any, words: str
+) -> None:
+    place.stopped(monkeypatch, place.config())
+    before = snapshot(place.run)
+    change(place)
+    capsys.readouterr()
+    assert place.resume() == 2
+    error = capsys.readouterr().err
+    assert words in error and "--resume" in error and error.count("\n") == 1
+    assert snapshot(place.run) == before
+
+
+def test_an_edited_config_in_the_run_folder_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The run would go on with it, and its first steps were made with another."""
+    place.stopped(monkeypatch, place.config())
+    path = place.run / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("lr: 0.0002", "lr: 0.0003"))
+    assert path.read_text() != text
+    assert place.resume() == 2
+    error = capsys.readouterr().err
+    assert "now: config (optim.lr)" in error and error.count("\n") == 1
+    path.write_text(text.replace("checkpoint_every: 1", "checkpoint_every: 2"))
+    assert place.resume() == 0
+
+
+def test_another_start_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    first = place.root / "first"
+    assert start(place.config(), "train.steps=1", "--output", first) == 0
+    place.stopped(monkeypatch, place.config(), f"init_from={first}")
+    weights = first / "adapter" / "adapter_model.safetensors"
+    save_file({k: v + 1e-3 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    (first / "adapter" / files.CHECKSUMS).unlink()
+    assert place.resume() == 2
+    assert "now: init_from (adapter_model.safetensors)" in capsys.readouterr().err
+
+
+def test_another_reward_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The file of the reward itself, and one that it imports."""
+    from ppo_nlu import rewards
+
+    package = place.root / "their_rewards"
+    package.mkdir()
+    (package / "__init__.py").write_text("from their_rewards.inner import score\n")
+    (package / "inner.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(place.root))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    said = "custom.reward=their_rewards:score"
+
+    def fresh() -> None:
+        rewards.load.cache_clear()
+        for name in ("their_rewards", "their_rewards.inner"):
+            sys.modules.pop(name, None)
+
+    fresh()
+    place.stopped(monkeypatch, place.config("ppo"), said)
+    fresh()
+    assert place.resume() == 2  # a run folder may not name code
+    assert shlex.quote(said) in capsys.readouterr().err
+    (package / "inner.py").write_text(REWARD + "\n")
+    fresh()
+    assert place.resume(said) == 2
+    assert "now: reward (their_rewards:score)" in capsys.readouterr().err
+    (package / "inner.py").write_text(REWARD)
+    fresh()
+    assert place.resume(said) == 0
+    fresh()
+
+
+def test_another_machine_is_told_and_gone_on_with(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    place.stopped(monkeypatch, place.config())
+    capsys.readouterr()
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    monkeypatch.setattr(provenance, "_version", lambda package: "0.0.1")
+    try:
+        assert place.resume("eval.bootstrap=10") == 0
+    finally:
+        torch.set_num_threads(before)
+    out, err = capsys.readouterr()
+    assert f"threads {before} before, {before + 1} now" in err and "0.0.1 now" in err
+    assert err.count("\n") == 1 and "last bits" in err
+    assert "resumed with another eval.bootstrap" in out
+
+
+def test_the_same_inputs_are_told_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    place.stopped(monkeypatch, place.config())
+    capsys.readouterr()
+    assert place.resume() == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "resumed after step 2 of 3" in out
+
+
+def test_rows_differ_by_all_that_they_hold() -> None:
+    row = Example("1", {"text": "good"}, "good", "mine", "g", {"row": {"a": "1"}})
+    others = [
+        replace(row, id="2"), replace(row, fields={"text": "bad"}), replace(row, label=None),
+        replace(row, group=""), replace(row, extra={"row": {"a": "2"}}), replace(row, task="x"),
+    ]  # fmt: skip
+    found = {provenance.rows_hash([each]) for each in (row, *others)}
+    assert len(found) == 7
+    assert provenance.rows_hash([row, others[0]]) != provenance.rows_hash([others[0], row])
+
+
+def test_every_tensor_of_a_large_file_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file beyond the size that is hashed whole: each tensor's first, middle and last bytes."""
+    monkeypatch.setattr(provenance, "_WHOLE", 1000)
+    path = tmp_path / "model.safetensors"
+    tensors = {name: torch.zeros(40, 40) for name in "abc"}
+    save_file(tensors, path)
+    first = provenance.stamp(tmp_path)
+    assert provenance.stamp(tmp_path) == first and list(first) == [path.name]
+    for name in "abc":
+        for place in (0, 800, 1599):
+            changed = {key: tensor.clone() for key, tensor in tensors.items()}
+            changed[name].view(-1)[place] = 1.0
+            save_file(changed, path)
+            assert provenance.stamp(tmp_path) != first, (name, place)
+    path.write_bytes(b"no safetensors file" * 1000)
+    assert provenance.stamp(tmp_path) != first
+
+
+def test_a_stamp_is_cheap(tmp_path: Path) -> None:
+    """At most 0.1 s for a model of 1 GB in 300 tensors; the file has holes, reading has not."""
+    names = [f"{number:03d}" for number in range(300)]
+    size = 3_500_000
+    table = {
+        name: {"dtype": "U8", "shape": [size], "data_offsets": [k * size, (k + 1) * size]}
+        for k, name in enumerate(names)
+    }
+    header = json.dumps(table).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size * len(names))
+    began = time.process_time()
+    provenance.stamp(tmp_path)
+    provenance.own_source()
+    assert time.process_time() - began < 0.1
+
+
+# --- code that a run folder names --------------------------------------------------------------
+
+
+@pytest.fixture
+def trusting(finished_run: Path, tmp_path: Path) -> Path:
+    """A stranger's run whose config switches on the code of its base, which tells that it ran."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(BUNDLED, base, ignore=shutil.ignore_patterns("*.txt", "*.md"))
+    (base / "theirs.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    )
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    config["model_type"] = "their-own"
+    (base / "config.json").write_text(json.dumps(config))
+    shutil.copytree(finished_run, run)
+    cfg = load_config(run / "config.yaml")
+    model = replace(cfg.model, trust_remote_code=True, name_or_path=str(base))
+    (run / "config.yaml").write_text(dump(replace(cfg, model=model)))
+    return run
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda run: (predict.main, [run]),
+        lambda run: (evaluate.main, [run]),
+        lambda run: (evaluate.main, [run / "config.yaml"]),
+        lambda run: (export.main, [run, "--output", run / "out"]),
+        lambda run: (export.main, [run, "--output", run / "out", "--merge"]),
+        lambda run: (submit.main, [run, "--benchmark", "glue", "--output", run / "out.zip"]),
+        lambda run: (train.main, [run / "config.yaml", "--resume", run]),
+        lambda run: (train.main, [run / "config.yaml", "--output", run / "out"]),
+    ],
+)
+def test_a_run_folder_may_not_switch_on_code(
+    trusting: Path, tmp_path: Path, capsys: Any, call: Callable[[Path], tuple[Any, list[Any]]]
+) -> None:
+    main, arguments = call(trusting)
+    assert cli.run(main, [str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert "add model.trust_remote_code=true" in error and error.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_command_line_may_switch_it_on(trusting: Path) -> None:
+    said = "model.trust_remote_code=true"
+    assert provenance.stored_config(trusting, [said]).model.trust_remote_code
+    assert not provenance.stored_config(
+        trusting, ["model.trust_remote_code=false"]
+    ).model.trust_remote_code
+    # a config that the user wrote is his word
+    own = trusting.parent / "own.yaml"
+    shutil.copyfile(trusting / "config.yaml", own)
+    assert provenance.read_config(own).model.trust_remote_code
+
+
+def test_the_command_to_resume_can_be_typed(tmp_path: Path) -> None:
+    """Spaces and quotes in the path, and what the run folder may not say by itself."""
+    path = tmp_path / "c.yaml"
+    path.write_text("task: sst2\nmodel: {trust_remote_code: true}\n")
+    folder = Path("my runs/it's")
+    words = shlex.split(provenance.resume_command(folder, load_config(path)))
+    assert words[:3] == ["python", "-m", "ppo_nlu.train"]
+    assert words[3:] == [
+        str(folder / "config.yaml"), "model.trust_remote_code=true", "--resume", str(folder),
+    ]  # fmt: skip
+
+
+def test_a_second_process_is_refused(place: Place, capsys: Any) -> None:
+    """A run folder in which another process works: one line, and nothing is changed."""
+    assert start(place.config(), "--output", place.run) == 0
+    with files.FolderLock(place.run):
+        before = snapshot(place.run)
+        capsys.readouterr()
+        assert place.resume() == 2
+        error = capsys.readouterr().err
+        assert "is working in it" in error and error.count("\n") == 1
+        assert snapshot(place.run) == before
+    assert not (place.run / files.LOCK).exists()
+    with pytest.raises(UserError, match="a finished run"):
+        checkpoint.require_free(place.run)
+
+
+def test_no_program_works_in_a_taken_folder(place: Place, capsys: Any) -> None:
+    """Nor do those that train without a run folder."""
+    tiny = place.root / "tiny.yaml"
+    tiny.write_text("{}\n")
+    folder = place.root / "taken"
+    folder.mkdir()
+    for main, config in ((teach_form.main, place.config()), (pretrain.main, tiny)):
+        with files.FolderLock(folder):
+            assert cli.run(main, [str(config), "--output", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert "is working in it" in error and error.count("\n") == 1
+        assert not list(folder.iterdir())

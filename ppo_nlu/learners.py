@@ -122,7 +122,8 @@ class OnPolicy(LoraLearner):
         # Old log-probs out of the decode pass; None: to be seen.
         self.reuse: bool | None = {"always": True, "never": False}.get(cfg.rollout.reuse_logprobs)
         self.budget = Budget(self.section.micro_batch_size, cfg.train.micro_batch_tokens)
-        self.checked = False  # whether the first ratio was looked at
+        self.checked = False  # whether the first ratio was looked at on the pass that is used
+        self.told = False  # whether it was told of any pass
         self.rollout: Rollout | None = None
 
     @abstractmethod
@@ -143,7 +144,10 @@ class OnPolicy(LoraLearner):
         if gap is not None and not self.checked:
             # Once more where later updates stand on the rollout's pass and this one did not.
             self.checked = self.rollout.stood or not self.keep_graph()
-            remarks.append(check_first_ratio(gap, self.cfg.model.dtype == "float32") or "")
+            remark = check_first_ratio(gap, self.cfg.model.dtype == "float32")
+            if self.checked or not self.told:  # the same pass again is nothing new
+                remarks.append(remark or "")
+            self.told = True
         if step == 0:
             remarks.append(check_form(self.seen["answer/unparsed"]) or "")
         told = [remark for remark in (self.remark, *remarks) if remark]
@@ -174,12 +178,14 @@ class OnPolicy(LoraLearner):
             "reward_scale": self.scale and self.scale.seen,
             "reuse": self.reuse,
             "checked": self.checked,
+            "told": self.told,
             "reference": self.reference and self.reference.state(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         # A checkpoint of an earlier version has none of these.
         self.reuse, self.checked = state.get("reuse"), state.get("checked", True)
+        self.told = state.get("told", True)
         if self.scale is not None:
             self.scale.seen = dict(state["reward_scale"])
         if self.reference is not None and state.get("reference") is not None:

@@ -73,8 +73,10 @@ class Rollout:
         """
         trunk, self.trunk = self.trunk, None
         used = len({self.owners[j] for j in index})
-        self.stood = trunk is not None and used >= MOST * len(self.prompts)
-        return trunk if self.stood else None
+        if trunk is None or used < MOST * len(self.prompts):
+            return None
+        self.stood = True  # and stays so: later passes of the update ask in vain
+        return trunk
 
     def rows(self, index: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Prompts, answers and owners of some answers, each prompt once."""

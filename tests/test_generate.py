@@ -330,3 +330,31 @@ def test_in_bf16_the_answers_come_from_the_distribution_that_is_scored() -> None
     scored = policy.score(prompts, drawn.rows, [p for p in range(5) for _ in range(40)])
     first = (scored.logprobs - drawn.logprobs)[:, 0]  # the same state, run in one pass too
     assert float(first.abs().max()) < 0.2
+
+
+def test_invert_on_the_border_of_two_blocks() -> None:
+    """Weight 1 at token 3 and at token 130: a draw of one half aims at 1, the sum of the first
+    block, where the second begins; what is below goes to the first."""
+    weights = torch.zeros(3, 256)
+    weights[:, [3, 130]] = 1.0
+    draws = torch.tensor([0.5, 0.5 - 2**-53, 0.0], dtype=torch.float64)
+    assert invert(weights, draws).tolist() == [130, 3, 3]
+
+
+def test_invert_on_the_border_of_two_tokens_of_a_later_block() -> None:
+    """Block 0 has 2, and tokens 200 and 201 have 1 each: three quarters aim at 3, where 201
+    begins."""
+    weights = torch.zeros(2, 256)
+    weights[:, [5, 200, 201]] = torch.tensor([2.0, 1.0, 1.0])
+    draws = torch.tensor([0.75, 0.75 - 2**-53], dtype=torch.float64)
+    assert invert(weights, draws).tolist() == [201, 200]
+
+
+def test_invert_never_leads_past_the_last_token_of_any_weight() -> None:
+    """The largest draw there is aims just below the sum, and rounding puts it on the sum for many
+    of these rows; the answer is the last token with any weight all the same."""
+    weights = torch.zeros(64, 300)
+    weights[:, :5] = torch.rand(64, 5, generator=seeded(1)).clamp_(min=0.1)
+    weights[32:, 140:145] = weights[32:, :5]
+    draws = torch.full((64,), 1 - 2**-53, dtype=torch.float64)
+    assert invert(weights, draws).tolist() == [4] * 32 + [144] * 32

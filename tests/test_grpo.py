@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -384,3 +385,29 @@ def test_scores_put_on_one_scale_do_not_hide_an_even_group() -> None:
     unscaled = losses.group_advantages(torch.tensor(SCORES, dtype=torch.float32), 3, False)
     tiny.close(batch.advantages, unscaled / deviation)
     assert len(batch.groups) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_the_update_is_at_the_temperature_of_the_draws(temperature: float) -> None:
+    """So the first ratio is 1; log-probs and entropy are those of the plain forward over it."""
+    policy, cfg = tiny.policy(), config(kl_coef=0.1, drop_even=False)
+    cfg = replace(cfg, rollout=replace(cfg.rollout, temperature=temperature))
+    batch, _ = grpo.collect(policy, tiny.SPECS, cfg, tiny.examples(4), 0)
+    _, metrics = gradients(policy, cfg, batch, list(range(12)))
+    assert metrics["policy/ratio_gap"] < 1e-4
+    entropy, kl, count = 0.0, 0.0, 0
+    for j, answer in enumerate(batch.rollout.answers):
+        prompt = batch.rollout.prompts[batch.rollout.owners[j]]
+        tables = []
+        for region in (nullcontext(), lora.lora_disabled(policy.model)):
+            with torch.no_grad(), region:
+                states = tiny.alone(policy.decoder, prompt, answer)
+                tables.append(torch.log_softmax(policy.head(states) / temperature, -1))
+        now, then = tables
+        entropy -= float((now.exp() * now).sum())
+        count += len(answer)
+        for t, token in enumerate(answer):
+            d = float(then[t, token] - now[t, token])
+            kl += math.exp(d) - 1 - d
+    assert metrics["policy/entropy"] == pytest.approx(entropy / count, abs=1e-4)
+    assert metrics["kl/loss"] == pytest.approx(kl / count, abs=1e-5)

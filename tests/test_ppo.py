@@ -21,6 +21,7 @@ from ppo_nlu.config import (
     PPOConfig,
     RewardConfig,
     RolloutConfig,
+    TrainConfig,
     load_config,
 )
 from ppo_nlu.config import OptimConfig as Optim
@@ -28,6 +29,7 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.losses import AdaptiveKL
 from ppo_nlu.model import Policy, load_policy, trainable
 from ppo_nlu.optim import build_optimizer
+from ppo_nlu.rewards import RunningScale
 
 ANSWERS = (
     "Positive </Judgement>",
@@ -582,3 +584,181 @@ def test_it_learns_to_answer(name: str, lr: float) -> None:
     assert means[0] < -0.7
     assert sum(means[-5:]) / 5 > 0.8
     assert set(batch.rollout.predictions) <= {"Positive", None}
+
+
+# ---- what is said of the first ratio --------------------------------------------------------
+
+
+def lines_of(
+    learner: learners.OnPolicy, monkeypatch: pytest.MonkeyPatch, steps: range
+) -> list[bool]:
+    """In which steps a line about the first ratio is told."""
+    monkeypatch.setattr(learners, "check_first_ratio", lambda gap, exact: "the first ratio")
+    optimizer, told = sgd(learner.model, 1e-3), []
+    for step in steps:
+        learner.remark = None
+        learner.step(optimizer, tiny.examples(learner.batch_size), step)
+        told.append("the first ratio" in (learner.remark or ""))
+    return told
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_first_ratio_is_told_once_of_each_pass(
+    epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first step, and at the second, whose update is the first to stand on the rollout's
+    pass. That later epochs run passes of their own takes nothing back."""
+    cfg = replace(config(kl_coef=0.0, epochs=epochs), model=ModelConfig(name_or_path="bundled"))
+    learner = learners.PPO(cfg, tiny.SPECS)
+    assert lines_of(learner, monkeypatch, range(4)) == [True, True, False, False]
+    assert learner.checked and learner.rollout is not None and learner.rollout.stood
+    again = learners.PPO(cfg, tiny.SPECS)
+    again.set_state(learner.state())
+    assert lines_of(again, monkeypatch, range(4, 6)) == [False, False], "a resumed run"
+
+
+def test_a_pass_that_is_never_stood_on_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget has room for the answers, but not for the graph of the prompts too."""
+    cfg = replace(
+        config(kl_coef=0.0),
+        model=ModelConfig(name_or_path="bundled"),
+        train=TrainConfig(micro_batch_tokens=40),
+    )
+    learner = learners.PPO(cfg, tiny.SPECS)
+    assert lines_of(learner, monkeypatch, range(3)) == [True, False, False]
+    assert learner.keep_graph() == 40 and not learner.checked
+
+
+def test_micro_batches_of_one_update_stand_on_the_rollout_once() -> None:
+    """The first part has the answers of three prompts of four; the others run on their own."""
+    policy, cfg = tiny.policy(), config()
+    rows, kl = tiny.examples(cfg.rollout.batch_size), kl_of(cfg)
+    batch, _ = ppo.collect(policy, tiny.SPECS, cfg, kl, rows, 0, reuse=True, keep_graph=9999)
+    rollout = batch.rollout
+    given = [rollout.take_trunk(part) is not None for part in ([0, 2, 4], [1, 3, 5], [6, 7])]
+    assert given == [True, False, False] and rollout.stood
+
+
+# ---- the whole way against loops in plain Python --------------------------------------------
+
+
+def shift(x: list[float], mean: bool) -> list[float]:
+    """Whitened: over the deviation, with or without the mean."""
+    middle = sum(x) / len(x)
+    deviation = math.sqrt(sum((y - middle) ** 2 for y in x) / (len(x) - 1) + 1e-8)
+    return [(y - middle) / deviation + (middle if mean else 0.0) for y in x]
+
+
+def ragged(flat: list[float], lengths: list[int]) -> list[list[float]]:
+    ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
+    return [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gamma": 0.9, "lam": 0.7},
+        {"whiten_rewards": True},
+        {"whiten_advantages": False},
+        {"whiten_rewards": True, "whiten_advantages": False, "gamma": 0.9},
+    ],
+)
+@pytest.mark.parametrize("normalise", [False, True])
+def test_rewards_advantages_and_returns_against_loops(changes: dict, normalise: bool) -> None:
+    """From scores, KL and values of the rollout; the KL's coefficient is not the config's any more,
+    and the returns are those of rewards, whether advantages are whitened or not."""
+    policy, cfg = tiny.policy(), config(**changes)
+    ids = [policy.tokenizer.convert_tokens_to_ids(text.split()) for text in ANSWERS]
+    kl, scale = AdaptiveKL(0.7, 1.0, 1000), RunningScale() if normalise else None
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.force(patch, policy, ids)
+        batch, _ = ppo.collect(policy, tiny.SPECS, cfg, kl, tiny.examples(4), 0, scale)
+    lengths = [len(answer) for answer in ids]
+    scores = [1.0, 0.0, 0.0, -1.0, -1.0, -1.0, 1.0, 0.0]
+    if normalise:  # mean -1/8, and the deviation of the eight
+        deviation = math.sqrt(sum((s + 1 / 8) ** 2 for s in scores) / 8)
+        scores = [(s + 1 / 8) / deviation for s in scores]
+    assert batch.rollout.kl is not None and batch.rollout.values is not None
+    rewards: list[float] = []
+    for j, length in enumerate(lengths):
+        own = [-0.7 * float(batch.rollout.kl[j, t]) for t in range(length)]
+        own[-1] += scores[j]
+        rewards += own
+    if cfg.ppo.whiten_rewards:
+        rewards = shift(rewards, mean=True)
+    advantages, returns = [], []
+    for j, row in enumerate(ragged(rewards, lengths)):
+        values = [float(v) for v in batch.rollout.values[j, : len(row)]] + [0.0]
+        later, found = 0.0, []
+        for t in reversed(range(len(row))):
+            delta = row[t] + cfg.ppo.gamma * values[t + 1] - values[t]
+            later = delta + cfg.ppo.gamma * cfg.ppo.lam * later
+            found.append(later)
+        advantages += found[::-1]
+        returns += [a + v for a, v in zip(found[::-1], values, strict=False)]
+    if cfg.ppo.whiten_advantages:
+        advantages = shift(advantages, mean=False)
+    mask = batch.rollout.mask
+    assert batch.rewards[mask].tolist() == pytest.approx(rewards, abs=1e-5)
+    assert batch.advantages[mask].tolist() == pytest.approx(advantages, abs=1e-5)
+    assert batch.returns[mask].tolist() == pytest.approx(returns, abs=1e-5)
+
+
+def loss_by_loops(policy: Policy, cfg: Config, batch: ppo.Batch) -> dict[str, float]:
+    """Of the whole batch, token by token; the policy's numbers by transformers, row by row."""
+    c, rollout, sums = cfg.ppo, batch.rollout, dict.fromkeys(("policy", "value", "entropy"), 0.0)
+    for j, answer in enumerate(rollout.answers):
+        with torch.no_grad():
+            states = tiny.alone(policy.decoder, rollout.prompts[rollout.owners[j]], answer)
+            logp = torch.log_softmax(policy.head(states) / cfg.rollout.temperature, -1)
+            values = [*policy.value_head(states).tolist(), 0.0]
+        for t, token in enumerate(answer):
+            advantage = float(batch.advantages[j, t])
+            ratio = math.exp(float(logp[t, token]) - float(rollout.logprobs[j, t]))
+            bounded = min(max(ratio, 1 - c.clip), 1 + (c.clip_high or c.clip))
+            loss = max(-advantage * ratio, -advantage * bounded)
+            if c.dual_clip and advantage < 0:
+                loss = min(loss, -c.dual_clip * advantage)
+            sums["policy"] += loss
+            if c.critic_target == "td0":
+                target = float(batch.rewards[j, t]) + c.gamma * values[t + 1]
+                sums["value"] += (target - values[t]) ** 2
+            else:
+                target, old = float(batch.returns[j, t]), float(rollout.values[j, t])
+                clip = math.inf if c.value_clip is None else c.value_clip
+                near = min(max(values[t], old - clip), old + clip)
+                sums["value"] += max((values[t] - target) ** 2, (near - target) ** 2) / 2
+            sums["entropy"] -= float((logp[t].exp() * logp[t]).sum())
+    return {name: total / sum(map(len, rollout.answers)) for name, total in sums.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"clip": 0.1, "clip_high": 0.4},
+        {"dual_clip": 1.3},
+        {"value_clip": 0.05},
+        {"value_clip": None, "value_coef": 0.7},
+        {"entropy_coef": 0.3},
+        {"critic_target": "td0", "gamma": 0.8},
+    ],
+    ids=lambda changes: " ".join(changes) or "default",
+)
+def test_the_loss_of_a_batch_against_loops(changes: dict) -> None:
+    """At a temperature of 0.7, old log-probs up to 0.6 and old values up to 0.3 away."""
+    policy, cfg = tiny.policy(), config(**changes)
+    cfg = replace(cfg, rollout=replace(cfg.rollout, temperature=0.7))
+    batch, draw = forced(policy, cfg), torch.Generator().manual_seed(1)
+    for table, most in ((batch.rollout.logprobs, 0.6), (batch.rollout.values, 0.3)):
+        table += (2 * torch.rand(table.shape, generator=draw) - 1) * most
+    _, metrics = gradients(policy, cfg, batch)
+    wanted = loss_by_loops(policy, cfg, batch)
+    assert metrics["policy/loss"] == pytest.approx(wanted["policy"], abs=1e-5)
+    assert metrics["value/loss"] == pytest.approx(wanted["value"], abs=1e-5)
+    whole = wanted["policy"] + cfg.ppo.value_coef * wanted["value"]
+    whole -= cfg.ppo.entropy_coef * wanted["entropy"]
+    assert metrics["loss"] == pytest.approx(whole, abs=1e-5)
+    if not changes:
+        assert metrics["policy/clip_fraction"] > 0.1 and metrics["value/clip_fraction"] > 0.1

@@ -322,3 +322,10 @@ def test_in_low_precision_old_logprobs_are_those_of_the_training_pass() -> None:
     assert torch.equal(rollout.logprobs, again.logprobs)
     assert torch.equal(there(rollout.values), again.values)
     assert there(rollout.kl).dtype == there(rollout.values).dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_answers_are_drawn_at_the_temperature_that_they_are_scored_at(temperature: float) -> None:
+    """The decode pass agrees with a training pass at `rollout.temperature`, so it is taken."""
+    found = collected(tiny.policy(), config(temperature=temperature))
+    assert found.reused and found.gap is not None and found.gap < 1e-4

@@ -213,3 +213,38 @@ def test_an_update_stands_on_the_rollout_only_where_it_is_one_forward() -> None:
     assert updates.graph_tokens(whole, Budget(), 17, cpu) == 0, "minibatches of 16"
     assert updates.graph_tokens(whole, Budget(rows=8), 16, cpu) == 0, "micro-batches of 8"
     assert updates.graph_tokens(GRPOConfig(), Budget(), 64, cpu) > 10**9
+
+
+def steps_of(found: updates.Metrics, gradient: float = 1.0, **changes) -> tuple[nn.Parameter, int]:
+    """A weight after up to three epochs of one minibatch with these metrics, and the epochs run."""
+    weight, epochs = nn.Parameter(torch.zeros(())), list[int]()
+
+    def backward(index: list[int]) -> updates.Metrics:
+        epochs.append(len(epochs))
+        assert weight.grad is None, "a minibatch starts without a gradient"
+        weight.backward(torch.tensor(gradient))
+        ratios = {"policy/ratio_mean": 1.0, "policy/ratio_gap": 0.0, "policy/approx_kl": 0.0}
+        return {"loss": 1.0, **ratios, **found}
+
+    cfg = Config(task="sst2", ppo=PPOConfig(epochs=3, minibatch_size=2, **changes))
+    optimizer = SGD([weight], lr=0.1)
+    try:
+        updates.run([weight], optimizer, cfg, cfg.ppo, lambda epoch: range(2), backward)
+    except updates.BadStep:
+        assert weight.grad is None
+        return weight, -len(epochs)
+    return weight, len(epochs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_loss_with_a_fine_gradient_is_no_step_nor_the_other_way_round(bad: float) -> None:
+    for weight, epochs in (steps_of({"loss": bad}), steps_of({}, gradient=bad)):
+        assert weight.item() == 0 and epochs == -1
+
+
+def test_target_kl_has_half_as_much_room_again() -> None:
+    """The minibatch beyond the limit is still a step, and the last one."""
+    assert steps_of({"policy/approx_kl": 0.149}, target_kl=0.1)[1] == 3
+    weight, epochs = steps_of({"policy/approx_kl": 0.151}, target_kl=0.1)
+    assert epochs == 1 and weight.item() == pytest.approx(-0.1)
+    assert steps_of({"policy/approx_kl": 9.0})[1] == 3

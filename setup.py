@@ -25,7 +25,7 @@ setup(
     packages=["ppo_nlu", "ppo_nlu.tasks", "ppo_nlu.kernels"],
     package_dir={"ppo_nlu.kernels": "kernels"},
     package_data={
-        "ppo_nlu": ["py.typed", "README.md", "assets/*", "assets/**/*"],
+        "ppo_nlu": ["py.typed", "README.md", "architectures.md", "assets/*", "assets/**/*"],
         "ppo_nlu.kernels": ["*.json", "README.md"],
     },
     python_requires=">=3.10",

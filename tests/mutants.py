@@ -1019,7 +1019,10 @@ OPTIM = of(
 
 CHECKPOINT = of(
     "checkpoint",
-    "checkpoint",
+    "checkpoint::test_latest_goes_by_number_and_prune_keeps_the_last_and_the_best",
+    "checkpoint::test_best_is_replaced_only_by_a_better_metric",
+    "checkpoint::test_a_spoilt_checkpoint_is_one_line",
+    "checkpoint::test_a_spoilt_file_of_any_kind_is_damage",
     best_is_newest=(
         "metric <= stored",
         "metric < stored",
@@ -1031,6 +1034,11 @@ CHECKPOINT = of(
         "NaN is never the best",
     ),
     latest_is_first=("steps[-1] if steps", "steps[0] if steps", "the highest step is the latest"),
+    damage_unseen=(
+        "if hashlib.sha256(data).hexdigest() != sha256:",
+        "if False:",
+        "a flipped bit is noticed",
+    ),
     none_kept=("[: -max(keep, 1)]", "[: -keep]", "one checkpoint always stays, and no more"),
 )
 

@@ -561,4 +561,5 @@ class StopRequest:
             self.signal = number
             # os.write: a handler may run inside a print, where a second print would fail.
             line = b"\nstopping after this step, with everything saved (Ctrl-C again: at once)\n"
-            os.write(2, line)
+            with suppress(OSError):  # nobody may read it any more
+                os.write(2, line)

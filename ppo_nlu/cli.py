@@ -1,6 +1,15 @@
 """What every program shares: from how it ended to its exit code and the line on stderr.
 
 Use: `if __name__ == "__main__": sys.exit(cli.run(main))`.
+
+    0    the program did all that it was asked
+    1    a fault of the program itself: the traceback lies in the file that the line names
+    2    the user's mistake, or the machine's (a full disk, no memory): one line says how to mend it
+    130  Ctrl-C
+
+A reader of stdout or stderr that has gone, or a device that is full, ends no program: what cannot
+be written is dropped, and the work goes on. Only what is printed by `result`, the product of a
+program, may end it.
 """
 
 from __future__ import annotations
@@ -8,45 +17,288 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
+import shlex
+import signal
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn, TextIO, cast
 
-from ppo_nlu.errors import UserError
+from ppo_nlu.config import Config
+from ppo_nlu.errors import UserError, one_line
+from ppo_nlu.strict_config import meant
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_MEMORY = re.compile(
+    r"out of memory|can.?t allocate memory|cannot allocate memory|not enough memory"
+    r"|unable to allocate|bad_alloc|memory allocation of \d+ bytes failed",
+    re.IGNORECASE,
+)
+LESS_MEMORY = (
+    "lower rollout.batch_size, eval.batch_size or the method's batch size, set "
+    "train.micro_batch_tokens or model.checkpointing=true, or take a smaller model"
+)
+
+
+class ReaderLeft(Exception):
+    """Whoever read the product of a program on stdout has seen enough."""
+
+
+# --- arguments --------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line, as those of all other mistakes are."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}{self._hint(message)}; see {self.prog} --help")
+
+    def _hint(self, message: str) -> str:
+        """What an unknown flag probably meant: another flag, or a key of the config."""
+        found = re.search(r"unrecognized arguments: (--?[\w.-]+)", message)
+        if found is None:
+            return ""
+        key = found[1].lstrip("-").replace("-", "_")
+        near = get_close_matches(found[1], list(self._option_string_actions), n=1)
+        if near:
+            return f"; did you mean {near[0]}?"
+        text = meant(Config, key)
+        return f"; keys of the config are given as section.key=value: {text}" if text else ""
 
 
-def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """The exit code of `main(argv)`: its own, 2 for the user's mistake, 130 for Ctrl-C, else 1."""
+def require_place(flag: str, path: Path) -> Path:
+    """The path, where a file or folder can be made; told before minutes of work, not after."""
+    above = path.absolute()
     try:
-        code = main(sys.argv[1:] if argv is None else argv) or 0
-        sys.stdout.flush()  # here, where a reader that has gone is still caught
-        return code
+        while not os.path.lexists(above):
+            above = above.parent
+        if above != path.absolute() and not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{above} is no folder")
+        if not os.access(above, os.W_OK):
+            raise PermissionError(errno.EACCES, f"{above} may not be written to")
+        there = above if above.is_dir() else above.parent
+        limit, whole = os.pathconf(there, "PC_NAME_MAX"), os.pathconf(there, "PC_PATH_MAX")
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}, so it cannot be made); check the folder"
+        raise UserError(f"{flag} {path}: {reason}") from error
+    # What is left free is for temporary names, and for the files inside.
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > limit - 40 or len(os.fsencode(path.absolute())) > whole - 200:
+        raise UserError(f"{flag} {path}: the name is too long; give a shorter one")
+    return path
+
+
+# --- output -----------------------------------------------------------------------------------
+
+
+class Output:
+    """A standard stream that outlives its reader: what it cannot write it drops, and tells once."""
+
+    def __init__(self, stream: TextIO, name: str):
+        self.stream, self.name = stream, name
+        self.error: Exception | None = None  # why nothing is written any more
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:  # a letter that the terminal does not have ends no program
+            with suppress(OSError, ValueError):
+                reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self.error is not None:
+            return
+        try:
+            action()
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            self.drop(error)
+            if self.name == "stdout" and not isinstance(error, BrokenPipeError):
+                reason = getattr(error, "strerror", None) or error
+                tell(f"warning: stdout: {reason}; the program goes on without it")
+
+    def drop(self, error: Exception) -> None:
+        """Write nothing more; what still lies in buffers goes nowhere."""
+        self.error = error
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+
+def tell(text: str) -> None:
+    """A line on stderr for the user, whatever the text holds."""
+    print(one_line(text, 4000), file=sys.stderr, flush=True)
+
+
+def result(text: str) -> None:
+    """Print a line of the program's product; ReaderLeft where its reader has gone.
+
+    Raises UserError where it cannot be written for another reason.
+    """
+    output = sys.stdout if isinstance(sys.stdout, Output) else Output(sys.stdout, "stdout")
+    if output.error is not None:
+        raise UserError("stdout: is closed; name a file with --output")
+    try:
+        print(text, file=output.stream, flush=True)
+    except BrokenPipeError as error:
+        output.drop(error)
+        raise ReaderLeft from None
+    except OSError as error:
+        output.drop(error)
+        reason = error.strerror or error
+        raise UserError(f"stdout: {reason}; make room, or name a file with --output") from error
+
+
+@contextmanager
+def _lasting() -> Iterator[Output]:
+    """Inside, stdout and stderr outlive their readers; gives that of stdout."""
+    before = sys.stdout, sys.stderr
+    made = [_output(before[0], "stdout"), _output(before[1], "stderr")]
+    sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in made)
+    try:
+        yield made[0]
+    finally:
+        for stream in made:  # here, where a reader that has gone is still caught
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _output(stream: TextIO | None, name: str) -> Output:
+    if stream is not None:
+        return Output(stream, name)
+    closed = Output(open(os.devnull, "w", encoding="utf-8"), name)
+    closed.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return closed
+
+
+# --- how a program ends -----------------------------------------------------------------------
+
+_run_folder: Path | None = None
+
+
+def works_in(folder: Path) -> None:
+    """The program's run folder: for crash.txt, and for the line that says how to go on."""
+    global _run_folder
+    _run_folder = folder
+
+
+def run(
+    main: Callable[[list[str]], int | None],
+    argv: list[str] | None = None,
+    printed: bool = False,
+) -> int:
+    """The exit code of `main(argv)`: its own, or by how it ended.
+
+    `printed`: what it prints is all that it makes, so that a full device is a failure.
+    """
+    global _run_folder
+    _run_folder = None
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        with suppress(ValueError):  # outside of the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    with _lasting() as stdout:
+        code = _code(main, sys.argv[1:] if argv is None else argv)
+    lost = stdout.error is not None and not isinstance(stdout.error, BrokenPipeError)
+    return 2 if printed and lost and code == 0 else code
+
+
+def _code(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    try:
+        for text in argv:
+            if "\0" in text:
+                raise UserError(f"{text!r}: holds a NUL character; leave it out")
+        return main(argv) or 0
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # `| head` has seen enough. stdout must not be flushed again when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except ReaderLeft:
         return 0
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _fail(f"disk full: {error.filename or 'a file'} could not be written; make room")
-        traceback.print_exc()
-        return 1
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except SystemExit:
+        raise
+    except BaseException as error:  # panics of libraries in Rust are no Exception
+        reason = fault(error)
+        return _crash(error) if reason is None else _fail(reason, _go_on())
 
 
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def fault(error: BaseException) -> str | None:
+    """What to say of a fault of the machine, with the mend; None: the error is of another kind."""
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))
+    ):
+        return f"out of memory ({_first_line(error)}); {LESS_MEMORY}"
+    if isinstance(error, OSError):
+        number, reason = error.errno, error.strerror or _first_line(error)
+    else:
+        found = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))  # as Rust says it
+        if found is None:
+            return None
+        number = int(found[1] or found[2])
+        reason = os.strerror(number)
+    if number == errno.ENOMEM:
+        return f"out of memory ({reason}); {LESS_MEMORY}"
+    names = [getattr(error, name, None) for name in ("filename", "filename2")]
+    place = " -> ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
+    if number in FULL:
+        return f"disk full: {place or 'a file'} could not be written ({reason}); make room"
+    return f"{place + ': ' if place else ''}{reason}; check the path, its rights and its disk"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0], 160) if lines else type(error).__name__
+
+
+def _go_on() -> str:
+    """The command that goes on with a run whose folder is made already."""
+    if _run_folder is None:
+        return ""
+    folder = shlex.quote(str(_run_folder))
+    command = f"python -m ppo_nlu.train {folder}/config.yaml --resume {folder}"
+    return f"; the run is not complete, go on with: {command}"
+
+
+def _crash(error: BaseException) -> int:
+    """Keep the traceback in a file, and name it in one line."""
+    text = "".join(traceback.format_exception(error))
+    said = f"{type(error).__name__}: {_first_line(error)}"
+    for folder in filter(None, (_run_folder, Path(tempfile.gettempdir()))):
+        try:
+            kept = _keep(text, folder)
+        except OSError:
+            continue
+        tell(f"error: unforeseen: {said}; please report it with the traceback in {kept}{_go_on()}")
+        return 1
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" at {where[0].filename}:{where[0].lineno}" if where else ""
+    tell(f"error: unforeseen: {said}{place}; the traceback could not be written to any file")
+    return 1
+
+
+def _keep(text: str, folder: Path) -> Path:
+    """The file with the text, for its owner alone: crash.txt in a run folder, else a new name."""
+    handle, name = tempfile.mkstemp(prefix="ppo_nlu-crash-", suffix=".txt", dir=folder)
+    try:
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:
+        os.unlink(name)
+        raise
+    return Path(name).replace(folder / "crash.txt") if folder == _run_folder else Path(name)
+
+
+def _fail(message: str, more: str = "") -> int:
+    tell(f"error: {one_line(message)}{more}")
     return 2

@@ -9,18 +9,22 @@ current directory. Nothing here imports torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Any, ClassVar
 
 from ppo_nlu import strict_config
 from ppo_nlu.errors import UserError
+from ppo_nlu.foreign_names import FOREIGN_NAMES, NOTES
 from ppo_nlu.strict_config import (
     below_one,
+    count,
     diff,
     dump,
     load_dataclass,
+    long_text,
     number,
     one_of,
     parse_overrides,
@@ -39,6 +43,8 @@ __all__ = [
     "parse_overrides", "positive", "save_config", "share", "to_dict",
 ]  # fmt: skip
 
+MOST_ANSWERS = 1 << 20  # of a step
+MOST_RATINGS = 10_000  # on the grid of a rating task
 METHODS = ("ppo", "grpo", "sft", "encoder")  # for `method`; a new algorithm adds its name here
 
 
@@ -51,12 +57,12 @@ class ModelConfig:
 
     name_or_path: str = "bundled"  # "bundled", a folder, or a Hugging Face name
     dtype: str = one_of("float32", "float32", "bfloat16", "float16")  # of the frozen weights
-    device: str = "auto"  # auto, cpu, cuda, cuda:<number> or mps
+    device: str = "auto"  # auto, cpu, cuda or cuda:<number>
     attention: str = one_of("sdpa", "sdpa", "eager")  # attention implementation
     trust_remote_code: bool = False  # run Python code that comes with the model
     path: str = one_of("auto", "auto", "tree", "plain")  # shared prefixes once, or row by row
     value_head: str = one_of("mlp", "mlp", "linear")  # two layers, or one
-    value_hidden: int = number(0, min=0)  # width of the MLP; 0 = the model's hidden size
+    value_hidden: int = number(0, 0, 65536)  # width of the MLP; 0 = the model's hidden size
     detach_value: bool = False  # true: the value loss does not reach the LoRA weights
     checkpointing: bool = False  # recompute blocks in the backward: less memory, more time
 
@@ -65,8 +71,8 @@ class ModelConfig:
 class LoraConfig:
     """The trained low-rank part."""
 
-    r: int = number(16, min=1)  # rank
-    alpha: float = positive(32.0)  # the update is scaled by alpha / r
+    r: int = number(16, 1, 8192)  # rank
+    alpha: float = positive(32.0, 1e6)  # the update is scaled by alpha / r
     rslora: bool = False  # true: scaled by alpha / sqrt(r)
     dropout: float = below_one(0.0)  # on the input of LoRA, in sft; ppo and grpo run without it
     targets: str | list[str] = "all-linear"  # all-linear, attention, or module name endings
@@ -81,9 +87,9 @@ class DataConfig:
     cache: str | None = None  # where a download is kept; null = the user's cache folder
     url: str = "https://dl.fbaipublicfiles.com/glue/data"  # where a download comes from
     exclude_pretraining_labels: bool = True  # leave out what the bundled model saw labelled
-    min_words: int = number(0, min=0)  # leave out shorter training sentences; 0 = keep all
-    limit: int = number(0, min=0)  # training examples to use; 0 = all
-    max_prompt_tokens: int = number(0, min=0)  # longest prompt; 0 = what the context allows
+    min_words: int = count(0)  # leave out shorter training sentences; 0 = keep all
+    limit: int = count(0)  # training examples to use; 0 = all
+    max_prompt_tokens: int = count(0)  # longest prompt; 0 = what the context allows
 
 
 @dataclass(frozen=True)
@@ -96,13 +102,13 @@ class CustomConfig:
     test: str | None = None  # file of rows to predict
     dev_share: float = number(0.1, 0, 1, True, True)  # of train, where there is no dev file
     fields: list[str] = field(default_factory=list)  # the text columns of the prompt
-    description: str | None = None  # what the task is; {column} stands for a row's text
-    query: str | None = None  # what is asked of a row; {column} stands for its text
+    description: str | None = long_text(None)  # what the task is; {column} stands for a row's text
+    query: str | None = long_text(None)  # what is asked of a row; {column} stands for its text
     labels: list[str] | dict[str, list[str]] = field(default_factory=list)  # or word: value(s)
     label_column: str = "label"  # the column of the right answer
-    low: float | None = number(None)  # with high: the answer is a number from low
-    high: float | None = number(None)  # to high
-    step: float = positive(0.2)  # of the grid by which a number is scored
+    low: float | None = number(None, -1e9, 1e9)  # with high: the answer is a number from low
+    high: float | None = number(None, -1e9, 1e9)  # to high
+    step: float = positive(0.2, 1e9)  # of the grid by which a number is scored
     reward: str = "auto"  # auto, label, rating, exact, f1, or package.module:function
     metrics: list[str] = field(default_factory=list)  # [] = what suits the kind of answer
     rationale: str | None = None  # the column of a written-out reason, for prompt.form=analysis
@@ -113,7 +119,7 @@ class PromptConfig:
     """How a row becomes a prompt; the same in training and evaluation."""
 
     form: str = one_of("judgement", "judgement", "analysis")  # analysis: reason first, then answer
-    shots: int = number(0, min=0)  # worked examples from the training rows; 0 = none
+    shots: int = number(0, 0, 1000)  # worked examples from the training rows; 0 = none
     balanced: bool = True  # take worked examples of every label in turn
     chat_template: bool = False  # wrap the prompt in the model's own chat format
 
@@ -123,7 +129,7 @@ class MixtureConfig:
     """How the rows of several tasks are mixed (`tasks`)."""
 
     mixing: str = one_of("capped", "capped", "proportional", "equal")  # share of each task
-    cap: int = number(30000, min=1)  # capped: rows of one task that count at most
+    cap: int = count(30000, min=1)  # capped: rows of one task that count at most
 
 
 @dataclass(frozen=True)
@@ -138,11 +144,11 @@ class RewardConfig:
 class RolloutConfig:
     """How answers are sampled in training."""
 
-    batch_size: int = number(16, min=1)  # prompts a step
-    samples_per_prompt: int = number(1, min=1)  # answers to each prompt; grpo: 2 or more
-    max_new_tokens: int = number(16, min=1)  # longest answer
-    temperature: float = positive(1.0)  # of sampling, and of every log-probability
-    top_k: int = number(0, min=0)  # 0 = off, and training needs it off
+    batch_size: int = number(16, 1, 65536)  # prompts a step
+    samples_per_prompt: int = number(1, 1, 4096)  # answers to each prompt; grpo: 2 or more
+    max_new_tokens: int = number(16, 1, 10**6)  # longest answer
+    temperature: float = number(1.0, 0.001, 1000)  # of sampling, and of every log-probability
+    top_k: int = count(0)  # 0 = off, and training needs it off
     top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # 1 = off, as training needs
     # Old log-probs out of the decode pass; auto: where a check at the start finds them exact.
     reuse_logprobs: str = one_of("auto", "auto", "always", "never")  # never: one more pass a step
@@ -155,29 +161,29 @@ class PPOConfig:
     """The PPO update."""
 
     preset: str = one_of("default", "default", "legacy")  # legacy: the paper's released code
-    epochs: int = number(4, min=1)  # passes over each step's answers
-    minibatch_size: int = number(16, min=1)  # answers per optimizer step; at most all of a step's
-    micro_batch_size: int = number(0, min=0)  # answers per forward (memory only); 0 = minibatch
+    epochs: int = number(4, 1, 1000)  # passes over each step's answers
+    minibatch_size: int = count(16, min=1)  # answers per optimizer step; at most all of a step's
+    micro_batch_size: int = count(0)  # answers per forward (memory only); 0 = minibatch
     clip: float = number(0.2, min=0, max=1, exclusive_min=True, exclusive_max=True)  # of the ratio
-    clip_high: float | None = positive(None)  # upper clip of the ratio; null = same as clip
-    dual_clip: float | None = number(None, min=1, exclusive_min=True)  # null = off
-    value_clip: float | None = positive(0.2)  # how far a value may move; null = off
+    clip_high: float | None = positive(None, 100)  # upper clip of the ratio; null = same as clip
+    dual_clip: float | None = number(None, 1, 1000, exclusive_min=True)  # null = off
+    value_clip: float | None = positive(0.2, 1e6)  # how far a value may move; null = off
     gamma: float = share(1.0)  # discount
     lam: float = share(0.95)  # lambda of GAE
     # Penalty per token (start value if adaptive); without one there is no reference pass and no
     # kl/ref.
-    kl_coef: float = number(0.2, min=0)  # 0 = off
+    kl_coef: float = number(0.2, 0, 1000)  # 0 = off
     kl_estimator: str = one_of("k1", "k1", "k2", "k3", "exact")  # how the KL is measured
     kl_adaptive: bool = True  # steer kl_coef towards kl_target
-    kl_target: float = positive(6.0)  # KL of a whole answer to steer towards
-    kl_horizon: int = number(10000, min=1)  # answers over which the steering acts
-    value_coef: float = number(0.1, min=0)  # weight of the value loss; 0 = off
-    entropy_coef: float = number(0.0, min=0)  # weight of the entropy bonus; 0 = off
+    kl_target: float = positive(6.0, 1e6)  # KL of a whole answer to steer towards
+    kl_horizon: int = count(10000, min=1)  # answers over which the steering acts
+    value_coef: float = number(0.1, 0, 1000)  # weight of the value loss; 0 = off
+    entropy_coef: float = number(0.0, 0, 1000)  # weight of the entropy bonus; 0 = off
     whiten_advantages: bool = True  # mean 0, deviation 1 over the step's tokens
     whiten_rewards: bool = False  # deviation 1, the mean kept
     critic_target: str = one_of("gae", "gae", "td0")  # td0: the paper's equation 1
-    target_kl: float | None = positive(None)  # stop a step's epochs beyond it; null = off
-    max_ratio: float = number(10.0, min=0)  # skip a minibatch with a mean ratio above; 0 = off
+    target_kl: float | None = positive(None, 1e6)  # stop a step's epochs beyond it; null = off
+    max_ratio: float = number(10.0, 0, 1e6)  # skip a minibatch with a mean ratio above; 0 = off
 
 
 @dataclass(frozen=True)
@@ -186,23 +192,23 @@ class GRPOConfig:
 
     advantage: str = one_of("group", "group", "rloo")  # over the group's mean, or that of the rest
     scale: bool = True  # group: divide by the group's deviation; false: Dr. GRPO
-    epochs: int = number(1, min=1)  # passes over each step's answers
-    minibatch_size: int = number(0, min=0)  # answers per optimizer step; 0 = all of a step's
-    micro_batch_size: int = number(0, min=0)  # answers per forward (memory only); 0 = minibatch
+    epochs: int = number(1, 1, 1000)  # passes over each step's answers
+    minibatch_size: int = count(0)  # answers per optimizer step; 0 = all of a step's
+    micro_batch_size: int = count(0)  # answers per forward (memory only); 0 = minibatch
     clip: float = number(0.2, min=0, max=1, exclusive_min=True, exclusive_max=True)  # of the ratio
-    clip_high: float | None = positive(None)  # upper clip of the ratio (DAPO: 0.28); null = clip
-    kl_coef: float = number(0.0, min=0)  # weight of the k3 KL in the loss; 0 = no reference pass
+    clip_high: float | None = positive(None, 100)  # upper clip (DAPO: 0.28); null = clip
+    kl_coef: float = number(0.0, 0, 1000)  # weight of the k3 KL in the loss; 0 = no reference pass
     drop_even: bool = True  # leave out groups whose scores are all equal, their KL too
-    max_ratio: float = number(10.0, min=0)  # skip a minibatch with a mean ratio above; 0 = off
-    target_kl: float | None = positive(None)  # stop a step's epochs beyond it; null = off
+    max_ratio: float = number(10.0, 0, 1e6)  # skip a minibatch with a mean ratio above; 0 = off
+    target_kl: float | None = positive(None, 1e6)  # stop a step's epochs beyond it; null = off
 
 
 @dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning: the next-token loss on right answers."""
 
-    batch_size: int = number(24, min=1)  # rows per optimizer step
-    micro_batch_size: int = number(0, min=0)  # rows per forward (memory only); 0 = batch_size
+    batch_size: int = number(24, 1, 65536)  # rows per optimizer step
+    micro_batch_size: int = count(0)  # rows per forward (memory only); 0 = batch_size
     loss: str = one_of("completion", "completion", "all")  # on the answer, or on the prompt too
 
 
@@ -210,8 +216,8 @@ class SFTConfig:
 class EncoderConfig:
     """Fine-tuning of an encoder such as BERT (Devlin et al., 2019), the baseline."""
 
-    batch_size: int = number(32, min=1)  # rows per optimizer step
-    max_length: int = number(128, min=8)  # tokens of a row; longer ones are cut
+    batch_size: int = number(32, 1, 65536)  # rows per optimizer step
+    max_length: int = number(128, 8, 65536)  # tokens of a row; longer ones are cut
     dropout: float = below_one(0.1)  # of the whole encoder and its head
 
 
@@ -220,13 +226,13 @@ class OptimConfig:
     """The optimizer and its learning rate; see METHOD_DEFAULTS for those of grpo, sft, encoder."""
 
     name: str = one_of("adafactor", "adafactor", "adamw")  # the paper's: adafactor for ppo
-    lr: float = positive(9e-6)  # highest learning rate
-    value_lr: float | None = positive(None)  # of the value head; null = lr
-    weight_decay: float = number(0.0, min=0)  # 0 = off
+    lr: float = positive(9e-6, 10)  # highest learning rate
+    value_lr: float | None = positive(None, 10)  # of the value head; null = lr
+    weight_decay: float = number(0.0, 0, 10)  # 0 = off
     beta1: float = below_one(0.9)  # adamw only
     beta2: float = below_one(0.95)  # adamw only
-    eps: float = positive(1e-5)  # adamw only
-    max_grad_norm: float = number(1.0, min=0)  # gradients are scaled down to it; 0 = off
+    eps: float = number(1e-5, 1e-16, 1)  # adamw only
+    max_grad_norm: float = number(1.0, 0, 1e30)  # gradients are scaled down to it; 0 = off
     schedule: str = one_of("cosine", "cosine", "linear", "constant")  # after the warm-up
     warmup: float = share(0.1)  # share of the updates spent climbing to lr; 0 = off
     min_lr_ratio: float = share(0.1)  # cosine and linear end at this share of lr
@@ -236,13 +242,13 @@ class OptimConfig:
 class TrainConfig:
     """The length of a run, and what it leaves on disk."""
 
-    steps: int = number(100, min=1)  # PPO or GRPO iterations, or optimizer steps of sft, encoder
+    steps: int = number(100, 1, 10**8)  # PPO or GRPO iterations, or optimizer steps of sft, encoder
     # Tokens that a forward of the update may run (memory only).
-    micro_batch_tokens: int = number(0, min=0)  # 0 = no limit on a CPU, the memory plan's on a GPU
-    eval_every: int = number(0, min=0)  # steps between evaluations; 0 = only at the end
-    checkpoint_every: int = number(50, min=0)  # steps between checkpoints; 0 = only at the end
-    keep_checkpoints: int = number(2, min=1)  # older ones are deleted
-    max_bad_steps: int = number(5, min=1)  # stop after so many steps in a row without an update
+    micro_batch_tokens: int = count(0)  # 0 = no limit on a CPU, the memory plan's on a GPU
+    eval_every: int = count(0)  # steps between evaluations; 0 = only at the end
+    checkpoint_every: int = count(50)  # steps between checkpoints; 0 = only at the end
+    keep_checkpoints: int = count(2, min=1)  # older ones are deleted
+    max_bad_steps: int = count(5, min=1)  # stop after so many steps in a row without an update
 
 
 @dataclass(frozen=True)
@@ -250,12 +256,12 @@ class EvalConfig:
     """How the model is scored."""
 
     split: str = "dev"  # which part of the data
-    limit: int = number(0, min=0)  # examples to use; 0 = all
-    batch_size: int = number(64, min=1)  # prompts at a time
-    top_k: int = number(0, min=0)  # of the one sample; 0 = off
+    limit: int = count(0)  # examples to use; 0 = all
+    batch_size: int = number(64, 1, 65536)  # prompts at a time
+    top_k: int = count(0)  # of the one sample; 0 = off
     top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # of the one sample; 1 = off
     before: bool = True  # score the untrained model too
-    bootstrap: int = number(1000, min=0)  # resamples for the confidence interval; 0 = off
+    bootstrap: int = number(1000, 0, 10**5)  # resamples for the confidence interval; 0 = off
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,9 @@ class LogConfig:
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run."""
+
+    foreign_names: ClassVar[Mapping[str, tuple[str, ...]]] = FOREIGN_NAMES
+    foreign_notes: ClassVar[Mapping[str, str]] = NOTES
 
     task: str | None = None  # a name from the task table, such as sst2, or that of custom.name
     tasks: list[str] = field(default_factory=list)  # several tasks at once, in place of `task`
@@ -327,9 +336,18 @@ def _conflicts(cfg: Config) -> Iterator[tuple[str, str]]:
     if cfg.method == "grpo" and cfg.rollout.samples_per_prompt < 2:
         problem = "1 leaves nothing to compare an answer with; give 2 or more (8 is usual)"
         yield "rollout.samples_per_prompt", problem
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.model.device):
-        problem = "is not a device; use auto, cpu, cuda, cuda:<number> or mps"
-        yield "model.device", f"{cfg.model.device!r} {problem}"
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", cfg.model.device):
+        # Answers are drawn in float64, which mps does not have; the others were never tried.
+        problem = "is not a device that runs this; use auto, cpu, cuda or cuda:<number>"
+        yield "model.device", f"{short(cfg.model.device)} {problem}"
+    answers = cfg.rollout.batch_size * cfg.rollout.samples_per_prompt
+    if answers > MOST_ANSWERS:
+        problem = f"rollout.batch_size times it is {answers:,} answers a step"
+        yield "rollout.samples_per_prompt", f"{problem}; at most {MOST_ANSWERS:,} are allowed"
+    low, high, step = cfg.custom.low, cfg.custom.high, cfg.custom.step
+    if low is not None and high is not None and (high - low) / step > MOST_RATINGS:
+        problem = f"{step:g} makes {(high - low) / step:,.0f} ratings from {low:g} to {high:g}"
+        yield "custom.step", f"{problem}; at most {MOST_RATINGS:,} are allowed, so take a wider one"
     if cfg.prompt.form == "analysis" and cfg.rollout.max_new_tokens < 32:
         problem = (
             f"{cfg.rollout.max_new_tokens} tokens hold no reason and an answer; give 64 or more"

@@ -215,7 +215,7 @@ def get(specs: Sequence[TaskSpec], cfg: DataConfig, output: Path | None, sums: b
         if spec.name not in archives.ARCHIVES:
             known = ", ".join(archives.ARCHIVES)
             raise UserError(f"get: no archive of {spec.title} is known; there is one of {known}")
-    root = data.cache_root(cfg) if output is None else output
+    root = cli.require_place("--output", data.cache_root(cfg) if output is None else output)
     for spec in specs:
         print(_get(spec, cfg.url, root, sums), flush=True)
     return 0
@@ -244,4 +244,4 @@ def _get(spec: TaskSpec, url: str, root: Path, sums: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, printed=True))

@@ -2,6 +2,7 @@
 
 import unicodedata
 
+LONGEST = 560  # characters of a line of error
 SHOWN = 80  # letters of a cell or word that a message quotes
 
 
@@ -36,3 +37,15 @@ def quoted(text: object) -> str:
     """A cell or word in quote marks, shortened where it is long."""
     shown = str(text)
     return repr(shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}...")
+
+
+def one_line(text: str, longest: int = LONGEST) -> str:
+    """The text on one line: control characters escaped, the middle of a long one left out.
+
+    The place stands at the head of a message and the mend at its end, so both are kept.
+    """
+    shown = printable(" ".join(text.split()))
+    if len(shown) <= longest:
+        return shown
+    tail = longest // 2
+    return f"{shown[: longest - tail - 5]} ... {shown[-tail:]}"

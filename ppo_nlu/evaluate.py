@@ -416,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
     specs, split = specs_of(cfg), cfg.eval.split
     label = "+".join(name.replace("/", "-") for name in specs)
     default = target / f"eval-{split}" if is_run else Path(f"eval-{label}-{split}")
-    output = require_own(args.output or default, specs)
+    output = require_own(cli.require_place("--output", args.output or default), specs)
     held = {name: held_out(spec, cfg) for name, spec in specs.items()}
     for rows in held.values():
         print(f"data: {rows.note}; {split}: {len(rows.examples):,} rows", flush=True)
@@ -492,10 +492,10 @@ def _tell(one: Measured, cfg: Config, folder: Path) -> None:
     if any(row.label is None for row in one.rows.examples):
         print(f"{one.spec.title}: no scores, since {cfg.eval.split} has rows without a label")
         return
-    for decode, row in one.reports.items():
-        print_report(f"{one.spec.title}, {decode}", row)
     place = {"data": one.rows.source, "split": cfg.eval.split}
     atomic_write_json(folder / "report.json", place | one.reports)
+    for decode, row in one.reports.items():
+        print_report(f"{one.spec.title}, {decode}", row)
 
 
 def require_own(output: Path, tasks: Iterable[str] = ()) -> Path:

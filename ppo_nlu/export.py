@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     run = checkpoint.require_run_dir(args.run_dir)
     cfg = stored_config(run, args.overrides)
-    output = Path(args.output)
+    output = cli.require_place("--output", Path(args.output))
     _refuse_used(output)
     with _appearing(output) as folder:
         if args.merge:

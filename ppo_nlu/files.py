@@ -82,7 +82,11 @@ class Output:
 
 @contextmanager
 def atomic_open(
-    path: str | Path, binary: bool = False, newline: str | None = None, new: bool = False
+    path: str | Path,
+    binary: bool = False,
+    newline: str | None = None,
+    new: bool = False,
+    errors: str = "strict",
 ) -> Iterator[Output]:
     """A new file to write into, UTF-8 or binary; it gets its name when the block ends well.
 
@@ -94,7 +98,9 @@ def atomic_open(
     with write_errors(path):
         _sweep(path)
         temp, handle = _temporary(path)
-    kind: dict[str, Any] = {"mode": "wb"} if binary else {"mode": "w", "encoding": "utf-8"}
+    kind: dict[str, Any] = (
+        {"mode": "wb"} if binary else {"mode": "w", "encoding": "utf-8", "errors": errors}
+    )
     file = os.fdopen(handle, newline=newline, **kind)
     try:
         yield Output(file, path)
@@ -141,9 +147,9 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
     atomic_write_text(path, to_json(value, indent=2) + "\n")
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
     """Strict JSON, in which what is not a finite number is null."""
-    return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def plain(value: Any) -> Any:

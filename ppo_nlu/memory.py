@@ -18,15 +18,20 @@ taken to be two thirds of what it keeps. With checkpointing a layer keeps its in
 layer at a time all the rest. On a GPU the attention's scores of one layer are added: four of fp32
 for each head and pair of a token with one of the longest run that it attends to.
 
+The plan is of tensors. A process on a CPU takes more: libraries (about 430 MiB with torch and
+transformers), which are there before the first step and are added in the last line.
+
 Rollout and update do not overlap, so the larger of the two counts; but where the first pass of an
 update stands on the rollout's, what autograd keeps of the prompts is there during both.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +65,7 @@ class MemoryPlan:
     micro_batch_tokens: int  # tokens a forward of the update may run; 0 = no limit
     free: int | None = None  # of the GPU, before the first step
     graph: int = 0  # activations of the prompts' pass that the rollout keeps for the update
+    resident: int | None = None  # the process before the first step, with weights and adapters
 
     @property
     def fixed(self) -> int:
@@ -78,6 +84,14 @@ class MemoryPlan:
     def peak(self) -> int:
         """The most tensors that will be held at once."""
         return self.fixed + max(self.rollout, self.update)
+
+    @property
+    def process(self) -> int | None:
+        """What the process will take at its peak on a CPU: what it has, and what is to come."""
+        if self.resident is None:
+            return None
+        gradients = self.adapters // 2
+        return self.resident + gradients + self.optimizer + max(self.rollout, self.update)
 
     def lines(self) -> list[str]:
         """For the user."""
@@ -99,6 +113,11 @@ class MemoryPlan:
             f"{_size(self.logprobs)}",
             f"  micro-batch: {limit} (train.micro_batch_tokens)",
         ]
+        if self.process is not None and self.resident is not None:
+            found.append(
+                f"  process: about {_size(self.process)}, of which {_size(self.resident)} now: "
+                "the libraries and the weights"
+            )
         if self.free is not None and self.adapters // 2 + self.optimizer + self.rollout > self.free:
             found.append("  warning: the rollout may not fit; lower rollout.batch_size")
         return found
@@ -174,6 +193,7 @@ def plan(
         answers=answers,
         micro_batch_tokens=limit,
         free=free,
+        resident=resident_bytes() if policy.device.type == "cpu" else None,
         # Keys and values are counted already.
         graph=prefill * (kept - sizes.keys_values) if prefill + answered <= stays else 0,
     )
@@ -273,6 +293,15 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process, files that it has mapped (weights, libraries) included."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):  # not Linux
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _update_rows(cfg: Config, rows: int, samples: int) -> tuple[int, int, int]:

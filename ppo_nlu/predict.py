@@ -8,6 +8,8 @@ probability of every label by scoring the whole word behind the prompt.
 from __future__ import annotations
 
 import csv
+import io
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,8 @@ from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 
 FORMATS = (".jsonl", ".csv", ".tsv")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,6 +90,7 @@ def _check_paths(source: Path | None, target: Path | None) -> None:
         raise UserError(f"--output {target}: exists already; name a new file")
     if not target.parent.is_dir():
         raise UserError(f"--output {target}: there is no folder {target.parent}; make it first")
+    cli.require_place("--output", target)
 
 
 def _stdin(spec: TaskSpec) -> Iterator[Example]:
@@ -93,6 +98,10 @@ def _stdin(spec: TaskSpec) -> Iterator[Example]:
     if len(spec.fields) > 1:
         fields = ", ".join(spec.fields)
         raise UserError(f"--input: {spec.name} needs {fields}; give a .csv, .tsv or .jsonl file")
+    if sys.stdin is None:
+        raise UserError("--input: stdin is closed; give one sentence a line there, or --input FILE")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the terminal's letters are
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     number = 0
     try:
         for line in sys.stdin:
@@ -101,6 +110,8 @@ def _stdin(spec: TaskSpec) -> Iterator[Example]:
                 number += 1
     except UnicodeDecodeError as error:
         raise UserError("--input: what comes on stdin is not UTF-8; convert it") from error
+    except OSError as error:
+        raise UserError(f"--input: stdin cannot be read ({error.strerror})") from error
     if not number:
         raise UserError("--input: no sentence came on stdin; give one a line, or --input FILE")
 
@@ -117,14 +128,17 @@ def _record(answer: Answer) -> dict[str, Any]:
 def _writer(target: Path | None, spec: TaskSpec) -> Iterator[Any]:
     """A function that writes one answer; a file gets its name only when it is whole."""
     if target is None:
-        yield lambda answer: print(_json(answer), flush=True)
+        utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+        yield lambda answer: cli.result(_json(answer, ascii_only=not utf8))
         return
-    with atomic_open(target, newline="", new=True) as file:
+    # Half of a character, which a .jsonl file may hold as an escape, stays an escape.
+    with atomic_open(target, newline="", new=True, errors="backslashreplace") as file:
         yield _file_writer(file, target.suffix, spec)
 
 
-def _json(answer: Answer) -> str:
-    return to_json(_record(answer) | {"probabilities": answer.probabilities})
+def _json(answer: Answer, ascii_only: bool = False) -> str:
+    row = _record(answer) | {"probabilities": answer.probabilities}
+    return to_json(row, ascii_only=ascii_only)
 
 
 def _file_writer(file: Output, suffix: str, spec: TaskSpec) -> Any:
@@ -141,10 +155,24 @@ def _file_writer(file: Output, suffix: str, spec: TaskSpec) -> Any:
     if suffix == ".csv":
         table = csv.writer(file, lineterminator="\n")
         table.writerow(columns)
-        return lambda answer: table.writerow(cells(answer))
+
+        def write(answer: Answer) -> None:
+            own_id, *rest = cells(answer)
+            table.writerow([own_id, *map(_no_formula, rest)])
+
+        return write
     # Without quoting, as the official .tsv files are; so a tab or line break becomes a space.
     file.write("\t".join(columns) + "\n")
     return lambda answer: file.write("\t".join(map(_flat, cells(answer))) + "\n")
+
+
+def _no_formula(cell: str) -> str:
+    """The cell, with `'` before a text that a spreadsheet would run as a formula.
+
+    As OWASP advises for CSV; numbers such as -1.5 stay as they are. Ids are written as they came,
+    so that answers find their rows again; .tsv and .jsonl files keep every text as it is.
+    """
+    return f"'{cell}" if cell.startswith(FORMULA) and not NUMBER.fullmatch(cell) else cell
 
 
 def _flat(cell: str) -> str:

@@ -1350,7 +1350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     cfg = load_dataclass(TinyConfig, args.config, args.overrides)
     command = f"python -m ppo_nlu.pretrain {shlex.join([str(args.config), *args.overrides])}"
-    folder = make_folder(args.output or Path(cfg.output))
+    folder = make_folder(cli.require_place("--output", args.output or Path(cfg.output)))
     with FolderLock(folder):
         facts = run(cfg, folder, args.again, command)
     print(json.dumps({name: facts[name] for name in ("dev", "heldout")}, indent=1))

@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="what ppo_nlu.reproduce wrote")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: DIR itself")
     args = parser.parse_args(argv)
-    return write(args.folder, args.output or args.folder)
+    return write(args.folder, cli.require_place("--output", args.output or args.folder))
 
 
 if __name__ == "__main__":

@@ -365,6 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     table = GRIDS[args.benchmark]
     folder = args.output or Path("runs") / f"reproduce-{args.benchmark}"
+    cli.require_place("--output", folder)
     if args.report_only:
         return report.write(folder, folder)
     backbones = backbones_of(args)

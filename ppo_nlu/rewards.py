@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Real
+from reprlib import repr as short
 from typing import Any
 
 from ppo_nlu.errors import UserError
@@ -16,6 +20,7 @@ from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
 
 # (right, wrong, no answer): the paper's text, and its released code, which is 2 * paper - 1.
 SCALES = {"paper": (1.0, 0.0, -1.0), "code": (1.0, -1.0, -3.0)}
+LARGEST = 1e15  # reward, whose square fp32 still holds
 Reward = Callable[[str, Mapping[str, Any]], float]
 
 
@@ -54,15 +59,28 @@ def reward(
         near = best_match(token_f1 if spec.reward == "f1" else exact, prediction, example)
         return wrong + (right - wrong) * near
     row = {**example.extra.get("row", {}), **example.fields, "id": example.id, "label": gold}
-    return _checked(spec, load(spec.reward)(response.partition(STOP)[0].strip(), row))
-
-
-def _checked(spec: TaskSpec, value: Any) -> float:
-    if isinstance(value, bool | int | float) and math.isfinite(value):
+    function, where = load(spec.reward), f"custom.reward: {spec.reward}"
+    try:
+        value = function(response.partition(STOP)[0].strip(), row)
+    except (Exception, SystemExit) as error:  # whatever the user's function runs into
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{where} failed on row {example.id!r} ({type(error).__name__}: {error}, at "
+            f"{last.filename}:{last.lineno}); mend it, or let it return a number there"
+        ) from error
+    if isinstance(value, Real) and abs(value) <= LARGEST:  # NaN is no more than anything
         return float(value)
     raise UserError(
-        f"custom.reward: {spec.reward} returned {value!r}; it must return a finite number"
+        f"{where} returned {_shown(value)} for row {example.id!r}; it must return a finite number "
+        f"from -{LARGEST:.0e} to {LARGEST:.0e}"
     )
+
+
+def _shown(value: Any) -> str:
+    try:
+        return short(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a huge {type(value).__name__}"
 
 
 @lru_cache(maxsize=8)
@@ -75,14 +93,27 @@ def load(path: str) -> Reward:
     module, _, name = path.rpartition(":" if ":" in path else ".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's file makes of its import
+    except (Exception, SystemExit) as error:  # whatever the user's file makes of its import
         raise UserError(
-            f"custom.reward: cannot import {path!r} ({error}); give {' or '.join(REWARD_KINDS)}, "
+            f"custom.reward: cannot import {path!r} ({type(error).__name__}: {error}); "
+            f"give {' or '.join(REWARD_KINDS)}, "
             "or package.module:function of a file in the current directory or an installed package"
         ) from error
     if not callable(found):
         raise UserError(f"custom.reward: {path!r} is no function; it must be (text, row) -> float")
+    if not _takes_two(found) or inspect.iscoroutinefunction(found):
+        raise UserError(f"custom.reward: {path!r} does not take (text, row); it must, -> float")
     return found
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind("", {})
+    except TypeError:
+        return False
+    except ValueError:  # written in C: unknown
+        return True
+    return True
 
 
 @dataclass

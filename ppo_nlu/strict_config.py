@@ -2,29 +2,38 @@
 
 Sections are nested dataclasses. A file states only what differs from the defaults. Every mistake is
 a UserError of one line: where (the file and line, or "command line"), the dotted key, what is
-wrong, how to mend it. Nothing here imports torch or knows a key by name.
+wrong, how to mend it. Nothing here imports torch or knows a key by name; a dataclass may hold
+`foreign_names`, {name elsewhere: keys of its own}, and `foreign_notes`, for its "did you mean".
+
+Of YAML, what can hide or multiply values is not read: anchors and aliases, merges, tags, a second
+document. A file holds at most `LARGEST` bytes, a text `LONGEST` characters, a list `MOST` items.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import stat
 import types
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ppo_nlu.errors import UserError
+from ppo_nlu.errors import UserError, one_line
 from ppo_nlu.files import atomic_write_text
 
 T = TypeVar("T")
 
 COMMAND_LINE = "command line"
+LARGEST, LONGEST, MOST = 1_000_000, 4096, 10_000
+TEXT = "\t\n\r\x85"  # the control characters of ordinary text
 Given = Mapping[str, tuple[str, Any]]  # {dotted key: (where it was said, value)}
 
 
@@ -43,9 +52,14 @@ def number(
     return field(default=default, metadata=ends)
 
 
-def positive(default: Any) -> Any:
+def positive(default: Any, max: float | None = None) -> Any:
     """A field above 0."""
-    return number(default, min=0, exclusive_min=True)
+    return number(default, min=0, max=max, exclusive_min=True)
+
+
+def count(default: int, min: int = 0) -> Any:
+    """A field of so many things that no machine has more."""
+    return number(default, min=min, max=10**9)
 
 
 def share(default: Any) -> Any:
@@ -56,6 +70,11 @@ def share(default: Any) -> Any:
 def below_one(default: Any) -> Any:
     """A field from 0 (allowed) to 1 (not allowed)."""
     return number(default, min=0, max=1, exclusive_max=True)
+
+
+def long_text(default: Any) -> Any:
+    """A field that takes pages of text."""
+    return field(default=default, metadata={"longest": 100_000})
 
 
 def one_of(default: str, *choices: str) -> Any:
@@ -136,6 +155,17 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # this class's own; the global one is untouched
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        problem = ""
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            problem = "anchors and aliases (&, *) are not read; write the value out"
+        elif getattr(event, "tag", None) is not None:
+            problem = f"tags such as {event.tag} are not read; write the plain value"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
 
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -159,13 +189,25 @@ _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 def _read_file(path: Path) -> tuple[Any, dict[str, int]]:
     """The value in a YAML file, and the line of each dotted key."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        mode = path.stat().st_mode  # before opening: a pipe would wait, a device never end
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise _error(str(path), "", f"cannot be read: is {kind}; name a YAML file")
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise _error(str(path), "", f"is larger than {LARGEST:,} bytes, so it is no config")
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise _error(str(path), "", f"no such file; {_similar_file(path)}") from None
     except OSError as error:
         raise _error(str(path), "", f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise _error(str(path), "", "is not UTF-8 text; save it as UTF-8") from None
+    except _Placed:
+        raise
+    except ValueError as error:  # a NUL in the path
+        raise _error(str(path), "", f"is no path: {error}") from None
     tree, lines = _parse(text, lambda line: f"{path}:{line}" if line else str(path))
     if tree is not None and not isinstance(tree, dict):
         raise _error(str(path), "", "expected `key: value` lines at the top level")
@@ -187,7 +229,9 @@ def _parse(text: str, place: Callable[[int], str]) -> tuple[Any, dict[str, int]]
         mark = error.problem_mark or error.context_mark
         line = min(mark.line + 1, len(text.splitlines())) if mark else 0  # the end is past the last
         raise _error(place(line), "", f"not valid YAML: {error.problem}; {mend}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise _error(place(0), "", f"not valid YAML: nested too deeply; {mend}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError) as error:
         raise _error(place(0), "", f"not valid YAML: {error}; {mend}") from None
 
 
@@ -229,6 +273,7 @@ class Leaf:
     limits: Mapping[str, Any]
 
 
+@cache
 def schema(cls: Any, prefix: str = "") -> dict[str, Leaf]:
     """Every key of a tree of dataclasses, dotted, in order."""
     kinds = get_type_hints(cls)
@@ -236,7 +281,7 @@ def schema(cls: Any, prefix: str = "") -> dict[str, Leaf]:
     for item in fields(cls):
         key, kind = prefix + item.name, kinds[item.name]
         leaf = {key: Leaf(kind, item.metadata)}
-        found |= schema(kind, f"{key}.") if is_dataclass(kind) else leaf
+        found |= schema(cast(type, kind), f"{key}.") if is_dataclass(kind) else leaf
     return found
 
 
@@ -263,7 +308,7 @@ def _flatten(
         if key in known and "." not in str(name):
             yield key, value
         elif not inside or "." in str(name):
-            raise _error(place(key), key, f"unknown key; {_nearest(key, known)}")
+            raise _error(place(key), key, f"unknown key; {_nearest(cls, key, known)}")
         elif isinstance(value, Mapping):
             yield from _flatten(cls, value, place, f"{key}.")
         elif value is not None:  # an empty section is one with all its lines commented out
@@ -271,23 +316,45 @@ def _flatten(
             raise _error(place(key), key, f"got {short(value)}, but {mend}")
 
 
-def _nearest(key: str, known: Collection[str]) -> str:
-    """What was probably meant: the same name elsewhere, then a similar one here, then anywhere."""
+def _nearest(cls: Any, key: str, known: Collection[str]) -> str:
+    """What was probably meant, or which keys there are."""
     section, _, name = key.lstrip("-").rpartition(".")
     if section and f"{section}.{name}" in known:
         return f"in a file, write `{name}:` indented under `{section}:`"
+    if text := meant(cls, key):
+        return text
+    here = [other for other in known if other.rpartition(".")[0] == section]
+    return f"known keys: {', '.join(here or known)}"
+
+
+def meant(cls: Any, key: str) -> str:
+    """Which key an unknown one probably stands for: the same name elsewhere or its name in other
+    libraries, then a similar one here, then anywhere; "" where nothing is near."""
+    known = schema(cls)
+    if key in known:
+        return f"write {key}=value"
+    section, _, name = key.lstrip("-").rpartition(".")
+    foreign: Mapping[str, Sequence[str]] = getattr(cls, "foreign_names", {})
     parts = [(*other.rpartition(".")[::2], other) for other in known]  # (section, name, dotted)
     here = {own: other for where, own, other in parts if where == section}
+    names = {own: other for _, own, other in parts}
     near = [other for _, own, other in parts if own == name]
+    near += [other for other in foreign.get(name.lower(), ()) if other not in near]
     near = near or [here[own] for own in get_close_matches(name, here, n=1)]
+    near = near or [names[own] for own in get_close_matches(name, names, n=1)]
+    near = near or _sections_like(key, known) * (not section)
+    for similar in [] if near else get_close_matches(name.lower(), foreign, n=1):
+        near = list(foreign[similar])
     if not near:
-        names = {own: other for _, own, other in parts}
-        sections = dict.fromkeys(where for where, _, _ in parts if where)
-        near = [names[own] for own in get_close_matches(name, names, n=1)]
-        near = near or get_close_matches(key, sections, n=1) * (not section)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"known keys: {', '.join(here.values() or known)}"
+        return ""
+    own_section = [other for other in near if section and other.startswith(f"{section}.")]
+    note = getattr(cls, "foreign_notes", {}).get(name.lower())
+    return f"did you mean {' or '.join(own_section or near)}?" + (f" ({note})" if note else "")
+
+
+def _sections_like(key: str, known: Collection[str]) -> list[str]:
+    sections = dict.fromkeys(other.rpartition(".")[0] for other in known if "." in other)
+    return get_close_matches(key, sections, n=1)
 
 
 def build(cls: Any, said: Given, path: str) -> Any:
@@ -420,7 +487,11 @@ def _name(value: Any) -> str:
 
 def _out_of_limits(limits: Mapping[str, Any], value: Any) -> str:
     """What a value breaks of its field's metadata, and the mend; "" when nothing."""
-    if value is None:
+    if value is None or isinstance(value, bool):
+        return ""
+    if problem := _too_long(value, limits.get("longest", LONGEST)):
+        return problem
+    if isinstance(value, list | dict):
         return ""
     if "choices" in limits and value not in limits["choices"]:
         near = get_close_matches(str(value), [str(c) for c in limits["choices"]], n=1)
@@ -441,6 +512,22 @@ def _out_of_limits(limits: Mapping[str, Any], value: Any) -> str:
     return f"is out of range; it must be {' and '.join(bounds)}"
 
 
+def _too_long(value: Any, longest: int) -> str:
+    """What is wrong with the texts of a value: their length, or a character in them."""
+    if isinstance(value, list | dict):
+        if len(value) > MOST:
+            return f"has {len(value):,} items; at most {MOST:,} are allowed"
+        inside = value if isinstance(value, list) else [*value, *value.values()]
+        return next(filter(None, (_too_long(item, longest) for item in inside)), "")
+    if not isinstance(value, str):
+        return ""
+    if len(value) > longest:
+        return f"has {len(value):,} characters; at most {longest:,} are allowed"
+    # Cc: control characters; Cs: half of a character, which no file can hold.
+    odd = next((c for c in value if unicodedata.category(c) in ("Cc", "Cs") and c not in TEXT), "")
+    return f"holds the control character U+{ord(odd):04X}; leave it out" if odd else ""
+
+
 class _Placed(UserError):
     """A UserError whose message already starts with the place."""
 
@@ -448,4 +535,4 @@ class _Placed(UserError):
 def _error(where: str, key: str, text: str) -> UserError:
     """`where: key: text` on one line."""
     parts = [part for part in (where, key, text) if part]
-    return _Placed(" ".join(": ".join(parts).split()))
+    return _Placed(one_line(": ".join(parts)))

@@ -150,7 +150,7 @@ def _new_file(output: Path) -> Path:
         raise UserError(f"--output {output}: exists already; name a new file")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
-    return output
+    return cli.require_place("--output", output)
 
 
 SAME_ANSWERS = ("data.path", "data.cache", "log.", "eval.batch_size")  # overrides without a say

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_intermixed_args(argv)
     cfg = provenance.read_config(args.config, args.overrides)
-    folder: Path = args.output
+    folder: Path = cli.require_place("--output", args.output)
     _require_new(folder)
     specs = specs_of(cfg)
     if free := [name for name, spec in specs.items() if not spec.words]:

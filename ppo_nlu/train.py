@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +31,12 @@ from ppo_nlu import (
     provenance,
     rewards,
     runlog,
+    strict_config,
     updates,
 )
 from ppo_nlu.config import Config, diff, dump, load_config, to_dict
 from ppo_nlu.errors import UserError
+from ppo_nlu.idle_keys import idle_keys
 from ppo_nlu.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model import DTYPES, Policy
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
@@ -314,6 +316,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     )
     if folder is None:
         folder = checkpoint.claim(output or checkpoint.new_run_dir(), dump(cfg))
+    cli.works_in(folder)
     print(f"run folder: {folder}", flush=True)
     source = "+".join(dict.fromkeys(found.source for found in rows.values()))
     return Run(
@@ -467,7 +470,8 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint.require_run_dir(args.resume)
         checkpoint.hold(args.resume)
     elif args.output:
-        checkpoint.require_free(args.output)  # before minutes of loading; `start` makes it
+        # Before minutes of loading; `start` makes it.
+        checkpoint.require_free(cli.require_place("--output", args.output))
     try:
         if args.resume:
             check_same(cfg, args.resume)
@@ -477,6 +481,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.resume:
                 restore(run)
                 print(f"resumed after step {run.step} of {cfg.train.steps}")
+            else:
+                tell_idle(cfg, strict_config.given(Config, args.config, args.overrides))
             with profiled(run) if args.profile else nullcontext():
                 train(run, stop)
                 done = not stop and finish(run, stop)
@@ -490,6 +496,13 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(f"  {provenance.resume_command(run.folder, cfg)}")
     return stop.exit_code
+
+
+def tell_idle(cfg: Config, said: Mapping[str, object]) -> None:
+    """Say which of the user's keys this run does not read."""
+    seen = data.saw_labels(cfg.model.name_or_path)
+    for key, why in idle_keys(cfg, said, seen):
+        cli.tell(f"note: {key} has no effect {why}")
 
 
 @contextmanager

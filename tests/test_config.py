@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -28,6 +28,7 @@ from ppo_nlu.config import (
     to_dict,
 )
 from ppo_nlu.errors import UserError
+from ppo_nlu.idle_keys import idle_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = "task: sst2\n"
@@ -85,7 +86,20 @@ FILE_ERRORS = [
     ("lora: [1", 2, "", ["not valid YAML"]),
     ("---\ntask: cola", 2, "", ["not valid YAML", "another document"]),
     ("seed: !!python/name:os.system", 2, "", ["not valid YAML", "tag"]),
-    ("a: &a {b: *a}", 0, "", ["not valid YAML", "recursion"]),
+    ("a: &a {b: *a}", 2, "", ["not valid YAML", "anchors and aliases", "write the value out"]),
+    ("a: &a [1]\nb: [*a, *a]", 2, "", ["anchors and aliases"]),
+    ("seed: !!int x", 2, "", ["not valid YAML", "tags such as", "write the plain value"]),
+    ("log: {wandb: !!bool maybe}", 2, "", ["tags such as"]),
+    ("seed: !!timestamp x", 2, "", ["tags such as"]),
+    ("seed: !x 3", 2, "", ["tags such as !x"]),
+    ("seed: " + "[" * 5000, 0, "", ["not valid YAML", "nested too deeply"]),
+    ("seed: " + "9" * 5000, 0, "", ["not valid YAML", "4300"]),
+    ("data: {path: \"a\\0b\"}", 2, "data.path", ["control character U+0000", "leave it out"]),
+    ("data: {path: \"a\\ud800b\"}", 2, "data.path", ["control character U+D800"]),
+    ("lora: {targets: [q, \"\\e[2J\"]}", 2, "lora.targets", ["control character U+001B"]),
+    ("task: x\0y", 0, "", ["not valid YAML", "#x0000"]),
+    ("data: {path: " + "x" * 5000 + "}", 2, "data.path", ["5,000 characters", "at most 4,096"]),
+    ("lora: {targets: [" + "q," * 10001 + "]}", 2, "lora.targets", ["10,001 items"]),
     # types
     ("seed: true", 2, "seed", ["expected a whole number, got true"]),
     ("seed: 1.0", 2, "seed", ["expected a whole number, got 1.0"]),
@@ -119,7 +133,7 @@ FILE_ERRORS = [
     ("lora: {r: 0}", 2, "lora.r", ["0 is out of range", "at least 1"]),
     ("lora: {dropout: 1}", 2, "lora.dropout", ["at least 0 and less than 1"]),
     ("optim: {lr: 0}", 2, "optim.lr", ["more than 0"]),
-    ("rollout: {temperature: 0}", 2, "rollout.temperature", ["more than 0"]),
+    ("rollout: {temperature: 0}", 2, "rollout.temperature", ["at least 0.001"]),
     ("seed: -1", 2, "seed", ["at least 0"]),
     ("model: {attention: spda}", 2, "model.attention", ["did you mean sdpa?", "sdpa or eager"]),
     ("model: {dtype: float64}", 2, "model.dtype", ["float32 or bfloat16 or float16"]),
@@ -135,6 +149,17 @@ FILE_ERRORS = [
     ("grpo: {max_ratio: 1}", 2, "grpo.max_ratio", ["more than 1, or 0 for off"]),
     ("grpo: {advantage: loo}", 2, "grpo.advantage", ["group or rloo"]),
     ("model: {device: gpu}", 2, "model.device", ["'gpu' is not a device", "cuda"]),
+    *(
+        (f"model: {{device: '{name}'}}", 2, "model.device", ["use auto, cpu, cuda"])
+        for name in ("mps", "meta", "xpu", "cpu:3", "cuda:", "cuda:-1", "cuda:\u0663", "CUDA")
+    ),
+    (
+        "rollout: {batch_size: 65536, samples_per_prompt: 4096}",
+        2,
+        "rollout.samples_per_prompt",
+        ["268,435,456 answers a step", "at most 1,048,576"],
+    ),
+    ("custom: {low: 0, high: 1e6, step: 1e-3}", 2, "custom.step", ["1,000,000,000 ratings"]),
 ]
 
 
@@ -194,6 +219,84 @@ def test_files_that_cannot_be_read(tmp_path: Path, write: Write) -> None:
     assert message(tmp_path).startswith(f"{tmp_path}: cannot be read")
     path.write_bytes(b"task: \xff")
     assert "save it as UTF-8" in message(path)
+    path.write_bytes("task: sst2\n".encode("utf-16"))
+    assert "save it as UTF-8" in message(path)
+    path.write_bytes(b"#" * 1_000_001)
+    assert "larger than 1,000,000 bytes" in message(path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "a pipe or a device" in message(tmp_path / "pipe")
+    assert "a pipe or a device" in message(Path("/dev/zero"))
+    assert "no such file" in message(Path("~nobody/x.yaml"))
+    assert "too long" in message(tmp_path / ("x" * 5000))
+    assert "null" in message(tmp_path / "a\0b")
+    assert len(message(tmp_path / ("x" * 5000))) < 600
+
+
+def test_a_mark_at_the_head_of_the_file_is_no_letter(write: Write) -> None:
+    assert load_config(write("\ufeff" + TASK)).task == "sst2"
+
+
+NUMBERS = {
+    key: leaf
+    for key, leaf in strict_config.schema(Config).items()
+    if {int, float} & {leaf.kind, *get_args(leaf.kind)}
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_has_its_range(write: Write, key: str) -> None:
+    """Just outside it is refused in words that name the range; so is what is no number at all."""
+    limits, whole = NUMBERS[key].limits, int in (NUMBERS[key].kind, *get_args(NUMBERS[key].kind))
+    low, high = limits["min"], limits["max"]
+    assert low is not None and high is not None
+    outside = [low if limits["exclusive_min"] else low - 1, high + (1 if whole else high)]
+    outside += [] if not limits["exclusive_max"] else [high]
+    path = write(TASK)
+    for value in [*outside, -(10**40), 10**40]:
+        assert "out of range; it must be" in message(path, (f"{key}={value!r}",))
+    odd = ["nan", ".nan", ".inf", "-.inf", "1e400", "-1e400", "true", "''", "[]", "{}", "\u0661"]
+    odd += ["'3'", "0x10", "3,5", "3 4", "None", "9" * 5000, *(["1.5", "1e1"] * whole)]
+    for text in odd:
+        said = message(path, (f"{key}={text}",))
+        assert said.startswith(f"command line: {key}: ") and len(said) < 600
+    if type(None) not in get_args(NUMBERS[key].kind):
+        assert "got null" in message(path, (f"{key}=",))
+
+
+@pytest.mark.parametrize("name", config.FOREIGN_NAMES)
+def test_every_foreign_name_leads_to_keys_that_exist(write: Write, name: str) -> None:
+    """Alone, in a section of ours, and in capitals; no name hides a key of ours of that place."""
+    known = strict_config.schema(Config)
+    targets = config.FOREIGN_NAMES[name]
+    assert name not in known
+    assert all(key in known or key in ("--output", "--resume") for key in targets)
+    path = write(TASK)
+    for written in (name, f"log.{name}", name.upper()):
+        assert any(key in message(path, (f"{written}=1",)) for key in targets)
+    assert set(config.NOTES) <= set(config.FOREIGN_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("beta=0.1", ["ppo.kl_coef or grpo.kl_coef"]),
+        ("grpo.beta=0.1", ["did you mean grpo.kl_coef?"]),
+        ("optim.learning_rate=1", ["did you mean optim.lr?"]),
+        ("rollout.num_generations=4", ["did you mean rollout.samples_per_prompt?"]),
+        ("num_train_epochs=3", ["did you mean train.steps?", "not passes over the rows"]),
+        ("output_dir=x", ["did you mean --output?"]),
+        ("train.seed=3", ["did you mean seed?"]),
+        ("learnig_rate=3", ["did you mean optim.lr?"]),
+        ("temperature=1", ["rollout.temperature"]),
+        ("max_grad_norm=1", ["optim.max_grad_norm"]),
+        ("weight_decay=1", ["optim.weight_decay"]),
+        ("gamma=1", ["ppo.gamma"]),
+    ],
+)
+def test_names_of_other_libraries(write: Write, override: str, words: list[str]) -> None:
+    said = message(write(TASK), (override,))
+    for word in words:
+        assert word in said
 
 
 def test_only_differences_are_stated(write: Write) -> None:
@@ -332,9 +435,9 @@ def test_any_text_reloads(write: Write, text: str) -> None:
 
 @pytest.mark.parametrize("value", [9e-6, 1e-5, 1e-300, 1e20, 0.1, 3.0])
 def test_any_number_reloads(write: Write, value: float) -> None:
-    cfg = load_config(write(TASK), [f"optim.lr={value!r}"])
-    assert cfg.optim.lr == value
-    assert load_config(write(dump(cfg))).optim.lr == value
+    cfg = load_config(write(TASK), [f"optim.max_grad_norm={value!r}"])
+    assert cfg.optim.max_grad_norm == value
+    assert load_config(write(dump(cfg))).optim.max_grad_norm == value
 
 
 def test_the_resolved_config_reloads_and_the_preset_stays_out(write: Write) -> None:
@@ -458,7 +561,10 @@ def test_every_field_has_its_line_of_explanation() -> None:
     assert bare == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_the_shipped_configs_load(path: Path) -> None:
     cfg = load_config(path)
     assert cfg.names
@@ -478,3 +584,42 @@ def test_every_field_is_read_somewhere() -> None:
     if unread and not (ROOT / "ppo_nlu" / "train.py").is_file():
         pytest.skip(f"no engine yet; not read: {', '.join(unread)}")
     assert unread == []
+
+
+IDLE = [
+    ("ppo: {clip: 0.1}\nmethod: sft", ["ppo.clip"]),
+    ("grpo: {epochs: 2}", ["grpo.epochs"]),
+    ("method: sft\nrollout: {batch_size: 4, max_new_tokens: 8}", ["rollout.batch_size"]),
+    ("method: encoder\nlora: {r: 4}\nprompt: {shots: 2}", ["lora.r", "prompt.shots"]),
+    ("mixture: {cap: 10}", ["mixture.cap"]),
+    ("mixture: {mixing: equal}", ["mixture.mixing"]),
+    ("lora: {dropout: 0.1}", ["lora.dropout"]),
+    ("optim: {beta1: 0.5}", ["optim.beta1"]),
+    ("optim: {name: adamw, beta1: 0.5}", []),
+    ("data: {exclude_pretraining_labels: false}", []),  # the model is the bundled one
+    (
+        "data: {exclude_pretraining_labels: false}\nmodel: {name_or_path: x}",
+        ["data.exclude_pretraining_labels"],
+    ),
+    ("grpo: {epochs: 1}", []),  # the default, said again
+    ("method: sft\nppo: {preset: legacy}", []),  # it sets the rank too
+    ("method: grpo", []),
+    ("custom: {name: mine, fields: [a]}", ["custom.name", "custom.fields"]),
+]
+
+
+@pytest.mark.parametrize(("text", "keys"), IDLE)
+def test_keys_without_effect_are_found(write: Write, text: str, keys: list[str]) -> None:
+    path = write(TASK + text)
+    cfg = load_config(path)
+    said = strict_config.given(Config, path, ())
+    found = dict(idle_keys(cfg, said, cfg.model.name_or_path == "bundled"))
+    assert list(found) == keys
+    assert all(found.values())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_the_shipped_configs_set_nothing_without_effect(path: Path) -> None:
+    cfg = load_config(path)
+    said = strict_config.given(Config, path, ())
+    assert not list(idle_keys(cfg, said, cfg.model.name_or_path == "bundled"))

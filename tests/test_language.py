@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from ppo_nlu.answers import parse
@@ -299,6 +301,67 @@ def test_a_reward_of_the_user_s_own(tmp_path, monkeypatch) -> None:
     ):
         with pytest.raises(UserError, match=f"custom.reward: .*{words}"):
             load(path)
+
+
+ODD_REWARDS = """
+import sys, torch, numpy
+def raises(text, row): raise KeyError("no\\ncolumn")
+def leaves(text, row): sys.exit(0)
+def deep(text, row): return deep(text, row)
+def none(text, row): return None
+def nan(text, row): return float("nan")
+def inf(text, row): return -float("inf")
+def huge(text, row): return 10 ** 5000
+def tensor(text, row): return torch.ones(())
+def long(text, row): return "x" * 9000
+class Odd:
+    def __repr__(self): raise ValueError
+def odd(text, row): return Odd()
+def one(text): return 1.0
+def three(text, row, more): return 1.0
+async def later(text, row): return 1.0
+def right(text, row): return True
+def single(text, row): return numpy.float32(0.5)
+def more(text, row, more=0, **rest): return 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raises", "failed on row 'r7' .KeyError: .*odd_rewards.py:3"),
+        ("leaves", "failed on row 'r7' .SystemExit"),
+        ("deep", "failed on row 'r7' .RecursionError"),
+        *((name, "returned .* for row 'r7'; it must return a finite number")
+          for name in ("none", "nan", "inf", "huge", "tensor", "long", "odd")),
+        *((name, "does not take .text, row.") for name in ("one", "three", "later")),
+    ],
+)  # fmt: skip
+def test_a_reward_that_goes_wrong_names_the_row(tmp_path, monkeypatch, name, words) -> None:
+    (tmp_path / "odd_rewards.py").write_text(ODD_REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd_rewards", raising=False)
+    load.cache_clear()
+    row = Example("r7", {"x": "g"}, "g")
+
+    def own(function: str) -> float:
+        path = f"odd_rewards:{function}"
+        spec = TaskSpec("f", "F", "b", "F", "d", "{x}", ("x",), reward=path)
+        return reward(spec, row, None, "a")
+
+    assert (own("right"), own("single"), own("more")) == (1.0, 0.5, 1.0)
+    with pytest.raises(UserError, match=f"custom.reward: .*odd_rewards:{name}'? {words}") as caught:
+        own(name)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["import sys; sys.exit(3)", "1/0", "def f(:", "raise SystemExit"])
+def test_a_module_of_rewards_that_fails_on_import(tmp_path, monkeypatch, text: str) -> None:
+    (tmp_path / "broken_rewards.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    load.cache_clear()
+    with pytest.raises(UserError, match="custom.reward: cannot import 'broken_rewards:f'"):
+        load("broken_rewards:f")
 
 
 def test_running_scale_is_mean_and_deviation_so_far() -> None:

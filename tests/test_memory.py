@@ -211,3 +211,16 @@ def test_the_plan_holds_within_a_factor(
 
     found = allocated(drawn)
     assert found <= plan.rollout <= 1.3 * found, f"{plan.rollout / found:.2f} of {found / MIB}"
+
+
+def test_the_process_is_more_than_its_tensors() -> None:
+    """On a CPU the last line adds what is there already: libraries, weights, adapters."""
+    plan = plan_of(tiny.policy(), config(), prompts())
+    with open("/proc/self/status", encoding="ascii") as file:
+        resident = next(1024 * int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+    assert plan.resident is not None and abs(plan.resident - resident) < 0.1 * resident
+    to_come = plan.adapters // 2 + plan.optimizer + max(plan.rollout, plan.update)
+    assert plan.process == plan.resident + to_come > plan.peak
+    assert "  process: about" in plan.lines()[-1]
+    on_a_gpu = replace(plan, resident=None)
+    assert on_a_gpu.process is None and not any("process" in line for line in on_a_gpu.lines())

@@ -188,3 +188,46 @@ def test_rows_are_read_a_window_at_a_time(once: Path, loaded: Any) -> None:
     answers = predict.predict(loaded, SPEC, cfg, endless(), 16)
     assert [next(answers).example.id for _ in range(20)] == [str(i + 1) for i in range(20)]
     assert len(taken) == 32
+
+
+def test_cells_that_a_spreadsheet_would_run_are_neutralised(once: Path, tmp_path: Path) -> None:
+    """In .csv a text gets a `'` in front; ids and numbers, and other formats, stay as they are."""
+    odd = ["=1+1", "+a", "-b", "@sum", "-1.5", "\uff1dx", "a=b"]
+    source = tmp_path / "in.csv"
+    with source.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "sentence"])
+        table.writerows([f"={place}", text] for place, text in enumerate(odd))
+    assert run(once, "--input", source, "--output", tmp_path / "a.csv") == 0
+    assert run(once, "--input", source, "--output", tmp_path / "a.tsv") == 0
+    rows = list(csv.DictReader((tmp_path / "a.csv").open(newline="")))
+    wanted = ["'=1+1", "'+a", "'-b", "'@sum", "-1.5", "'\uff1dx", "a=b"]
+    assert [row["sentence"] for row in rows] == wanted
+    assert [row["id"] for row in rows] == [f"={place}" for place in range(len(odd))]
+    lines = (tmp_path / "a.tsv").read_text().splitlines()[1:]
+    assert [line.split("\t")[1] for line in lines] == odd
+
+
+def test_json_on_a_terminal_of_few_letters_is_still_json(
+    once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert run(once, "--input", write(tmp_path, ".txt", SENTENCES)) == 0
+    lines = narrow.buffer.getvalue().decode("ascii").splitlines()  # type: ignore[attr-defined]
+    assert [json.loads(line)["sentence"] for line in lines] == SENTENCES
+
+
+def test_stdin_that_is_closed(once: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(once) == 2
+    assert "stdin is closed" in capsys.readouterr().err
+
+
+def test_sentences_are_utf_8_whatever_the_terminal(
+    once: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO("é\n".encode()), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert run(once) == 0
+    assert json.loads(capsys.readouterr().out)["sentence"] == "é"

@@ -162,6 +162,7 @@ def test_an_edited_config_in_the_run_folder_is_refused(
     text = path.read_text()
     path.write_text(text.replace("lr: 0.0002", "lr: 0.0003"))
     assert path.read_text() != text
+    capsys.readouterr()
     assert place.resume() == 2
     error = capsys.readouterr().err
     assert "now: config (optim.lr)" in error and error.count("\n") == 1

@@ -1,0 +1,95 @@
+"""Which keys that the user has set have no effect on a training run, and why.
+
+A key counts where its value is another than the default's. Such a key is no mistake, since one
+file may serve several methods; but who has set it should know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from ppo_nlu.config import Config
+from ppo_nlu.strict_config import schema
+
+BY_REWARD = ("ppo", "grpo")
+# {key or section: the methods that read it}; longer names win over their section's.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "ppo": ("ppo",),
+    "ppo.preset": ("ppo", "grpo", "sft", "encoder"),  # it sets keys of other sections too
+    "grpo": ("grpo",),
+    "sft": ("sft",),
+    "encoder": ("encoder",),
+    "rollout": BY_REWARD,
+    "rollout.max_new_tokens": ("ppo", "grpo", "sft"),  # of the answers in the evaluation too
+    "rollout.cuda_graph": ("ppo", "grpo", "sft"),
+    "reward": BY_REWARD,
+    "custom.reward": BY_REWARD,
+    "lora": ("ppo", "grpo", "sft"),
+    "lora.dropout": ("sft",),
+    "prompt": ("ppo", "grpo", "sft"),
+    "model.path": ("ppo", "grpo", "sft"),
+    "model.checkpointing": ("ppo", "grpo", "sft"),
+    "model.value_head": ("ppo",),
+    "model.value_hidden": ("ppo",),
+    "model.detach_value": ("ppo",),
+    "data.exclude_pretraining_labels": ("ppo", "grpo", "sft"),
+    "data.max_prompt_tokens": ("ppo", "grpo", "sft"),
+    "optim.value_lr": ("ppo",),
+    "train.micro_batch_tokens": ("ppo", "grpo", "sft"),
+    "eval.before": ("ppo", "grpo", "sft"),
+    "eval.top_k": ("ppo", "grpo", "sft"),
+    "eval.top_p": ("ppo", "grpo", "sft"),
+}
+
+
+def idle_keys(cfg: Config, said: Collection[str], saw_labels: bool) -> Iterator[tuple[str, str]]:
+    """(key, why it has no effect) of the keys that were said, in their order."""
+    default = _values(Config(task="x"))
+    mine = _values(cfg)
+    for key in said:
+        if key in mine and mine[key] != default[key]:
+            if why := _why(cfg, key, saw_labels):
+                yield key, why
+
+
+def _values(cfg: Config) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key in schema(Config):
+        value: object = cfg
+        for name in key.split("."):
+            value = getattr(value, name)
+        found[key] = value
+    return found
+
+
+def _why(cfg: Config, key: str, saw_labels: bool) -> str:
+    readers = READ_BY.get(key, READ_BY.get(key.partition(".")[0], (cfg.method,)))
+    if cfg.method not in readers:
+        return f"with method {cfg.method}"
+    conditions = {
+        "mixture": (len(cfg.names) > 1, "with one task"),
+        "mixture.cap": (
+            len(cfg.names) > 1 and cfg.mixture.mixing == "capped",
+            "with one task, or where mixture.mixing is not capped",
+        ),
+        "custom": (
+            cfg.custom.name in cfg.names or (cfg.custom.name is None and not cfg.custom.fields),
+            "where task does not name custom.name",
+        ),
+        "prompt.balanced": (cfg.prompt.shots > 0, "while prompt.shots is 0"),
+        "data.exclude_pretraining_labels": (saw_labels, "with another model than the bundled one"),
+        "optim.beta1": (cfg.optim.name == "adamw", "with optim.name adafactor"),
+        "optim.beta2": (cfg.optim.name == "adamw", "with optim.name adafactor"),
+        "optim.eps": (cfg.optim.name == "adamw", "with optim.name adafactor"),
+        "optim.min_lr_ratio": (
+            cfg.optim.schedule != "constant",
+            "with optim.schedule constant",
+        ),
+        "ppo.kl_target": (cfg.ppo.kl_adaptive, "while ppo.kl_adaptive is false"),
+        "ppo.kl_horizon": (cfg.ppo.kl_adaptive, "while ppo.kl_adaptive is false"),
+        "grpo.scale": (cfg.grpo.advantage == "group", "with grpo.advantage rloo"),
+        "log.project": (cfg.log.wandb, "while log.wandb is false"),
+        "custom.step": (cfg.custom.low is not None, "without custom.low and custom.high"),
+    }
+    used, why = conditions.get(key, conditions.get(key.partition(".")[0], (True, "")))
+    return "" if used else why

@@ -899,6 +899,7 @@ LORA = of(
 OPS = of(
     "ops",
     "ppo_loss",
+    "ppo::test_the_loss_of_a_batch_against_loops",
     "ops::test_linear_logprobs_is_its_formula_with_gradients",
     ops_entropy_lost=(
         "losses.ppo_loss(*args, *settings, entropy, entropy_coef)",

@@ -1023,7 +1023,7 @@ CHECKPOINT = of(
     "checkpoint::test_latest_goes_by_number_and_prune_keeps_the_last_and_the_best",
     "checkpoint::test_best_is_replaced_only_by_a_better_metric",
     "checkpoint::test_a_spoilt_checkpoint_is_one_line",
-    "checkpoint::test_a_spoilt_file_of_any_kind_is_damage",
+    "checkpoint::test_any_changed_byte_is_noticed",
     best_is_newest=(
         "metric <= stored",
         "metric < stored",

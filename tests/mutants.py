@@ -899,6 +899,7 @@ LORA = of(
 OPS = of(
     "ops",
     "ppo_loss",
+    "ppo::test_the_loss_of_a_batch_against_loops",
     "ops::test_linear_logprobs_is_its_formula_with_gradients",
     ops_entropy_lost=(
         "losses.ppo_loss(*args, *settings, entropy, entropy_coef)",
@@ -1019,7 +1020,10 @@ OPTIM = of(
 
 CHECKPOINT = of(
     "checkpoint",
-    "checkpoint",
+    "checkpoint::test_latest_goes_by_number_and_prune_keeps_the_last_and_the_best",
+    "checkpoint::test_best_is_replaced_only_by_a_better_metric",
+    "checkpoint::test_a_spoilt_checkpoint_is_one_line",
+    "checkpoint::test_any_changed_byte_is_noticed",
     best_is_newest=(
         "metric <= stored",
         "metric < stored",
@@ -1031,6 +1035,11 @@ CHECKPOINT = of(
         "NaN is never the best",
     ),
     latest_is_first=("steps[-1] if steps", "steps[0] if steps", "the highest step is the latest"),
+    damage_unseen=(
+        "if hashlib.sha256(data).hexdigest() != sha256:",
+        "if False:",
+        "a flipped bit is noticed",
+    ),
     none_kept=("[: -max(keep, 1)]", "[: -keep]", "one checkpoint always stays, and no more"),
 )
 

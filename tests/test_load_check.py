@@ -464,3 +464,12 @@ def test_the_reference_is_of_rows_that_can_be_reached() -> None:
     assert len(Reference.of(model, words, 256).far) == 1
     assert len(Reference.of(model, words, 64).far) == 0
     assert load_check.windows(model.config) == [64]
+
+
+def test_how_far_logits_may_be_apart_in_low_precision() -> None:
+    """A tenth of their spread, which is 1 here: logits of -1 and 1 about their mean of 5."""
+    wanted = torch.tensor([[4.0, 6.0, 4.0, 6.0]]).repeat(3, 1)
+    sign = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
+    assert load_check._near(wanted + 0.099 * sign, wanted, exact=False)
+    assert not load_check._near(wanted + 0.101 * sign, wanted, exact=False)
+    assert not load_check._near(wanted * float("nan"), wanted, exact=False)

@@ -3,6 +3,7 @@ and PPO share prompts, label words and parser."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -131,3 +132,21 @@ def test_dropout_has_an_effect_and_a_seed_of_its_own() -> None:
     assert torch.equal(moved(0.5, 0), first)
     assert not torch.equal(moved(0.5, 1), first) and not torch.equal(plain, first)
     assert torch.equal(moved(0.0, 1), plain)
+
+
+def test_a_token_across_the_end_of_the_prompt_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the opening tag and the label are one token, prompt and whole text part before it: the
+    label is in what is learnt, not in what is read."""
+    policy, row = tiny.policy(), tiny.examples(1, "Positive")[0]
+    known: dict[str, int] = {}
+
+    def encode(text: str) -> list[int]:
+        pieces = re.findall(r"<Judgement> \w+ (?=</)|</?Judgement>|\w+|[^\w\s]", text)
+        return [known.setdefault(piece, len(known)) for piece in pieces]
+
+    monkeypatch.setattr(policy, "encode", encode)
+    monkeypatch.setattr(policy, "seal", lambda text: text)
+    prompt, answer, _ = sft.targets(policy, tiny.SST2, CFG, row)
+    assert answer == [known["<Judgement> Positive "], known["</Judgement>"]]
+    alone = encode(render(tiny.SST2, row.fields))
+    assert prompt == alone[:-1] and alone[-1] == known["<Judgement>"]

@@ -464,16 +464,16 @@ def require_free(output: str | Path) -> None:
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; name a folder with --output")
+    names: set[str] = set()
+    if output.exists():
+        with write_errors(output):  # read first: meanwhile another process may make it a run
+            names = {p.name for p in output.iterdir() if not p.name.startswith(TEMP)} - {LOCK}
     if is_run_dir(output):
         what = "a finished" if (output / "summary.json").exists() else "an unfinished"
         raise UserError(
             f"{output}: holds {what} run; continue it with --resume {shlex.quote(str(output))}, or "
             f"name a new folder with --output"
         )
-    if not output.exists():
-        return
-    with write_errors(output):
-        names = {p.name for p in output.iterdir() if not p.name.startswith(TEMP)} - {LOCK}
     if names and not (names == {"run.json"} and _marker(output)):  # a claim that was cut short
         raise UserError(
             f"{output}: is not empty and no run of ppo_nlu; name a new folder with --output"

@@ -38,7 +38,9 @@ BARS = {
 }
 SEED = 2**31 + 77
 LAUNCHED = ("_shrink", "_gemm", "_expand", "_reduce", "_sum", "_decode")
-FREE = tuple("empty new_empty view as_strided slice _reshape_alias t. detach expand alias".split())
+FREE = tuple(
+    "empty new_empty view _unsafe_view as_strided slice _reshape_alias t. detach expand alias".split()
+)
 
 
 # ---- what is right
@@ -380,6 +382,13 @@ class KernelCases:
             kernel.lora_linear(x, *layer.args[1:], p, SEED)  # chosen, not forced
         assert launched == ["_decode"]
         assert operations.computing == []
+
+    def test_what_comes_out_may_be_worked_on_in_place(self) -> None:
+        layer = Layer(8, 40, 100, dtype=torch.float16)
+        x = layer.x.detach().requires_grad_()
+        y = kernel.lora_linear(x, *layer.args[1:], 0.0, SEED)
+        y.add_(1.0).sum().backward()
+        assert x.grad is not None
 
     def test_launches_of_the_other_forms(self, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = Layer(80, dtype=torch.float16)

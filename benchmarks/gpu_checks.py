@@ -396,6 +396,12 @@ def failed_capture() -> Iterator[Check]:
         graph.replay()
         torch.cuda.synchronize()
         yield Check(f"a recording after {name}", float(bool((out == 3).all())), "of 1")
+        del graph, out  # as a rollout's is before the next is made
+        graph = recordings()
+        out = graph.record(lambda: x * 5)
+        graph.replay()
+        torch.cuda.synchronize()
+        yield Check(f"and one after that is gone, {name}", float(bool((out == 5).all())), "of 1")
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Check]]] = {

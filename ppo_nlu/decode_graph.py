@@ -45,6 +45,8 @@ class CudaRecordings:
         with torch.cuda.device(device):
             self.stream = torch.cuda.Stream()
             self.pool = torch.cuda.graph_pool_handle()
+        # A pool lives as long as a graph of it does: the last one stays until the next is there.
+        self.last: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> CudaRecording:
         return CudaRecording(self)
@@ -75,6 +77,7 @@ class CudaRecording:
                     raise
                 self.graph.capture_end()
             current.wait_stream(stream)
+        self.shared.last = self.graph
         return out
 
     def replay(self) -> None:

@@ -101,7 +101,9 @@ def export_merged(run: Path, cfg: Config, which: str | None, folder: Path) -> st
     bound = _bound(cfg.model.dtype, wanted)
     line = f"largest difference of the logits {gap:.2g} (allowed {bound:.2g}, {cfg.model.dtype})"
     if not gap <= bound:
-        raise RuntimeError(f"the merged model is not the policy: {line}")
+        raise UserError(
+            f"--merge: the merged model is not the policy: {line}; export without --merge"
+        )
     return f"merged into {base_name(cfg)}: {line}"
 
 

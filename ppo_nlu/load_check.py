@@ -28,6 +28,13 @@ FAR = 1024  # tokens: rows behind a longer window are tried only where the confi
 EXACT = 1e-4  # how far logits may be apart in fp32, where none is larger than 10
 ROUGH = 0.1  # of the spread of the logits: how far apart (root mean square) in low precision
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window_size")
+KNOWN = {  # which layers have a window; a way to save memory
+    *WINDOWS,
+    "max_window_layers",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "chunk_size_feed_forward",
+}
 LENGTHS = (
     "max_position_embeddings",
     "n_positions",
@@ -71,12 +78,46 @@ def decoder_of(model: Any) -> Any:
     return found
 
 
+def settings(config: Any, name: str) -> list[Any]:
+    """The values of a setting: one, or one a layer where they differ; none where it is not set."""
+    try:
+        found = [getattr(config, name, None)]
+    except Exception:  # transformers raises where layers differ, and not an AttributeError
+        found = [getattr(layer, name, None) for layer in config.per_layer_config]
+    return [value for value in found if value is not None]
+
+
+def _whole(config: Any, name: str) -> list[int]:
+    """Those values of a setting that are whole numbers above 0."""
+    found = settings(config, name)
+    return [v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 0]
+
+
 def context_of(config: Any) -> int:
     """The longest sequence that a model was made for, in tokens; 2,048 where nothing says it."""
-    for name in LENGTHS:
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return 2048
+    return next((min(found) for name in LENGTHS if (found := _whole(config, name))), 2048)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a decoder: layers, attention heads, heads of keys and values, the size of a head, and the
+    width of its states. An estimate where layers differ or do not attend."""
+
+    layers: int
+    heads: int
+    keys: int
+    size: int
+    hidden: int
+
+
+def shape_of(decoder: nn.Module) -> Shape:
+    """What plans of memory and time are made from."""
+    config: Any = decoder.config
+    hidden = len(_embedding(decoder).weight[0])
+    heads = max(_whole(config, "num_attention_heads") or _whole(config, "num_heads") or [1])
+    keys = max(_whole(config, "num_key_value_heads") or [heads])
+    size = max(_whole(config, "head_dim") or [max(hidden // heads, 1)])
+    return Shape(len(_blocks(decoder)[1]), heads, keys, size, hidden)
 
 
 def limit_of(model: Any, asked: int) -> tuple[int, str | None]:
@@ -84,7 +125,11 @@ def limit_of(model: Any, asked: int) -> tuple[int, str | None]:
 
     `asked` is the longest row that the config asks for, 0 for none.
     """
-    decoder = decoder_of(model)
+    with _told(model, "cannot be run"):
+        return _limit_of(decoder_of(model), asked)
+
+
+def _limit_of(decoder: Any, asked: int) -> tuple[int, str | None]:
     limit, note = context_of(decoder.config), None
     switch = switch_of_positions(decoder)
     if switch is not None and switch < limit:
@@ -106,19 +151,24 @@ def limit_of(model: Any, asked: int) -> tuple[int, str | None]:
 def windows(config: Any) -> list[int]:
     """The numbers of tokens that some layer's attention ends at, from the shortest on."""
     kinds = set(getattr(config, "layer_types", None) or LAYERS)
-    found = []
-    for name in WINDOWS:
-        value = getattr(config, name, None)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            continue
-        if name == "sliding_window" and not (
-            getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
-        ):
-            continue
-        if name == "attention_chunk_size" and "chunked_attention" not in kinds:
-            continue
-        found.append(value)
-    return sorted(set(found))
+    off = {
+        "sliding_window": not any(settings(config, "use_sliding_window") or [True])
+        or "sliding_attention" not in kinds,
+        "attention_chunk_size": "chunked_attention" not in kinds,
+    }
+    return sorted({w for name in WINDOWS if not off.get(name) for w in _whole(config, name)})
+
+
+def is_odd(model: Any, decoder: nn.Module) -> bool:
+    """Whether lengths may matter to a model in a way that its config does not tell us: its code is
+    not transformers' own, or the config has windows or position tables of other names."""
+    config: Any = decoder.config
+    names = [n for n in config.to_dict() if ("window" in n or "chunk" in n) and n not in KNOWN]
+    unknown = any(_whole(config, name) for name in names)
+    stretched = bool(_whole(config, "original_max_position_embeddings"))
+    told = any(hasattr(module, "rope_type") for module in decoder.modules())
+    foreign = not type(model).__module__.startswith("transformers.")
+    return foreign or unknown or (stretched and not told)
 
 
 def only_attention(config: Any) -> bool:
@@ -150,8 +200,7 @@ def _original_length(module: Any, layer: str | None) -> int:
     table = getattr(config, "rope_parameters", None) or {}
     table = table.get(layer, table) if layer else table
     length = table.get("original_max_position_embeddings")
-    longest = config.max_position_embeddings
-    return int(length or getattr(module, "original_max_seq_len", None) or longest)
+    return int(length or getattr(module, "original_max_seq_len", None) or context_of(config))
 
 
 # ---- the head ----------------------------------------------------------------------------------
@@ -253,23 +302,24 @@ class Probe:
 
 @dataclass(frozen=True)
 class Trial:
-    """A probe and the logits (N, V) of its answers' tokens, one row at a time, as loaded; in fp32
-    (`exact`) or not. A `brief` one is of the first layers alone."""
+    """A probe, and what the model gives for its answers' tokens, one row at a time, as loaded:
+    logits (N, V), or in a `brief` trial states (N, H) of the first layers, in fp32 whatever the
+    model's dtype. `exact`: they are of fp32."""
 
     probe: Probe
-    logits: Tensor
-    exact: bool
-    brief: bool
+    wanted: Tensor
+    exact: bool = True
+    brief: bool = True
 
 
 @dataclass(frozen=True)
 class Reference:
     """What the model gives as it was loaded.
 
-    The `near` trials are of short prompts that share a prefix: of the whole model, and in low
-    precision of its first layers in fp32 too, since rounding hides small mistakes. Each of the
-    `far` ones reaches behind a window, in the first layers. `idle` are the linear layers that the
-    model never calls, whatever it does with their weights.
+    The `near` trials are of short prompts that share a prefix, in the first layers and in the whole
+    model: in low precision rounding hides small mistakes of the whole. Each of the `far` ones
+    reaches behind a window, in the first layers. `idle` are the linear layers that the model never
+    calls, whatever it does with their weights.
     """
 
     near: list[Trial]
@@ -280,12 +330,8 @@ class Reference:
     @torch.no_grad()
     def of(cls, model: Any, tokenizer: Any, reach: int) -> Reference:
         """Run them; `reach` is the length of the longest row that the run can have."""
-        try:
+        with _told(model, "cannot be run"):
             return cls._of(model, tokenizer, reach)
-        except (torch.cuda.OutOfMemoryError, MemoryError, UserError):
-            raise
-        except Exception as error:
-            raise _unsupported(model, f"cannot be run ({_first_line(error)})") from error
 
     @classmethod
     def _of(cls, model: Any, tokenizer: Any, reach: int) -> Reference:
@@ -293,44 +339,73 @@ class Reference:
         weight = _embedding(decoder).weight
         size = len(weight)
         ids = [i % size for i in tokenizer(TEXT)["input_ids"]] or [0]
-        short = _short(ids, size, min(reach, 60))
-        with _watched(model) as idle:
-            logits = _alone(model, short)
         exact = weight.dtype == torch.float32
-        near = [] if exact else [_brief_trial(model, decoder, short)]
-        near.append(Trial(short, logits, exact, brief=False))
+        room = min(reach, 60)
+        short, whole = _short(ids, size, room, 12), _short(ids, size, room, 5)
+        if not exact:  # where the whole is compared roughly, one row is enough
+            whole = Probe(whole.prompts[:1], [whole.answers[0][:3]], [0])
+        with _watched(model) as idle:
+            near = [Trial(whole, _logits_alone(model, whole), exact, brief=False)]
         behind = [w for w in windows(decoder.config) if short.longest < w < reach]
-        probes = [_behind(ids, size, window, reach) for window in behind]
-        far = [_brief_trial(model, decoder, probe) for probe in probes]
+        with _brief(decoder):
+            near.insert(0, Trial(short, _states_alone(decoder, short)))
+            if is_odd(model, decoder) and reach > room:
+                top = min([reach, FAR, *windows(decoder.config)])
+                long = _behind(ids, size, max(top - 40, 1), top)
+                near.append(Trial(long, _states_alone(decoder, long)))
+            probes = [_behind(ids, size, window, reach) for window in behind]
+            far = [Trial(probe, _states_alone(decoder, probe)) for probe in probes]
+        if not all(bool(trial.wanted.isfinite().all()) for trial in (*near, *far)):
+            raise UserError(
+                "model.name_or_path: the model's logits are NaN or infinite; its weights are "
+                "damaged, or model.dtype is too narrow for them"
+            )
         return cls(near, far, frozenset(idle))
 
 
-def _brief_trial(model: Any, decoder: Any, probe: Probe) -> Trial:
-    with _brief(model, decoder):
-        return Trial(probe, _alone(model, probe), exact=True, brief=True)
+@contextmanager
+def _told(model: Any, what: str) -> Iterator[None]:
+    """Inside, whatever a library raises is one line; but for a lack of memory, which is not the
+    model's doing."""
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError, UserError):
+        raise
+    except Exception as error:
+        raise _unsupported(model, f"{what} ({_first_line(error)})") from error
 
 
 @contextmanager
-def _brief(model: Any, decoder: nn.Module) -> Iterator[None]:
-    """Inside, the model is fp32 and ends behind its first layers, with one of every kind or more.
+def _brief(decoder: nn.Module) -> Iterator[None]:
+    """Inside, the decoder computes in fp32 and ends behind its first layers, with one of every kind
+    or more.
 
-    The layers and tensors are put aside and put back, not changed.
+    The layers and tensors are put aside and put back, not changed. Embeddings, which are large,
+    stay as they are, and what they give is widened.
     """
     name, blocks = _blocks(decoder)
-    parent = decoder.get_submodule(name.rpartition(".")[0])
-    first = nn.ModuleList(list(blocks)[: _enough(decoder.config, blocks)])
-    setattr(parent, name.rpartition(".")[2], first)
-    parts = [decoder, head_of(model)]
-    tensors = {t for part in parts for t in (*part.parameters(), *part.buffers())}
-    low = [(t, t.data) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
+    parent, _, own = name.rpartition(".")
+    holder = decoder.get_submodule(parent)
+    setattr(holder, own, nn.ModuleList(list(blocks)[: _enough(decoder.config, blocks)]))
+    tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding)]
+    large = {id(table.weight) for table in tables}
+    tensors = {id(t): t for t in (*decoder.parameters(), *decoder.buffers()) if id(t) not in large}
+    low = [(t, t.data) for t in tensors.values() if t.dtype in (torch.bfloat16, torch.float16)]
+    hooks = [table.register_forward_hook(_widen) for table in tables]
     try:
         for tensor, data in low:
             tensor.data = data.float()
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for tensor, data in low:
             tensor.data = data
-        setattr(parent, name.rpartition(".")[2], blocks)
+        setattr(holder, own, blocks)
+
+
+def _widen(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out.float()
 
 
 def _blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -371,13 +446,14 @@ def _watched(model: nn.Module) -> Iterator[set[str]]:
     idle |= {name for name in linears if kind[name] not in called}
 
 
-def _short(ids: Sequence[int], size: int, room: int) -> Probe:
-    """Two ragged prompts that share a prefix, three ragged answers, rows of up to `room` tokens."""
+def _short(ids: Sequence[int], size: int, room: int, answer: int) -> Probe:
+    """Two ragged prompts that share a prefix, three ragged answers, the longest of `answer` tokens;
+    rows of up to `room` tokens."""
     row = (list(ids) * 40)[:room]
     other = [(i * 7 + 3) % size for i in range(9)]
     longest = max(room - 16, 2)
     shared = max(longest - 6, 1)
-    answers = [row[-10:-5] or row[:1], other[:3], other[3:7]]
+    answers = [row[-answer:] if room > 20 else row[:1], other[:3], other[3:7]]
     return Probe([row[:longest], [*row[:shared], *other]], answers, [0, 0, 1])
 
 
@@ -389,19 +465,31 @@ def _behind(ids: Sequence[int], size: int, window: int, reach: int) -> Probe:
     return Probe([body[-n:] for n in lengths], answers, [0, 1, 2])
 
 
-def _alone(model: Any, probe: Probe) -> Tensor:
+def _logits_alone(model: Any, probe: Probe) -> Tensor:
     """The model's own logits (N, V) of the answers' tokens, one row without padding, fp32."""
-    pairs = zip(probe.answers, probe.owners, strict=True)
-    return torch.cat([_row(model, probe.prompts[owner], answer) for answer, owner in pairs])
+    few = "logits_to_keep" in inspect.signature(model.forward).parameters  # the head is wide
+    found = []
+    for row, count in _rows(model, probe):
+        named = {"logits_to_keep": count} if few else {}
+        found.append(model(input_ids=row, use_cache=False, **named).logits[0, -count:].float())
+    return torch.cat(found)
 
 
-def _row(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+def _states_alone(decoder: Any, probe: Probe) -> Tensor:
+    """The states (N, H) that predict the answers' tokens, one row without padding, fp32."""
+    return torch.cat(
+        [
+            decoder(input_ids=row, use_cache=False, return_dict=True).last_hidden_state[0, -count:]
+            for row, count in _rows(decoder, probe)
+        ]
+    ).float()
+
+
+def _rows(model: nn.Module, probe: Probe) -> Iterator[tuple[Tensor, int]]:
+    """The token ids (1, T) of each answer behind its prompt, and how many of them it has."""
     device = next(model.parameters()).device
-    few: dict[str, int] = {}  # the head is wide: it runs on the answer alone where that can be
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        few = {"logits_to_keep": len(answer)}
-    row = torch.tensor([[*prompt, *answer[:-1]]], device=device)
-    return model(input_ids=row, use_cache=False, **few).logits[0, -len(answer) :].float()
+    for answer, owner in zip(probe.answers, probe.owners, strict=True):
+        yield torch.tensor([[*probe.prompts[owner], *answer[:-1]]], device=device), len(answer)
 
 
 # ---- which path ----------------------------------------------------------------------------------
@@ -416,16 +504,23 @@ def choose_path(policy: Runner, wanted: str, reference: Reference | None = None)
     if reference is None:
         limit = limit_of(policy.model, 0)[0]
         reference = Reference.of(policy.model, policy.tokenizer, limit)
-    window = policy.window
-    possible = policy.takes_positions and only_attention(policy.decoder.config)
-    possible = possible and (window is None or reference.near[0].probe.longest <= window)
-    if wanted != "plain" and possible and _objection(policy, reference.near, True) is None:
-        return True
-    if wanted == "tree":
-        raise UserError("model.path: the prefix tree changes this model's logits; use auto")
+    if wanted != "plain":
+        reason = _against_the_tree(policy, reference)
+        if reason is None:
+            return True
+        if wanted == "tree":
+            raise UserError(f"model.path: in the prefix tree this model {reason}; use auto")
     if reason := _objection(policy, [*reference.near, *reference.far], False):
         raise _unsupported(policy.model, reason)
     return False
+
+
+def _against_the_tree(policy: Runner, reference: Reference) -> str | None:
+    if policy.window is not None and policy.window < reference.near[0].probe.longest:
+        return f"has a window of {policy.window} tokens, too short to be checked"
+    if not policy.takes_positions or not only_attention(policy.decoder.config):
+        return "takes no positions, or has layers that do not attend"
+    return _objection(policy, reference.near, True)
 
 
 def longest_row(policy: Runner, reference: Reference) -> int | None:
@@ -439,17 +534,15 @@ def _objection(policy: Runner, trials: Sequence[Trial], shared: bool) -> str | N
     """What is wrong with a path (`shared`: the tree) in these trials; None: nothing."""
     for trial in trials:
         try:
-            with _brief(policy.model, policy.decoder) if trial.brief else nullcontext():
-                logits = [
-                    policy.logits(run(policy, trial.probe, shared))
-                    for run in (_in_one_pass, _decoded)
-                ]
+            with _brief(policy.decoder) if trial.brief else nullcontext():
+                passes = [run(policy, trial.probe, shared) for run in (_in_one_pass, _decoded)]
+            found = [x.float() if trial.brief else policy.logits(x) for x in passes]
         except (torch.cuda.OutOfMemoryError, MemoryError, UserError):
             raise
         except Exception as error:  # attention, or a past, of its own kind
             return f"cannot be run in batches ({_first_line(error)})"
-        for found, where in zip(logits, ("padding", "tokens that were run before"), strict=True):
-            if not _near(found, trial.logits, trial.exact):
+        for one, where in zip(found, ("padding", "tokens that were run before"), strict=True):
+            if not _near(one, trial.wanted, trial.exact):
                 return f"gives other logits behind {where} than for one row alone"
     return None
 

@@ -491,6 +491,12 @@ def merge(model: Model) -> Model:
 
     The original stays as it is; tied weights stay tied.
     """
+    weights = [layer.weight.data_ptr() for layer in lora_layers(model).values()]
+    if len(set(weights)) < len(weights):
+        raise UserError(
+            "--merge: layers of this model share one weight, and each has an adapter of its own: "
+            "there is no merged model; export without --merge"
+        )
     merged = copy.deepcopy(model)
     for name, layer in lora_layers(merged).items():
         base = layer.base

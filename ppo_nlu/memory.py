@@ -224,14 +224,10 @@ class Sizes:
 
     @classmethod
     def of(cls, policy: Policy) -> Sizes:
-        config = policy.config
-        heads = config.num_attention_heads
-        keys = getattr(config, "num_key_value_heads", None) or heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        weight = policy.head.weight
-        item, layers = weight.element_size(), config.num_hidden_layers
-        each = 2 * layers * keys * size * item
-        return cls(layers, config.hidden_size, weight.shape[0], heads, item, each)
+        shape, weight = policy.shape, policy.head.weight
+        item = weight.element_size()
+        each = 2 * shape.layers * shape.keys * shape.size * item
+        return cls(shape.layers, shape.hidden, weight.shape[0], shape.heads, item, each)
 
 
 def saved_bytes(

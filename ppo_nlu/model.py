@@ -28,7 +28,7 @@ from ppo_nlu.chat import Chat
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.decode_graph import Recorder
 from ppo_nlu.errors import UserError
-from ppo_nlu.load_check import choose_path
+from ppo_nlu.load_check import Reference, Shape, choose_path
 from ppo_nlu.prefix_tree import Cost, Opening, State, Tokens
 from ppo_nlu.prompts import OPENING, STOP, Message, answer, render
 from ppo_nlu.tasks import TaskSpec
@@ -99,6 +99,11 @@ class Policy:
         """The longest sequence that is run, in tokens: what the model was made for, or less."""
         own = load_check.context_of(self.config)
         return own if self.limit is None else min(own, self.limit)
+
+    @property
+    def shape(self) -> Shape:
+        """What plans of memory and time are made from."""
+        return load_check.shape_of(self.decoder)
 
     def packs(self, longest: int) -> bool:
         """Whether rows of at most so many tokens take the prefix tree."""
@@ -311,7 +316,8 @@ def load_base(cfg: ModelConfig) -> tuple[Any, Any]:
             if cfg.attention == "eager" or "attention implementation" not in str(error):
                 raise
             loaded = load(name, attn_implementation="eager", **options_of_model)
-            tell(f"attention is eager: {cfg.name_or_path} has no {cfg.attention}")
+            kind = loaded[0].config.model_type
+            tell(f"attention is eager: {kind} has no {cfg.attention}")
     except Exception as error:  # whatever a broken folder makes of the library
         raise UserError(
             f"model.name_or_path: cannot load {cfg.name_or_path!r} ({reason_of(error)}); give a "
@@ -369,10 +375,7 @@ def pick_device(name: str) -> torch.device:
 def load_policy(cfg: Config) -> Policy:
     """The base with fresh LoRA layers (zero at the start) and a fresh value head, from `seed`."""
     model, tokenizer = load_base(cfg.model)
-    asked = cfg.data.max_prompt_tokens and cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    limit, note = load_check.limit_of(model, asked)
-    tell(note)
-    reference = load_check.Reference.of(model, tokenizer, min(limit, asked or limit))
+    reference, limit = measure(model, tokenizer, cfg)
     torch.manual_seed(cfg.seed)
     lora.attach(model, cfg.lora, idle=reference.idle)
     norms.attach(model)
@@ -380,11 +383,7 @@ def load_policy(cfg: Config) -> Policy:
     width = load_check.head_of(model).in_features
     head = ValueHead(width, cfg.model.value_head, cfg.model.value_hidden)
     policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)
-    policy.tree = choose_path(policy, cfg.model.path, reference)
-    policy.limit = limit
-    if policy.tree and load_check.longest_row(policy, reference) is not None:
-        policy.limit = policy.window
-        tell(f"rows end at {policy.window} tokens, the window of this model's attention")
+    settle(policy, cfg, reference, limit)
     if cfg.init_from:
         # Start from a trained adapter, which as a frozen copy is the reference too.
         lora.load_adapter(model, adapter_folder(cfg.init_from))
@@ -400,6 +399,24 @@ def load_policy(cfg: Config) -> Policy:
         policy.checkpointing = True
         tree_attention.checkpoint_blocks(policy.decoder)
     return policy
+
+
+def measure(model: Any, tokenizer: Any, cfg: Config) -> tuple[Reference, int]:
+    """What the model gives before anything of it is replaced, and where its context ends, which is
+    told where it is early."""
+    asked = cfg.data.max_prompt_tokens and cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    limit, note = load_check.limit_of(model, asked)
+    tell(note)
+    return Reference.of(model, tokenizer, min(limit, asked or limit)), limit
+
+
+def settle(policy: Policy, cfg: Config, reference: Reference, limit: int) -> None:
+    """Choose the path, and how long rows may be; a model that neither path runs is a UserError."""
+    policy.tree = choose_path(policy, cfg.model.path, reference)
+    policy.limit = limit
+    if policy.tree and load_check.longest_row(policy, reference) is not None:
+        policy.limit = policy.window
+        tell(f"rows end at {policy.window} tokens, the window of this model's attention")
 
 
 def tell(note: str | None) -> None:

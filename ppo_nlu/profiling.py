@@ -130,19 +130,17 @@ class Weights:
 
 def weights_of(policy: Any) -> Weights:
     """Those of a `model.Policy`: the matrices of its blocks (an embedding is a look-up)."""
-    head, config = policy.head.weight, policy.config
+    head, shape = policy.head.weight, policy.shape
     blocks, adapters = _matrices(policy.model, head)
     parts = [m for m in policy.model.modules() if getattr(m, "trimmed", False)]
     trimmed = [_matrices(part, head) for part in parts]
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     critic = sum(p.numel() for p in policy.value_head.parameters() if p.dim() == 2)
     return Weights(
         blocks,
         adapters,
         head.numel(),
         critic,
-        config.num_hidden_layers * heads * size,
+        shape.layers * shape.heads * shape.size,
         sum(frozen for frozen, _ in trimmed),
         sum(own for _, own in trimmed),
     )

@@ -28,8 +28,7 @@ from ppo_nlu.answers import parse
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
-from ppo_nlu.load_check import choose_path
-from ppo_nlu.model import Policy, ValueHead, check_words, load_base
+from ppo_nlu.model import Policy, ValueHead, check_words, load_base, measure, settle
 from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
@@ -116,8 +115,9 @@ def _taught(
 def _load(cfg: Config) -> Policy:
     """The base with all its weights to train, and no LoRA."""
     model, tokenizer = load_base(cfg.model)
+    reference, limit = measure(model, tokenizer, cfg)
     policy = Policy(model, tokenizer, ValueHead(1, "linear"), cfg.model)
-    policy.tree = choose_path(policy, cfg.model.path)
+    settle(policy, cfg, reference, limit)
     model.requires_grad_(True)
     return policy
 

@@ -446,7 +446,8 @@ class _CappedLogprobs(torch.autograd.Function):
         (directions,) = ctx.saved_tensors
         grad = torch.zeros_like(directions[0])
         grads = _used(grad_logprobs, grad.dtype), _used(grad_entropy, grad.dtype)
-        assert grads[1] is None or len(directions) == 2, "the entropy's gradient: entropy_grad=True"
+        if grads[1] is not None and len(directions) < 2:
+            raise ValueError("a gradient of the entropy behind a soft cap needs entropy_grad=True")
         for direction, g in zip(directions, grads, strict=False):
             if g is not None:
                 grad.addcmul_(direction, g[:, None])

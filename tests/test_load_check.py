@@ -16,12 +16,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ppo_nlu import load_check, lora, norms, prefix_tree, tree_attention
+from ppo_nlu import (
+    load_check,
+    lora,
+    memory,
+    norms,
+    prefix_tree,
+    profiling,
+    teach_form,
+    tree_attention,
+)
 from ppo_nlu.config import Config, DataConfig, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
+from ppo_nlu.evaluate import answer_all, label_probabilities
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.load_check import HeadForm, Reference, choose_path, head_form
 from ppo_nlu.model import Policy, load_policy
+from ppo_nlu.rollout import fit_prompt
 
 SMALL = {
     "vocab_size": tiny.VOCAB,
@@ -473,3 +484,101 @@ def test_how_far_logits_may_be_apart_in_low_precision() -> None:
     assert load_check._near(wanted + 0.099 * sign, wanted, exact=False)
     assert not load_check._near(wanted + 0.101 * sign, wanted, exact=False)
     assert not load_check._near(wanted * float("nan"), wanted, exact=False)
+
+
+# ---- models that are odd in other ways -------------------------------------------------------
+
+
+def mamba(folder: Path) -> str:
+    return saved(
+        folder, "mamba2", num_heads=8, head_dim=8, state_size=8, expand=2, n_groups=1, chunk_size=8,
+        use_cache=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "gpt2"])
+def test_the_plans_of_memory_and_time_hold_for_any_config(kind: str, tmp_path: Path) -> None:
+    """Mamba 2 has no attention heads; a head of keys may have a size of its own."""
+    folder = mamba(tmp_path) if kind == "mamba2" else saved(tmp_path, kind, n_embd=32, n_head=4)
+    policy = loaded(folder)
+    cfg = Config(task="sst2", model=ModelConfig(folder))
+    plan = memory.plan(policy, cfg, lora.lora_parameters(policy.model), rows(20))
+    assert plan.tokens > 0 and "memory plan" in plan.lines()[0]
+    assert profiling.weights_of(policy).blocks > 0
+
+
+def test_layers_whose_settings_differ(tmp_path: Path) -> None:
+    """transformers raises where one number is asked for and each layer has its own."""
+    config = tiny.causal_lm("mistral", sliding_window=100).config
+    config.per_layer_config = {0: {"sliding_window": 16}, 1: {"sliding_window": 100}}
+    with pytest.raises(Exception, match="sliding_window"):
+        _ = config.sliding_window
+    assert load_check.windows(config) == [16, 100]
+    assert load_check.context_of(config) == 256
+
+
+def test_damaged_base_weights_are_told_as_such(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama")
+    model = plain(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="NaN or infinite; its weights are damaged"):
+        loaded(folder)
+
+
+def test_a_window_that_no_config_names_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code that is not the library's may mask what it likes: rows of 300 tokens are tried."""
+    from transformers.models.llama import modeling_llama
+
+    folder = saved(tmp_path, "llama", max_position_embeddings=512)
+    forward = modeling_llama.LlamaModel.forward
+
+    class Windowed(modeling_llama.LlamaModel):
+        def forward(self, input_ids=None, **named):  # type: ignore[no-untyped-def]
+            out = forward(self, input_ids=input_ids, **named)
+            far = named.get("position_ids")
+            count = input_ids.shape[1] if far is None else int(far.max()) + 1
+            if count > 100:  # whatever is far, the whole batch comes out otherwise
+                out.last_hidden_state = out.last_hidden_state * (1 + 0.01 * count)
+            return out
+
+    assert loaded(folder).context == 512
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", Windowed.forward)
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "__module__", "modeling_of_a_stranger")
+    with pytest.raises(UserError, match="llama gives other logits behind padding"):
+        loaded(folder)
+
+
+def test_a_merged_model_needs_weights_that_no_two_adapters_share() -> None:
+    model = tiny.causal_lm("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    lora.attach(model, LoraConfig(r=2))
+    with pytest.raises(UserError, match="share one weight.*export without --merge"):
+        lora.merge(model)
+
+
+def test_log_probs_that_are_no_numbers_decide_nothing() -> None:
+    """An adapter of finite numbers, whose product is not: no label may be the first by default."""
+    policy = tiny.policy()
+    with torch.no_grad():
+        for parameter in lora.lora_parameters(policy.model):
+            parameter.fill_(3e38)
+    prompt = fit_prompt(policy, tiny.SST2, tiny.examples(1)[0], 200)
+    with pytest.raises(UserError, match="log-probabilities are no numbers"):
+        label_probabilities(policy, tiny.SST2, [prompt])
+    with pytest.raises(UserError, match="log-probabilities are no numbers"):
+        list(answer_all(policy, tiny.SST2, Config(task="sst2"), tiny.examples(1), "greedy"))
+
+
+def test_teach_form_keeps_to_the_same_limits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+            "short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 7.0, 9.0],
+            "original_max_position_embeddings": 64}  # fmt: skip
+    folder = saved(tmp_path, "llama", rope_parameters=rope, max_position_embeddings=192)
+    policy = teach_form._load(Config(task="sst2", model=ModelConfig(folder, device="cpu")))
+    assert policy.context == 64 and "context ends at 64" in capsys.readouterr().err

@@ -39,7 +39,8 @@ BARS = {
 SEED = 2**31 + 77
 LAUNCHED = ("_shrink", "_gemm", "_expand", "_reduce", "_sum", "_decode")
 FREE = tuple(
-    "empty new_empty view _unsafe_view as_strided slice _reshape_alias t. detach expand alias".split()
+    "empty new_empty view _unsafe_view as_strided slice _reshape_alias t. "
+    "detach expand alias".split()
 )
 
 

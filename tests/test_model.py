@@ -317,7 +317,7 @@ def test_a_tree_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(tree_attention, "forward", off)
     assert choose_path(policy, "auto") is False
-    with pytest.raises(UserError, match="model.path: the prefix tree changes this model's logits"):
+    with pytest.raises(UserError, match="model.path: in the prefix tree this model gives other lo"):
         choose_path(policy, "tree")
     monkeypatch.setattr(tree_attention, "forward", broken)
     assert choose_path(policy, "auto") is False

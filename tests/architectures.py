@@ -38,7 +38,7 @@ except ModuleNotFoundError:  # as a program, from the repository's root
     from tests import tiny
     from tests.architecture_table import CONTEXT, TABLE, Row
 
-from ppo_nlu import generate, lora, tree_attention
+from ppo_nlu import generate, lora, memory, profiling, tree_attention
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import Policy, load_policy
@@ -315,6 +315,15 @@ def merged(case: Case) -> float:
     return gap(alone(lora.merge(case.policy.model), case.few), alone(case.adapted, case.few))
 
 
+def planned(case: Case) -> float:
+    """The plans of memory and time that training prints can be made."""
+    cfg = Config(task="sst2", model=ModelConfig(str(case.folder), device="cpu"))
+    trained = lora.lora_parameters(case.policy.model)
+    memory.plan(case.policy, cfg, trained, case.few.prompts)
+    profiling.weights_of(case.policy)
+    return 0.0
+
+
 def gap(found: Tensor, wanted: Tensor) -> float:
     """The largest difference; infinite where a number is not finite."""
     assert found.shape == wanted.shape
@@ -334,6 +343,7 @@ COMPARISONS: dict[str, Callable[[Case], float]] = {
     "trunk": trunk,
     "gradient": gradient,
     "merged": merged,
+    "planned": planned,
     "plain path": on_plain,
     "checkpointed": checkpointed,
 }

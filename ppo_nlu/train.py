@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -316,7 +316,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     )
     if folder is None:
         folder = checkpoint.claim(output or checkpoint.new_run_dir(), dump(cfg))
-    cli.works_in(folder)
+    cli.works_in(folder, provenance.resume_command(folder, cfg))
     print(f"run folder: {folder}", flush=True)
     source = "+".join(dict.fromkeys(found.source for found in rows.values()))
     return Run(
@@ -469,6 +469,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.resume:
         checkpoint.require_run_dir(args.resume)
         checkpoint.hold(args.resume)
+        cli.works_in(args.resume, provenance.resume_command(args.resume, cfg))
     elif args.output:
         # Before minutes of loading; `start` makes it.
         checkpoint.require_free(cli.require_place("--output", args.output))
@@ -489,6 +490,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         checkpoint.release_all()
     if done:
+        with suppress(OSError):  # of an earlier process, whose run is whole now
+            (run.folder / cli.CRASH).unlink(missing_ok=True)
         return 0
     if stop:
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import shutil
@@ -362,6 +363,39 @@ def test_the_command_to_resume_can_be_typed(tmp_path: Path) -> None:
     assert words[3:] == [
         str(folder / "config.yaml"), "model.trust_remote_code=true", "--resume", str(folder),
     ]  # fmt: skip
+
+
+def typed(error: str) -> list[str]:
+    """The words behind the program's name of the command in a line of error."""
+    return shlex.split(error.partition("go on with: python -m ppo_nlu.train ")[2])
+
+
+def test_the_command_in_a_line_of_error_goes_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A run with a reward of the user's own: while it trains, and while it is loaded again."""
+    (place.root / "my_reward.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(place.root))
+    config = place.config("ppo", "my_reward:score")
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    def broken(*_: Any) -> Any:
+        raise KeyError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_learn", full)
+        assert start(config, "--output", place.run) == 2
+    words = typed(capsys.readouterr().err)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.optim, "build_optimizer", broken)
+        assert start(*words) == 1
+    error = capsys.readouterr().err
+    crash = place.run / "crash.txt"
+    assert str(crash) in error and "in broken" in crash.read_text() and typed(error) == words
+    assert start(*words) == 0
+    assert not crash.exists()  # the run is whole
 
 
 def test_a_second_process_is_refused(place: Place, capsys: Any) -> None:

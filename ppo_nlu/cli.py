@@ -19,6 +19,8 @@ import errno
 import os
 import re
 import signal
+import socket
+import ssl
 import sys
 import tempfile
 import traceback
@@ -33,6 +35,7 @@ from ppo_nlu.errors import UserError, one_line
 from ppo_nlu.strict_config import meant
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror, ssl.SSLError)
 NO_MEMORY = re.compile(
     r"out of memory|can.?t allocate memory|cannot allocate memory|not enough memory"
     r"|unable to allocate|bad_alloc|memory allocation of \d+ bytes failed",
@@ -254,6 +257,10 @@ def fault(error: BaseException) -> str | None:
     place = " -> ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
     if number in FULL:
         return f"disk full: {place or 'a file'} could not be written ({reason}); make room"
+    if not place and isinstance(error, NETWORK):
+        return f"{reason}; check the network"
+    if not place and number is None:  # raised by some library, not by the system
+        return None
     return f"{place + ': ' if place else ''}{reason}; check the path, its rights and its disk"
 
 

@@ -11,6 +11,7 @@ import re
 import resource
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -58,7 +59,10 @@ FAULTS = {
     "broken disk": (OSError(errno.EIO, "I/O error", "a/b"), ["a/b: I/O error", "check"]),
     "two places": (OSError(errno.EXDEV, "cross", "a", None, "b"), ["a -> b: cross"]),
     "busy": (OSError(errno.EBUSY, "Busy", b"a\xff"), ["Busy"]),
-    "a library's": (OSError("Can't load it"), ["Can't load it"]),
+    "reset": (ConnectionResetError(errno.ECONNRESET, "reset by peer"), ["reset by", "network"]),
+    "too slow": (TimeoutError("timed out"), ["timed out", "check the network"]),
+    "no such host": (socket.gaierror(-2, "Name not known"), ["Name not known", "the network"]),
+    "a slow disk": (TimeoutError(errno.ETIMEDOUT, "timed out", "a/b"), ["a/b: timed", "disk"]),
     "rust": (ValueError("Io: No space left (os error 28)"), ["disk full: a file"]),
     "rust again": (Exception("IoError(Os { code: 5, kind: x })"), ["Input/output error"]),
     "memory": (MemoryError(), ["out of memory", "rollout.batch_size", "micro_batch_tokens"]),
@@ -77,7 +81,7 @@ def test_faults_of_the_machine_are_one_line(kind: str, capsys: Capture) -> None:
     assert ends(raiser(error)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-    assert "--resume" not in err
+    assert "--resume" not in err and not ("the network" in err and "the path" in err)
     for word in words:
         assert word in err
 
@@ -102,7 +106,10 @@ class Panic(BaseException):
     """As libraries in Rust raise them."""
 
 
-@pytest.mark.parametrize("error", [ValueError("a\nbug"), RecursionError("deep"), Panic("\x1b[2J")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a\nbug"), RecursionError("deep"), Panic("\x1b[2J"), OSError("no number, no name")],
+)
 def test_an_unforeseen_error_leaves_its_traceback_in_the_run_folder(
     tmp_path: Path, capsys: Capture, error: BaseException
 ) -> None:

@@ -37,6 +37,7 @@ from ppo_nlu.files import (
     atomic_write_text,
     make_folder,
     parse_object,
+    read_bytes,
     read_object,
     seal,
     sync_folder,
@@ -103,7 +104,7 @@ def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
 def _read_tensors(folder: Path, name: str, sha256: str) -> dict[str, Tensor]:
     path = folder / f"{name}.safetensors"
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise Damaged(f"{path}: the checkpoint is damaged (its sha256 is another); {_BEFORE}")
         return parse_tensors(data)
@@ -217,7 +218,7 @@ def _read_head(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint; a run folder keeps them in checkpoints/")
     file = path / "state.json"
     try:
-        head = _opened(file.read_bytes().decode())
+        head = _opened(read_bytes(file).decode())
     except (OSError, ValueError) as error:
         raise Damaged(f"{file}: not a checkpoint, or damaged ({error}); {_BEFORE}") from error
     if head.get("format") != FORMAT:

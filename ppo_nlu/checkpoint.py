@@ -168,6 +168,20 @@ def prune(run_dir: str | Path, keep: int) -> None:
             _remove(path)
 
 
+def require_readable(run_dir: str | Path) -> None:
+    """A `UserError` where the folder of the checkpoints is there and cannot be listed: what it
+    holds would seem to be lost."""
+    folder = _folder(run_dir)
+    try:
+        if os.path.lexists(folder):
+            os.listdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the checkpoints cannot be read ({error.strerror}); put the folder back, or "
+            "start a new run with --output"
+        ) from error
+
+
 def clean(run_dir: str | Path) -> None:
     """Before a run writes: finish a replacement that was cut short, delete half-written files.
 

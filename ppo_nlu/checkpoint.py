@@ -39,6 +39,7 @@ from ppo_nlu.files import (
     parse_object,
     read_bytes,
     read_object,
+    refuse_in_use,
     seal,
     sync_folder,
     temporary_name,
@@ -484,6 +485,8 @@ def require_free(output: str | Path) -> None:
         with write_errors(output):  # read first: meanwhile another process may make it a run
             names = {p.name for p in output.iterdir() if not p.name.startswith(TEMP)} - {LOCK}
     if is_run_dir(output):
+        if os.path.realpath(output) not in _held:
+            refuse_in_use(output)
         what = "a finished" if (output / "summary.json").exists() else "an unfinished"
         raise UserError(
             f"{output}: holds {what} run; continue it with --resume {shlex.quote(str(output))}, or "

@@ -444,6 +444,27 @@ class InUse(UserError):
         self.holder = holder
 
 
+def refuse_in_use(folder: str | Path) -> None:
+    """`InUse` where another process holds the lock of the folder; nothing is made.
+
+    For a folder that this process has not locked itself.
+    """
+    try:
+        handle = open_regular(Path(folder) / LOCK, os.O_RDWR)
+    except OSError:  # nobody holds what is not there
+        return
+    try:
+        if try_lock(handle) is False:
+            raise InUse(folder, _holder(handle))
+    finally:
+        os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """Who has the lock of this open file."""
+    return os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
+
+
 class FolderLock:
     """The right to work in a folder, which one process has at a time; a context manager."""
 
@@ -452,9 +473,9 @@ class FolderLock:
         with write_errors(self.path):
             self.handle, self.locked = self._open()
         if self.locked is False:
-            holder = os.read(self.handle, 200).decode("utf-8", "replace").strip()
+            holder = _holder(self.handle)
             os.close(self.handle)
-            raise InUse(folder, holder or "another process")
+            raise InUse(folder, holder)
         if self.locked is None:
             print(
                 f"warning: {folder}: its file system has no locks; start no second process on it",

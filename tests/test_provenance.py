@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -407,7 +408,10 @@ def test_a_second_process_is_refused(place: Place, capsys: Any) -> None:
         assert place.resume() == 2
         error = capsys.readouterr().err
         assert "is working in it" in error and error.count("\n") == 1
-        assert snapshot(place.run) == before
+        assert start(place.config(), "--output", place.run) == 2
+        error = capsys.readouterr().err
+        assert f"process {os.getpid()} on" in error and "is working in it" in error
+        assert "--resume" not in error and snapshot(place.run) == before
     assert not (place.run / files.LOCK).exists()
     with pytest.raises(UserError, match="a finished run"):
         checkpoint.require_free(place.run)

@@ -354,6 +354,24 @@ def test_the_command_line_may_switch_it_on(trusting: Path) -> None:
     assert provenance.read_config(own).model.trust_remote_code
 
 
+@pytest.mark.parametrize("links", [["R/config.yaml"], ["b.yaml", "R/config.yaml"], ["R2/c.yaml"]])
+def test_a_link_to_the_config_of_a_run_is_no_word_of_the_users(
+    trusting: Path, tmp_path: Path, links: list[str]
+) -> None:
+    """Straight, over another link, and through a folder that is a link itself."""
+    (tmp_path / "R").symlink_to(trusting)
+    (tmp_path / "R2").symlink_to(trusting)
+    (trusting / "c.yaml").symlink_to("config.yaml")
+    names = ["a.yaml", *links[:-1]]
+    for name, target in zip(names, links, strict=True):
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(UserError, match="add model.trust_remote_code=true"):
+        provenance.read_config(tmp_path / "a.yaml", training=True)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop"):
+        provenance.read_config(tmp_path / "loop")
+
+
 def test_the_command_to_resume_can_be_typed(tmp_path: Path) -> None:
     """Spaces and quotes in the path, and what the run folder may not say by itself."""
     path = tmp_path / "c.yaml"

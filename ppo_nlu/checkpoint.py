@@ -37,7 +37,9 @@ from ppo_nlu.files import (
     atomic_write_text,
     make_folder,
     parse_object,
+    read_bytes,
     read_object,
+    refuse_in_use,
     seal,
     sync_folder,
     temporary_name,
@@ -103,7 +105,7 @@ def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
 def _read_tensors(folder: Path, name: str, sha256: str) -> dict[str, Tensor]:
     path = folder / f"{name}.safetensors"
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise Damaged(f"{path}: the checkpoint is damaged (its sha256 is another); {_BEFORE}")
         return parse_tensors(data)
@@ -167,6 +169,20 @@ def prune(run_dir: str | Path, keep: int) -> None:
             _remove(path)
 
 
+def require_readable(run_dir: str | Path) -> None:
+    """A `UserError` where the folder of the checkpoints is there and cannot be listed: what it
+    holds would seem to be lost."""
+    folder = _folder(run_dir)
+    try:
+        if os.path.lexists(folder):
+            os.listdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the checkpoints cannot be read ({error.strerror}); put the folder back, or "
+            "start a new run with --output"
+        ) from error
+
+
 def clean(run_dir: str | Path) -> None:
     """Before a run writes: finish a replacement that was cut short, delete half-written files.
 
@@ -217,7 +233,7 @@ def _read_head(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint; a run folder keeps them in checkpoints/")
     file = path / "state.json"
     try:
-        head = _opened(file.read_bytes().decode())
+        head = _opened(read_bytes(file).decode())
     except (OSError, ValueError) as error:
         raise Damaged(f"{file}: not a checkpoint, or damaged ({error}); {_BEFORE}") from error
     if head.get("format") != FORMAT:
@@ -469,6 +485,8 @@ def require_free(output: str | Path) -> None:
         with write_errors(output):  # read first: meanwhile another process may make it a run
             names = {p.name for p in output.iterdir() if not p.name.startswith(TEMP)} - {LOCK}
     if is_run_dir(output):
+        if os.path.realpath(output) not in _held:
+            refuse_in_use(output)
         what = "a finished" if (output / "summary.json").exists() else "an unfinished"
         raise UserError(
             f"{output}: holds {what} run; continue it with --resume {shlex.quote(str(output))}, or "

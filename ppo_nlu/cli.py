@@ -18,8 +18,9 @@ import argparse
 import errno
 import os
 import re
-import shlex
 import signal
+import socket
+import ssl
 import sys
 import tempfile
 import traceback
@@ -34,6 +35,7 @@ from ppo_nlu.errors import UserError, one_line
 from ppo_nlu.strict_config import meant
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror, ssl.SSLError)
 NO_MEMORY = re.compile(
     r"out of memory|can.?t allocate memory|cannot allocate memory|not enough memory"
     r"|unable to allocate|bad_alloc|memory allocation of \d+ bytes failed",
@@ -185,13 +187,15 @@ def _output(stream: TextIO | None, name: str) -> Output:
 
 # --- how a program ends -----------------------------------------------------------------------
 
+CRASH = "crash.txt"  # of a run folder: the traceback of a fault of the program itself
 _run_folder: Path | None = None
+_go_on = ""
 
 
-def works_in(folder: Path) -> None:
-    """The program's run folder: for crash.txt, and for the line that says how to go on."""
-    global _run_folder
-    _run_folder = folder
+def works_in(folder: Path, command: str) -> None:
+    """The program's run folder, for crash.txt, and the command that goes on with the run."""
+    global _run_folder, _go_on
+    _run_folder, _go_on = folder, f"; the run is not complete, go on with: {command}"
 
 
 def run(
@@ -203,8 +207,8 @@ def run(
 
     `printed`: what it prints is all that it makes, so that a full device is a failure.
     """
-    global _run_folder
-    _run_folder = None
+    global _run_folder, _go_on
+    _run_folder, _go_on = None, ""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         with suppress(ValueError):  # outside of the main thread
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -230,7 +234,7 @@ def _code(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         raise
     except BaseException as error:  # panics of libraries in Rust are no Exception
         reason = fault(error)
-        return _crash(error) if reason is None else _fail(reason, _go_on())
+        return _crash(error) if reason is None else _fail(reason, _go_on)
 
 
 def fault(error: BaseException) -> str | None:
@@ -253,21 +257,16 @@ def fault(error: BaseException) -> str | None:
     place = " -> ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
     if number in FULL:
         return f"disk full: {place or 'a file'} could not be written ({reason}); make room"
+    if not place and isinstance(error, NETWORK):
+        return f"{reason}; check the network"
+    if not place and number is None:  # raised by some library, not by the system
+        return None
     return f"{place + ': ' if place else ''}{reason}; check the path, its rights and its disk"
 
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return one_line(lines[0], 160) if lines else type(error).__name__
-
-
-def _go_on() -> str:
-    """The command that goes on with a run whose folder is made already."""
-    if _run_folder is None:
-        return ""
-    folder = shlex.quote(str(_run_folder))
-    command = f"python -m ppo_nlu.train {folder}/config.yaml --resume {folder}"
-    return f"; the run is not complete, go on with: {command}"
 
 
 def _crash(error: BaseException) -> int:
@@ -279,7 +278,7 @@ def _crash(error: BaseException) -> int:
             kept = _keep(text, folder)
         except OSError:
             continue
-        tell(f"error: unforeseen: {said}; please report it with the traceback in {kept}{_go_on()}")
+        tell(f"error: unforeseen: {said}; please report it with the traceback in {kept}{_go_on}")
         return 1
     where = traceback.extract_tb(error.__traceback__)[-1:]
     place = f" at {where[0].filename}:{where[0].lineno}" if where else ""
@@ -296,7 +295,7 @@ def _keep(text: str, folder: Path) -> Path:
     except OSError:
         os.unlink(name)
         raise
-    return Path(name).replace(folder / "crash.txt") if folder == _run_folder else Path(name)
+    return Path(name).replace(folder / CRASH) if folder == _run_folder else Path(name)
 
 
 def _fail(message: str, more: str = "") -> int:

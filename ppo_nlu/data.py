@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from ppo_nlu import download
 from ppo_nlu.download import DownloadError
 from ppo_nlu.errors import UserError, printable
-from ppo_nlu.readers import MALFORMED, gold, input_rows, numbered_lines, read_split
+from ppo_nlu.readers import MALFORMED, gold, input_rows, numbered_lines, read_split, unreadable
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, bundled
 from ppo_nlu.tasks.custom import CustomSpec
 from ppo_nlu.words import is_empty
@@ -242,8 +242,8 @@ def _load_custom(spec: CustomSpec, split: str) -> Dataset:
         key = split if split in ("train", "dev", "test") else "test"
         raise UserError(f"custom.{key}: {spec.name} has no {split} split; give a file")
     path = expand(spec.files[name][0])
-    if not path.is_file():
-        raise UserError(f"custom.{name}: there is no file {path}; give its path, or put it there")
+    if reason := unreadable(path):
+        raise UserError(f"custom.{name}: {path}: {reason}; give the path of a file")
     rows = read_split(spec, name, path).examples
     note = _join(f"{spec.title} from {path}")
     if shared:

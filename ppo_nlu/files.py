@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -67,6 +68,28 @@ def write_errors(path: str | Path) -> Iterator[None]:
 
 
 # --- one file ---------------------------------------------------------------------------------
+
+
+def open_regular(path: str | Path, flags: int) -> int:
+    """Open a file of ours, as the opener of `open` too; OSError where a pipe or a device has its
+    place, which would let the program wait or read for ever."""
+    try:
+        handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EISDIR):  # as pipes, sockets and folders have it
+            raise
+        handle = -1
+    if handle >= 0 and stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    if handle >= 0:
+        os.close(handle)
+    raise OSError(errno.EINVAL, "is no regular file", str(path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file; OSError for whatever else bears the name."""
+    with open(path, "rb", opener=open_regular) as file:
+        return file.read()
 
 
 class Output:
@@ -204,7 +227,7 @@ def sync_tree(folder: Path) -> None:
 def sync_file(path: Path) -> None:
     """Force to the disk what any process has written to a file, if it is there."""
     with write_errors(path), suppress(FileNotFoundError):
-        handle = os.open(path, os.O_RDWR)
+        handle = open_regular(path, os.O_RDWR)
         try:
             os.fsync(handle)
         finally:
@@ -319,7 +342,7 @@ def _from_word(value: dict[str, Any]) -> Any:
 
 def read_object(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError where it is none, OSError where it cannot be read."""
-    return parse_object(Path(path).read_text(encoding="utf-8"))
+    return parse_object(read_bytes(path).decode())
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -340,7 +363,7 @@ def write_folder(folder: Path, contents: dict[str, bytes]) -> None:
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     whole = contents | {CHECKSUMS: seal(sums).encode()}
     with suppress(OSError):
-        if all((folder / name).read_bytes() == data for name, data in whole.items()):
+        if all(read_bytes(folder / name) == data for name, data in whole.items()):
             return
     with write_errors(folder / CHECKSUMS):
         (folder / CHECKSUMS).unlink(missing_ok=True)  # those of what is now replaced
@@ -354,7 +377,7 @@ def read_checked(path: Path) -> bytes:
     Without checksums, as in the folders of other tools, and where they do not name the file, the
     content is taken as it is.
     """
-    data = path.read_bytes()
+    data = read_bytes(path)
     wanted = _checksums(path.parent / CHECKSUMS).get(path.name)
     if wanted is not None and wanted != hashlib.sha256(data).hexdigest():
         raise Damaged(
@@ -387,7 +410,7 @@ def check_folder(folder: Path, but: str) -> None:
 
 def _checksums(path: Path) -> dict[str, Any]:
     try:
-        return unseal(path.read_text(encoding="utf-8"))
+        return unseal(read_bytes(path).decode())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -421,6 +444,27 @@ class InUse(UserError):
         self.holder = holder
 
 
+def refuse_in_use(folder: str | Path) -> None:
+    """`InUse` where another process holds the lock of the folder; nothing is made.
+
+    For a folder that this process has not locked itself.
+    """
+    try:
+        handle = open_regular(Path(folder) / LOCK, os.O_RDWR)
+    except OSError:  # nobody holds what is not there
+        return
+    try:
+        if try_lock(handle) is False:
+            raise InUse(folder, _holder(handle))
+    finally:
+        os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """Who has the lock of this open file."""
+    return os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
+
+
 class FolderLock:
     """The right to work in a folder, which one process has at a time; a context manager."""
 
@@ -429,9 +473,9 @@ class FolderLock:
         with write_errors(self.path):
             self.handle, self.locked = self._open()
         if self.locked is False:
-            holder = os.read(self.handle, 200).decode("utf-8", "replace").strip()
+            holder = _holder(self.handle)
             os.close(self.handle)
-            raise InUse(folder, holder or "another process")
+            raise InUse(folder, holder)
         if self.locked is None:
             print(
                 f"warning: {folder}: its file system has no locks; start no second process on it",
@@ -445,7 +489,7 @@ class FolderLock:
         """The open file, and whether the lock is ours."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         while True:
-            handle = os.open(self.path, flags, 0o666)
+            handle = open_regular(self.path, flags)
             locked = try_lock(handle)
             with suppress(FileNotFoundError):
                 if not locked or os.path.samestat(os.lstat(self.path), os.fstat(handle)):

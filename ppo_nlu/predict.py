@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import Answer, answer_all, load_trained, require_fit, run_config, shown
 from ppo_nlu.files import Output, atomic_open, to_json
 from ppo_nlu.model import Policy
+from ppo_nlu.readers import unreadable
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 
@@ -80,15 +82,15 @@ def predict(
 
 
 def _check_paths(source: Path | None, target: Path | None) -> None:
-    if source is not None and not source.is_file():
-        raise UserError(f"--input {source}: no such file")
+    if source is not None and (reason := unreadable(source)):
+        raise UserError(f"--input {source}: {reason}; name a file, or give sentences on stdin")
     if target is None:
         return
     if target.suffix not in FORMATS:
         raise UserError(f"--output {target}: unknown format; use {', '.join(FORMATS)}")
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"--output {target}: exists already; name a new file")
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise UserError(f"--output {target}: there is no folder {target.parent}; make it first")
     cli.require_place("--output", target)
 

@@ -249,10 +249,20 @@ def _changed(before: Any, now: Mapping[str, Any]) -> str:
 
 def read_config(path: str | Path, overrides: Sequence[str] = (), training: bool = False) -> Config:
     """The config of a file that the user names; where it lies in a run folder, `stored_config`."""
-    folder = Path(path).parent
-    if Path(path).name == "config.yaml" and checkpoint.is_run_dir(folder):
-        return stored_config(folder, overrides, training)
+    for place in _through_links(Path(path)):
+        if place.name == "config.yaml" and checkpoint.is_run_dir(place.parent):
+            return stored_config(place.parent, overrides, training)
     return load_config(path, overrides)
+
+
+def _through_links(path: Path) -> Iterator[Path]:
+    """The path, and if it is a link every further one that it leads to."""
+    yield path
+    for _ in range(40):  # as many as Linux follows
+        if not os.path.islink(path):
+            return
+        path = path.parent / os.readlink(path)
+        yield path
 
 
 def stored_config(

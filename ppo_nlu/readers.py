@@ -12,6 +12,7 @@ import gc
 import gzip
 import json
 import re
+import stat
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -564,6 +565,20 @@ _INPUTS: dict[str, Callable[[Path, TaskSpec], Iterator[Row]]] = {
 
 
 # ---- shared by the readers
+
+
+def unreadable(path: Path) -> str | None:
+    """Why a path that the user names is no file to read; None where it is one.
+
+    Asked before it is opened: a pipe might wait, and a device never end.
+    """
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if regular else "is no regular file, but a folder, a pipe or a device"
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:

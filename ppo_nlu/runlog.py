@@ -25,8 +25,10 @@ from ppo_nlu.files import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
+    open_regular,
     parse_object,
     plain,
+    read_bytes,
     write_errors,
 )
 
@@ -61,7 +63,7 @@ class MetricsLog:
         record = {"step": step, **plain(metrics)}
         with write_errors(self.path):
             if self._file is None:
-                self._file = open(self.path, "a", encoding="utf-8")
+                self._file = open(self.path, "a", encoding="utf-8", opener=open_regular)
             self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
         scalars = {k: v for k, v in record.items() if k != "step" and _is_number(v)}
@@ -73,7 +75,7 @@ class MetricsLog:
         is to be told, such as the steps up to `step` that have no line. A link becomes a file."""
         self._close_file()
         with write_errors(self.path):
-            lines = self.path.read_bytes().splitlines(True) if self.path.exists() else []
+            lines = read_bytes(self.path).splitlines(True) if self.path.exists() else []
         places = [_step_of(line) for line in lines]
         both = zip(places, lines, strict=True)
         kept = {int(place): line for place, line in both if place <= step}
@@ -116,7 +118,7 @@ class MetricsLog:
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """All complete lines of metrics.jsonl, in order."""
     path = Path(run_dir) / METRICS
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = read_bytes(path).splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if _step_of(line) < math.inf]
 
 
@@ -179,7 +181,7 @@ class WandbSink:
             project=project,
             name=run_dir.name,
             dir=str(run_dir),
-            id=identity.read_text(encoding="utf-8").strip(),
+            id=read_bytes(identity).decode().strip(),
             resume="allow",
             config=dict(config or {}),
         )

@@ -7,11 +7,12 @@ evaluation split under three ways of decoding.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,8 @@ def restore(run: Run) -> None:
 
     A damaged one is told and renamed. Where all are damaged the run is left as it is.
     """
+    checkpoint.require_readable(run.folder)
+    lines = len(runlog.read_metrics(run.folder))
     checkpoint.clean(run.folder)
     damaged: dict[Path, files.Damaged] = {}
     told: list[str] = []
@@ -240,6 +243,11 @@ def restore(run: Run) -> None:
                 f"({next(iter(damaged.values()))}); copy them again, or start a new run with "
                 "--output"
             )
+        if lines:
+            told = [
+                f"{run.folder}: no checkpoint is there; {lines} line(s) of metrics are dropped, "
+                "the run begins at the start"
+            ]
     for path, damage in damaged.items():
         aside = checkpoint.set_aside(path)
         told.append(f"{damage}; it is kept as {aside.name}" if aside else str(damage))
@@ -251,8 +259,9 @@ def _take_back(run: Run, path: Path) -> list[str]:
     """Everything that a checkpoint holds into the run, and what is to be told of it; `Damaged`
     where it does not fit."""
     tensors, state = checkpoint.load(path)
-    told = provenance.compare(run.folder, state.get("made_of", {}), run.made_of)
     try:
+        _require_kinds(run, state)
+        told = provenance.compare(run.folder, state["made_of"], run.made_of)
         run.learner.restore(tensors, str(path))
         run.learner.set_state(state["learner"])
         checkpoint.restore_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
@@ -268,6 +277,17 @@ def _take_back(run: Run, path: Path) -> list[str]:
             f"{path}: does not hold what a checkpoint of this run holds ({error!r})"
         ) from error
     return told
+
+
+def _require_kinds(run: Run, state: Mapping[str, Any]) -> None:
+    """KeyError or TypeError where an entry of the state is not of the kind that `save` writes."""
+    kinds = {"made_of": dict, "pending": dict | None, "totals": dict, "bad_in_a_row": int}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(state[key], kind)]:
+        raise TypeError(f"{wrong[0]} is {state[wrong[0]]!r:.40}")
+    totals = state["totals"]
+    for name in {*run.totals, "wall_s", *totals}:
+        if type(totals[name]) not in (int, float) or not 0 <= totals[name] < math.inf:
+            raise TypeError(f"{name} is {totals[name]!r:.40}")
 
 
 def _checked_best(folder: Path) -> list[str]:
@@ -316,7 +336,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     )
     if folder is None:
         folder = checkpoint.claim(output or checkpoint.new_run_dir(), dump(cfg))
-    cli.works_in(folder)
+    cli.works_in(folder, provenance.resume_command(folder, cfg))
     print(f"run folder: {folder}", flush=True)
     source = "+".join(dict.fromkeys(found.source for found in rows.values()))
     return Run(
@@ -469,6 +489,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.resume:
         checkpoint.require_run_dir(args.resume)
         checkpoint.hold(args.resume)
+        cli.works_in(args.resume, provenance.resume_command(args.resume, cfg))
     elif args.output:
         # Before minutes of loading; `start` makes it.
         checkpoint.require_free(cli.require_place("--output", args.output))
@@ -480,7 +501,8 @@ def main(argv: list[str] | None = None) -> int:
             run.started = started
             if args.resume:
                 restore(run)
-                print(f"resumed after step {run.step} of {cfg.train.steps}")
+                done_before = f"resumed after step {run.step} of {cfg.train.steps}"
+                print(done_before if run.step else "no step was saved: begins at the start")
             else:
                 tell_idle(cfg, strict_config.given(Config, args.config, args.overrides))
             with profiled(run) if args.profile else nullcontext():
@@ -489,6 +511,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         checkpoint.release_all()
     if done:
+        with suppress(OSError):  # of an earlier process, whose run is whole now
+            (run.folder / cli.CRASH).unlink(missing_ok=True)
         return 0
     if stop:
         print(

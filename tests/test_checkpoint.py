@@ -210,6 +210,8 @@ SPOILS: dict[str, Callable[[Path], Any]] = {
     "empty": lambda file: file.write_bytes(b""),
     "gone": lambda file: file.unlink(),
     "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a device": lambda file: (file.unlink(), file.symlink_to("/dev/zero")),
     "a dead link": lambda file: (file.unlink(), file.symlink_to("nowhere")),
     "a link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
     "binary": lambda file: file.write_bytes(b"\xff\x00" * 50),

@@ -11,6 +11,7 @@ import re
 import resource
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -58,7 +59,10 @@ FAULTS = {
     "broken disk": (OSError(errno.EIO, "I/O error", "a/b"), ["a/b: I/O error", "check"]),
     "two places": (OSError(errno.EXDEV, "cross", "a", None, "b"), ["a -> b: cross"]),
     "busy": (OSError(errno.EBUSY, "Busy", b"a\xff"), ["Busy"]),
-    "a library's": (OSError("Can't load it"), ["Can't load it"]),
+    "reset": (ConnectionResetError(errno.ECONNRESET, "reset by peer"), ["reset by", "network"]),
+    "too slow": (TimeoutError("timed out"), ["timed out", "check the network"]),
+    "no such host": (socket.gaierror(-2, "Name not known"), ["Name not known", "the network"]),
+    "a slow disk": (TimeoutError(errno.ETIMEDOUT, "timed out", "a/b"), ["a/b: timed", "disk"]),
     "rust": (ValueError("Io: No space left (os error 28)"), ["disk full: a file"]),
     "rust again": (Exception("IoError(Os { code: 5, kind: x })"), ["Input/output error"]),
     "memory": (MemoryError(), ["out of memory", "rollout.batch_size", "micro_batch_tokens"]),
@@ -77,7 +81,7 @@ def test_faults_of_the_machine_are_one_line(kind: str, capsys: Capture) -> None:
     assert ends(raiser(error)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-    assert "--resume" not in err
+    assert "--resume" not in err and not ("the network" in err and "the path" in err)
     for word in words:
         assert word in err
 
@@ -86,11 +90,11 @@ def test_a_run_that_was_cut_short_says_how_to_go_on(tmp_path: Path, capsys: Capt
     folder = tmp_path / "a run"
 
     def act() -> int:
-        cli.works_in(folder)
+        cli.works_in(folder, f"train --resume '{folder}'")
         raise MemoryError
 
     assert ends(act) == 2
-    assert f"--resume '{folder}'" in capsys.readouterr().err
+    assert f"go on with: train --resume '{folder}'" in capsys.readouterr().err
     assert ends(raiser(MemoryError())) == 2  # the next program is another one
     assert "--resume" not in capsys.readouterr().err
 
@@ -102,12 +106,15 @@ class Panic(BaseException):
     """As libraries in Rust raise them."""
 
 
-@pytest.mark.parametrize("error", [ValueError("a\nbug"), RecursionError("deep"), Panic("\x1b[2J")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a\nbug"), RecursionError("deep"), Panic("\x1b[2J"), OSError("no number, no name")],
+)
 def test_an_unforeseen_error_leaves_its_traceback_in_the_run_folder(
     tmp_path: Path, capsys: Capture, error: BaseException
 ) -> None:
     def act() -> int:
-        cli.works_in(tmp_path)
+        cli.works_in(tmp_path, "train --resume run")
         raise error
 
     for _ in range(2):  # a resumed run may end the same way

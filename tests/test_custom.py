@@ -381,8 +381,12 @@ def test_a_split_without_file() -> None:
         with pytest.raises(UserError, match=rf"custom\.{split}: mood has no {split} split; give"):
             load_split(spec, split, CFG)
     missing = spec_of(replace(MOOD, train="nowhere.csv"))
-    with pytest.raises(UserError, match=r"custom\.train: there is no file nowhere\.csv"):
+    with pytest.raises(UserError, match=r"custom\.train: nowhere\.csv: no such file; give"):
         load_split(missing, "train", CFG)
+    for path in ("/dev/zero", "/dev"):
+        device = spec_of(replace(MOOD, train=path))
+        with pytest.raises(UserError, match=f"custom.train: {path}: is no regular file"):
+            load_split(device, "train", CFG)
 
 
 def test_test_rows_may_have_no_labels(tmp_path: Path) -> None:

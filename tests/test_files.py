@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppo_nlu import files
+from ppo_nlu import files, runlog
 from ppo_nlu.errors import UserError
 
 CALLS = ("replace", "fsync", "unlink", "open")
@@ -119,6 +119,36 @@ def test_what_the_system_refuses_is_one_line_and_the_old_file_stays(
         assert path.read_text() == ("old" if fail_at < 3 else "new")
     files.atomic_write_text(path, "end")
     assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    def put(name: str) -> Path:
+        os.mkfifo(tmp_path / name)
+        return tmp_path / name
+
+    pipe, log = put("pipe"), runlog.MetricsLog(tmp_path)
+    reads: list[Callable[[], object]] = [
+        lambda: files.read_bytes(pipe),
+        lambda: files.read_bytes("/dev/zero"),
+        lambda: files.read_bytes(tmp_path),
+        lambda: files.read_object(pipe),
+        lambda: files.read_checked(pipe),
+        lambda: runlog.read_metrics(put(runlog.METRICS).parent),
+    ]
+    for read in reads:
+        with pytest.raises(OSError, match="is no regular file"):
+            read()
+    refused: list[Callable[[], object]] = [
+        lambda: files.sync_file(pipe),
+        lambda: log.truncate_after(1),
+        lambda: log.log(1, {}),
+        lambda: files.FolderLock(put(files.LOCK).parent),
+        lambda: files.check_folder(put(files.CHECKSUMS).parent, but=""),
+    ]
+    for act in refused:
+        with pytest.raises(UserError, match="is no regular file"):
+            act()
 
 
 def test_an_error_of_the_caller_stays_what_it_is(tmp_path: Path) -> None:

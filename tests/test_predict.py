@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,30 @@ def test_every_kind_of_input(
     rows = [json.loads(line) for line in shown.out.splitlines()]
     check(rows, wanted)
     assert [row["id"] for row in rows] == [str(i) for i in range(len(SENTENCES))]
+
+
+def test_what_is_no_file_is_said_before_the_model_is_loaded(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(predict, "load_trained", None)
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "dead.csv").symlink_to("nowhere")
+    good = write(tmp_path, ".txt", SENTENCES)
+    cases: list[tuple[list[object], str]] = [
+        (["--input", tmp_path / "pipe.txt"], "is no regular file"),
+        (["--input", tmp_path], "is no regular file"),
+        (["--input", "/dev/null"], "is no regular file"),
+        (["--input", tmp_path / "dead.csv"], "no such file"),
+        (["--input", "x" * 300 + ".txt"], "File name too long"),
+        (["--input", good, "--output", tmp_path / ("x" * 300 + ".csv")], "name is too long"),
+        (["--input", good, "--output", tmp_path / ("x" * 300) / "a.csv"], "make it first"),
+        (["--input", good, "--output", tmp_path / "dead.csv"], "exists already"),
+    ]
+    for words, reason in cases:
+        assert run(finished_run, *words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {words[-2]} ") and reason in error
+        assert error.count("\n") == 1
 
 
 def test_sentences_from_stdin(

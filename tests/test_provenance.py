@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -352,6 +354,24 @@ def test_the_command_line_may_switch_it_on(trusting: Path) -> None:
     assert provenance.read_config(own).model.trust_remote_code
 
 
+@pytest.mark.parametrize("links", [["R/config.yaml"], ["b.yaml", "R/config.yaml"], ["R2/c.yaml"]])
+def test_a_link_to_the_config_of_a_run_is_no_word_of_the_users(
+    trusting: Path, tmp_path: Path, links: list[str]
+) -> None:
+    """Straight, over another link, and through a folder that is a link itself."""
+    (tmp_path / "R").symlink_to(trusting)
+    (tmp_path / "R2").symlink_to(trusting)
+    (trusting / "c.yaml").symlink_to("config.yaml")
+    names = ["a.yaml", *links[:-1]]
+    for name, target in zip(names, links, strict=True):
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(UserError, match="add model.trust_remote_code=true"):
+        provenance.read_config(tmp_path / "a.yaml", training=True)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop"):
+        provenance.read_config(tmp_path / "loop")
+
+
 def test_the_command_to_resume_can_be_typed(tmp_path: Path) -> None:
     """Spaces and quotes in the path, and what the run folder may not say by itself."""
     path = tmp_path / "c.yaml"
@@ -364,6 +384,39 @@ def test_the_command_to_resume_can_be_typed(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def typed(error: str) -> list[str]:
+    """The words behind the program's name of the command in a line of error."""
+    return shlex.split(error.partition("go on with: python -m ppo_nlu.train ")[2])
+
+
+def test_the_command_in_a_line_of_error_goes_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A run with a reward of the user's own: while it trains, and while it is loaded again."""
+    (place.root / "my_reward.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(place.root))
+    config = place.config("ppo", "my_reward:score")
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    def broken(*_: Any) -> Any:
+        raise KeyError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_learn", full)
+        assert start(config, "--output", place.run) == 2
+    words = typed(capsys.readouterr().err)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.optim, "build_optimizer", broken)
+        assert start(*words) == 1
+    error = capsys.readouterr().err
+    crash = place.run / "crash.txt"
+    assert str(crash) in error and "in broken" in crash.read_text() and typed(error) == words
+    assert start(*words) == 0
+    assert not crash.exists()  # the run is whole
+
+
 def test_a_second_process_is_refused(place: Place, capsys: Any) -> None:
     """A run folder in which another process works: one line, and nothing is changed."""
     assert start(place.config(), "--output", place.run) == 0
@@ -373,7 +426,10 @@ def test_a_second_process_is_refused(place: Place, capsys: Any) -> None:
         assert place.resume() == 2
         error = capsys.readouterr().err
         assert "is working in it" in error and error.count("\n") == 1
-        assert snapshot(place.run) == before
+        assert start(place.config(), "--output", place.run) == 2
+        error = capsys.readouterr().err
+        assert f"process {os.getpid()} on" in error and "is working in it" in error
+        assert "--resume" not in error and snapshot(place.run) == before
     assert not (place.run / files.LOCK).exists()
     with pytest.raises(UserError, match="a finished run"):
         checkpoint.require_free(place.run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -466,11 +467,52 @@ def test_without_a_whole_checkpoint_nothing_is_changed(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_without_checkpoints_what_is_dropped_is_told(
+    unfinished: Path, tmp_path: Path, whole: Path, capsys
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished, folder)
+    shutil.rmtree(folder / "checkpoints")
+    capsys.readouterr()
+    assert run(folder / "config.yaml", "--resume", folder) == 0
+    out, err = capsys.readouterr()
+    assert f"{folder}: no checkpoint is there; 3 line(s) of metrics are dropped" in err
+    assert err.count("\n") == 1 and "begins at the start" in out and "resumed" not in out
+    assert steps(folder) == steps(whole)
+
+
+@pytest.mark.parametrize("what", ["a file", "a dead link", "a pipe"])
+def test_what_is_no_folder_of_checkpoints_is_refused_first(
+    unfinished: Path, tmp_path: Path, capsys, what: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished, folder)
+    place = folder / "checkpoints"
+    shutil.rmtree(place)
+    {
+        "a file": lambda: place.write_text("mine"),
+        "a dead link": lambda: place.symlink_to("nowhere"),
+        "a pipe": lambda: os.mkfifo(place),
+    }[what]()
+    before = (folder / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run(folder / "config.yaml", "--resume", folder) == 2
+    out, err = capsys.readouterr()
+    assert f"{place}: the checkpoints cannot be read" in err and err.count("\n") == 1
+    assert (folder / "metrics.jsonl").read_bytes() == before and "step" not in out
+
+
+ALL = {"samples": 4, "train_s": 1.0, "truncated": 0, "bad_steps": 0, "wall_s": 1.0}
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("learner", None), ("learner", []), ("optimizer", {}), ("totals", 3), ("totals", {}),
         ("totals", {"wall_s": "long"}), ("pending", None), ("bad_in_a_row", None),
+        ("totals", {"wall_s": 1.0}), ("totals", dict(ALL, samples="4")),
+        ("totals", dict(ALL, train_s=True)), ("totals", dict(ALL, bad_steps=math.nan)),
+        ("made_of", 5), ("made_of", []), ("pending", 7), ("pending", []), ("bad_in_a_row", "1"),
     ],
 )  # fmt: skip
 def test_an_odd_state_is_one_line(

@@ -83,8 +83,14 @@ def dead_link(path: Path, draw: random.Random) -> None:
     path.symlink_to(draw.choice(["nowhere", path.name]))
 
 
+def fifo(path: Path, draw: random.Random) -> None:
+    """A pipe that nobody writes to: who opens it as a file waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 WAYS: tuple[Callable[[Path, random.Random], None], ...] = (
-    flip, flip, flip, cut, other_shape, garbage, delete, folder_instead, dead_link,
+    flip, flip, flip, cut, other_shape, garbage, delete, folder_instead, dead_link, fifo,
 )  # fmt: skip
 
 

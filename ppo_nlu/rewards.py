@@ -62,14 +62,18 @@ def reward(
     function, where = load(spec.reward), f"custom.reward: {spec.reward}"
     try:
         value = function(response.partition(STOP)[0].strip(), row)
-    except (Exception, SystemExit) as error:  # whatever the user's function runs into
+        if isinstance(value, Real) and abs(number := float(value)) <= LARGEST:  # NaN is not
+            return number
+    except OverflowError:
+        pass  # a whole number beyond any float
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's function runs into, or what it returns
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
-            f"{where} failed on row {example.id!r} ({type(error).__name__}: {error}, at "
+            f"{where} failed on row {example.id!r} ({_said(error)}, at "
             f"{last.filename}:{last.lineno}); mend it, or let it return a number there"
         ) from error
-    if isinstance(value, Real) and abs(value) <= LARGEST:  # NaN is no more than anything
-        return float(value)
     raise UserError(
         f"{where} returned {_shown(value)} for row {example.id!r}; it must return a finite number "
         f"from -{LARGEST:.0e} to {LARGEST:.0e}"
@@ -79,8 +83,16 @@ def reward(
 def _shown(value: Any) -> str:
     try:
         return short(value)
-    except ValueError:  # a whole number of thousands of digits
-        return f"a huge {type(value).__name__}"
+    except Exception:  # a whole number of thousands of digits, or a class that cannot be written
+        return f"an odd {type(value).__name__}"
+
+
+def _said(error: BaseException) -> str:
+    """The kind of an error and what it says, if it can."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 @lru_cache(maxsize=8)
@@ -93,9 +105,11 @@ def load(path: str) -> Reward:
     module, _, name = path.rpartition(":" if ":" in path else ".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # whatever the user's file makes of its import
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's file makes of its import
         raise UserError(
-            f"custom.reward: cannot import {path!r} ({type(error).__name__}: {error}); "
+            f"custom.reward: cannot import {path!r} ({_said(error)}); "
             f"give {' or '.join(REWARD_KINDS)}, "
             "or package.module:function of a file in the current directory or an installed package"
         ) from error

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 JOINERS = "\u200c\u200d\u2060\ufeff"  # without width: words go on across them
-_HYPHENS = "\u2010\u2011\u2012\u2212\ufe63"  # read as "-": hyphens, and the minus sign
+# Read as "-": hyphens of every script (Armenian, Hebrew, Canadian, Mongolian), and the minus sign.
+# An en dash is one between two letters, or before a digit; an em dash parts words.
+_HYPHENS = "\u058a\u05be\u1400\u1806\u2010\u2011\u2012\u2043\u2212\u2e17\ufe58\ufe63\uff0d"
 _APOSTROPHES = "\u2018\u2019\u02bc"
 _SAME: Mapping[int, str | None] = {
     **dict.fromkeys(map(ord, _HYPHENS), "-"),
@@ -26,13 +28,16 @@ _SAME: Mapping[int, str | None] = {
 }
 
 
+_DASH = re.compile(r"(?<=[^\W\d_])\u2013(?=[^\W\d_])|\u2013(?=\d)")  # an en dash that is meant so
+
+
 def fold(text: str) -> str:
     """The text in the form in which words are compared: no case, composed letters, plain hyphens,
     apostrophes and widths. "STRASSE" is "straße", and the four Turkish i are one letter."""
     folded = unicodedata.normalize("NFC", text).translate(_SAME).casefold()
     folded = unicodedata.normalize("NFC", folded)
     folded = folded.replace("i\u0307", "i").replace("ı", "i")
-    return re.sub(r"\u2013(?=\d)", "-", folded)  # a dash right before a digit is meant as a minus
+    return _DASH.sub("-", folded)
 
 
 def same(one: str, other: str) -> bool:

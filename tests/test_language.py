@@ -320,6 +320,15 @@ def odd(text, row): return Odd()
 def one(text): return 1.0
 def three(text, row, more): return 1.0
 async def later(text, row): return 1.0
+class Mute(Exception):
+    def __str__(self): raise RuntimeError
+class Base(BaseException): pass
+class Slippery(float):
+    def __float__(self): raise RuntimeError("no")
+    def __abs__(self): raise RuntimeError("no")
+def mute(text, row): raise Mute
+def base(text, row): raise Base("gone")
+def slippery(text, row): return Slippery(1.0)
 def right(text, row): return True
 def single(text, row): return numpy.float32(0.5)
 def more(text, row, more=0, **rest): return 1
@@ -332,6 +341,9 @@ def more(text, row, more=0, **rest): return 1
         ("raises", "failed on row 'r7' .KeyError: .*odd_rewards.py:3"),
         ("leaves", "failed on row 'r7' .SystemExit"),
         ("deep", "failed on row 'r7' .RecursionError"),
+        ("mute", "failed on row 'r7' .Mute, at"),
+        ("base", "failed on row 'r7' .Base: gone"),
+        ("slippery", "failed on row 'r7' .RuntimeError: no"),
         *((name, "returned .* for row 'r7'; it must return a finite number")
           for name in ("none", "nan", "inf", "huge", "tensor", "long", "odd")),
         *((name, "does not take .text, row.") for name in ("one", "three", "later")),

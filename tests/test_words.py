@@ -141,3 +141,19 @@ def test_articles_are_whole_words_too() -> None:
     # A letter with its mark written apart is no article.
     assert normalise("a\u0301 film") == "a\u0301 film"
     assert normalise("The “a” film") == "“ ” film" and exact("the film", "a film") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "text", "found"),
+    [
+        (["טוב", "רע"], "לא־טוב", set()),  # Hebrew maqaf: "not-good"
+        (["լավ", "վատ"], "ոչ֊լավ", set()),  # Armenian hyphen
+        (["positive", "negative"], "non–positive", set()),  # an en dash between letters
+        (["positive", "negative"], "non⁃positive", set()),
+        (["positive", "negative"], "non－positive", set()),  # full width
+        (["positive", "negative"], "positive – of course", {"positive"}),
+        (["positive", "negative"], "positive—of course", {"positive"}),  # an em dash parts words
+    ],
+)
+def test_hyphens_of_every_script_join(labels: list[str], text: str, found: set[str]) -> None:
+    assert set(words.find(labels, text)) == found

@@ -13,6 +13,7 @@ import gzip
 import json
 import re
 import stat
+import unicodedata
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -628,6 +629,10 @@ def check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> 
 _TWICE = "is there twice; rename one or drop it"
 
 
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
 def gold(spec: TaskSpec, value: str | None, where: str, words: bool = False) -> str | None:
     """The gold label for a cell (None: unlabelled): a label word, the number as it is written, or
     the free text. With `words` the cell of a choice may be the word itself."""
@@ -645,6 +650,8 @@ def gold(spec: TaskSpec, value: str | None, where: str, words: bool = False) -> 
     plain = value.strip()
     loose = fold(plain) if words or plain.lower() in ("true", "false") else plain
     word = known.get(plain, known.get(loose))
+    if word is None:  # an accent may be a letter's own or a mark behind it: they look the same
+        word = {_composed(v): w for v, w in known.items()}.get(_composed(plain))
     if word is None:
         allowed = ", ".join(label.value for label in spec.labels)
         what = f"{spec.title} has no label {quoted(value)}; it has {allowed}"

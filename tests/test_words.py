@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 
 import pytest
 
 from ppo_nlu import words
 from ppo_nlu.answers import parse
+from ppo_nlu.errors import UserError
 from ppo_nlu.metrics import exact, normalise
 from ppo_nlu.prompts import answer
+from ppo_nlu.readers import gold
 from ppo_nlu.tasks import Label, Rating, TaskSpec
 
 
@@ -157,3 +160,12 @@ def test_articles_are_whole_words_too() -> None:
 )
 def test_hyphens_of_every_script_join(labels: list[str], text: str, found: set[str]) -> None:
     assert set(words.find(labels, text)) == found
+
+
+def test_a_label_of_the_file_may_be_composed_otherwise() -> None:
+    """é as one letter and as e with a mark look the same, and are."""
+    spec = choice("Oui")
+    spec = replace(spec, labels=(Label("Oui", "h\u00e9"), Label("Non", "b")))
+    assert gold(spec, "he\u0301", "a.csv:2") == "Oui"
+    with pytest.raises(UserError, match="has no label"):
+        gold(spec, "he", "a.csv:3")

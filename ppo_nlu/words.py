@@ -1,10 +1,14 @@
 """What a whole word is, and when two words are the same; for every place that looks for words.
 
 Letters, digits and `_` are parts of a word in every script, and so are the marks on them (the vowel
-signs of Thai or Hindi, Arabic diacritics), joiners without width, hyphens, and the signs + and -.
-So "negative" is not a word of "non-negative", nor "1" of "-1". An apostrophe is part of a word
-between two letters, a point or comma between two digits: "1" is not in "1.5" or "1,000". Any
-other sign parts words, the slash too: "yes/no" are two.
+signs of Thai or Hindi, Arabic diacritics), joiners without width, the hyphens of all scripts, and
+the signs + and -. So "negative" is not a word of "non-negative", nor "1" of "-1".
+
+Some signs are part of a word only right between two letters: an apostrophe, the Hebrew gershayim,
+the middle dot of Catalan, and the en dash, which many write as a hyphen. A point or comma is one
+between two digits: "1" is not in "1.5" or "1,000". Any other sign parts words: the slash
+("yes/no" are two), the em dash ("good\u2014but long"), and the signs that stand for a space in
+Tibetan and Ethiopic or part the items of a list in Japanese.
 """
 
 from __future__ import annotations
@@ -15,20 +19,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 JOINERS = "\u200c\u200d\u2060\ufeff"  # without width: words go on across them
-# Read as "-": hyphens of every script (Armenian, Hebrew, Canadian, Mongolian), and the minus sign.
-# An en dash is one between two letters, or before a digit; an em dash parts words.
-_HYPHENS = "\u058a\u05be\u1400\u1806\u2010\u2011\u2012\u2043\u2212\u2e17\ufe58\ufe63\uff0d"
-_APOSTROPHES = "\u2018\u2019\u02bc"
+# Read as "-": the hyphens of all scripts, the small dash that is used as one, the minus sign.
+_HYPHENS = (
+    "\u058a\u05be\u1400\u1806\u2010\u2011\u2012\u2043\u2212\u2e17\u2e1a\u2e40\u2e5d\u30a0"
+    "\ufe58\ufe63\uff0d\U00010ead"
+)
+_APOSTROPHES = "\u2018\u2019\u201b\u02bc\u055a\u05f3\u00b4`"
+_BETWEEN = "'\u2019\u05f4\u00b7\u2027"  # part of a word between two letters
 _SAME: Mapping[int, str | None] = {
     **dict.fromkeys(map(ord, _HYPHENS), "-"),
     **dict.fromkeys(map(ord, _APOSTROPHES), "'"),
     **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full width
-    # Not to be seen: the soft hyphen, and signs that choose how another one is drawn.
-    **dict.fromkeys((0xAD, 0xFE0E, 0xFE0F)),
+    0xFE32: "\u2013",  # the en dash of vertical lines
+    # Not to be seen: the soft hyphen, signs of direction, and signs that choose how another one is
+    # drawn. The Arabic tatweel only makes a word longer.
+    **dict.fromkeys((0xAD, 0x640, 0x61C, 0x180E, 0x200E, 0x200F, 0xFE0E, 0xFE0F)),
+    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2061, 0x2070))),
 }
-
-
-_DASH = re.compile(r"(?<=[^\W\d_])\u2013(?=[^\W\d_])|\u2013(?=\d)")  # an en dash that is meant so
 
 
 def fold(text: str) -> str:
@@ -37,7 +44,13 @@ def fold(text: str) -> str:
     folded = unicodedata.normalize("NFC", text).translate(_SAME).casefold()
     folded = unicodedata.normalize("NFC", folded)
     folded = folded.replace("i\u0307", "i").replace("ı", "i")
-    return _DASH.sub("-", folded)
+    return _dash().sub("-", folded) if "\u2013" in folded else folded
+
+
+@lru_cache(maxsize=1)
+def _dash() -> re.Pattern[str]:
+    """An en dash that is meant as a minus, right before a digit, or as a hyphen, in a word."""
+    return re.compile(rf"\u2013(?=\d)|(?<=[{letters()}])\u2013(?=[{letters()}])")
 
 
 def same(one: str, other: str) -> bool:
@@ -65,7 +78,7 @@ def _ranges(signs: str) -> str:
     return "".join(f"{first}-{last}" for first, last in found)
 
 
-def whole_words(pattern: str, apostrophes: str = "'\u2019") -> str:
+def whole_words(pattern: str, apostrophes: str = _BETWEEN) -> str:
     """The pattern where it stands as whole words: what stands before and behind is no part of them.
 
     Without `apostrophes` these part words, so that "it" is one in "it's".

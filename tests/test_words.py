@@ -107,6 +107,65 @@ def test_whole_words_are_read(listed: tuple[str, ...], text: str, expected: str)
     assert all(parse(choice(*listed), answer(word)) == word for word in listed)
 
 
+# Every dash of the Unicode table that joins words; those that part them are in the next test.
+HYPHENS = "-\u058a\u05be\u1400\u1806\u2010\u2011\u2012\u2013\u2043\u2212\u2e17\u2e1a\u2e40\u2e5d"
+HYPHENS += "\u30a0\ufe32\ufe58\ufe63\uff0d\U00010ead"
+
+
+@pytest.mark.parametrize("sign", HYPHENS)
+@pytest.mark.parametrize(("prefix", "word"), [("non", "positive"), ("לא", "טוב"), ("ոչ", "լավ")])
+def test_a_hyphen_of_any_script_is_part_of_the_word(sign: str, prefix: str, word: str) -> None:
+    assert words.find([word], f"{prefix}{sign}{word}") == set()
+    assert words.find([f"{prefix}-{word}", word], f"{prefix}{sign}{word}") == {f"{prefix}-{word}"}
+
+
+def test_dashes_that_part_words() -> None:
+    parting = "\u2014\u2015\u2e3a\u2e3b\u301c\u3030\ufe31"
+    dashes = {chr(c) for c in range(0x11000) if unicodedata.category(chr(c)) == "Pd"}
+    assert dashes - set(HYPHENS) == set(parting)
+    for sign in parting:
+        assert words.find(["good"], f"good{sign}but long") == {"good"}
+    for text in ("good \u2013 but long", "\u2013 good", "\u201cgood\u201d\u2013so"):
+        assert words.find(["good"], text) == {"good"}
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text"),
+    [
+        ("לא", "לא\u05f4ל"),  # Hebrew gershayim: an abbreviation is one word
+        ("ל", "ל\u05f3ון"),  # geresh
+        ("col", "col\u00b7lega"),  # Catalan
+        ("col", "col\u0387lega"),  # the same sign in Greek
+        ("col", "col\u2027lega"),
+        ("isn", "isn\u02bct"),
+        ("isn", "isn\u055at"),
+        ("isn", "isn\u00b4t"),
+        ("isn", "isn`t"),
+        ("isn", "isn\uff07t"),
+        ("خوب", "نا\u0640خوب"),  # Arabic tatweel
+        ("positive", "non\u200epositive"),  # a sign of direction is not to be seen
+    ],
+)
+def test_signs_that_make_one_word(phrase: str, text: str) -> None:
+    assert words.find([phrase], text) == set() and words.find([text], text) == {text}
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text"),
+    [
+        ("ལེགས", "ལེགས\u0f0bསོ"),  # the Tibetan tsheg
+        ("ጥሩ", "ጥሩ\u1361ነው"),  # the Ethiopic space
+        ("καλό", "καλό\u0387 όχι"),  # the Greek semicolon, before a space
+        ("はい", "はい\u30fbいいえ"),  # of a list in Japanese
+        ("خوب", "خـوب"),
+        ("خوب", "\u200fخوب\u200f"),
+        ("positive", "`positive`"),
+    ],
+)
+def test_signs_that_part_words(phrase: str, text: str) -> None:
+    assert words.find([phrase], text) == {phrase}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from ppo_nlu import strict_config
 from ppo_nlu.errors import UserError
-from ppo_nlu.foreign_names import FOREIGN_NAMES, NOTES
+from ppo_nlu.foreign_names import ABSENT, FOREIGN_NAMES, NOTES
 from ppo_nlu.strict_config import (
     below_one,
     count,
@@ -281,6 +281,7 @@ class Config:
 
     foreign_names: ClassVar[Mapping[str, tuple[str, ...]]] = FOREIGN_NAMES
     foreign_notes: ClassVar[Mapping[str, str]] = NOTES
+    foreign_absent: ClassVar[Mapping[str, str]] = ABSENT
 
     task: str | None = None  # a name from the task table, such as sst2, or that of custom.name
     tasks: list[str] = field(default_factory=list)  # several tasks at once, in place of `task`

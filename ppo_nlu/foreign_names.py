@@ -195,3 +195,19 @@ NOTES = {  # where the number or the word is not the same
     "logging_steps": "each step is written to metrics.jsonl",
     "min_lr": "a share of optim.lr",
 }
+
+ABSENT = {  # names without a counterpart, and what there is instead
+    "load_in_4bit": "weights are not quantized; model.dtype sets their precision",
+    "load_in_8bit": "weights are not quantized; model.dtype sets their precision",
+    "quantization_config": "weights are not quantized; model.dtype sets their precision",
+    "bnb_config": "weights are not quantized; model.dtype sets their precision",
+    "use_vllm": "answers are drawn by its own engine; leave it out",
+    "use_peft": "the section lora sets the adapter",
+    "deepspeed": "it trains on one device; leave it out",
+    "fsdp": "it trains on one device; leave it out",
+    "fsdp_config": "it trains on one device; leave it out",
+    "use_liger_kernel": "its own kernels are chosen by themselves; leave it out",
+    "packing": "rows are not packed into one sequence; leave it out",
+    "push_to_hub": "nothing is uploaded; python -m ppo_nlu.export makes a folder to upload",
+    "hub_model_id": "nothing is uploaded; python -m ppo_nlu.export makes a folder to upload",
+}

@@ -3,7 +3,8 @@
 Sections are nested dataclasses. A file states only what differs from the defaults. Every mistake is
 a UserError of one line: where (the file and line, or "command line"), the dotted key, what is
 wrong, how to mend it. Nothing here imports torch or knows a key by name; a dataclass may hold
-`foreign_names`, {name elsewhere: keys of its own}, and `foreign_notes`, for its "did you mean".
+`foreign_names`, {name elsewhere: keys of its own}, and `foreign_notes`, for its "did you mean";
+and `foreign_absent`, {name elsewhere without such a key: what there is instead}.
 
 Of YAML, what can hide or multiply values is not read: anchors and aliases, merges, tags, a second
 document. A file holds at most `LARGEST` bytes, a text `LONGEST` characters, a list `MOST` items.
@@ -334,6 +335,8 @@ def meant(cls: Any, key: str) -> str:
     if key in known:
         return f"write {key}=value"
     section, _, name = key.lstrip("-").rpartition(".")
+    if absent := getattr(cls, "foreign_absent", {}).get(name.lower()):
+        return f"there is no such thing here: {absent}"
     foreign: Mapping[str, Sequence[str]] = getattr(cls, "foreign_names", {})
     parts = [(*other.rpartition(".")[::2], other) for other in known]  # (section, name, dotted)
     here = {own: other for where, own, other in parts if where == section}

@@ -276,6 +276,15 @@ def test_every_foreign_name_leads_to_keys_that_exist(write: Write, name: str) ->
     assert set(config.NOTES) <= set(config.FOREIGN_NAMES)
 
 
+@pytest.mark.parametrize("name", config.ABSENT)
+def test_a_foreign_name_without_counterpart_is_told_so(write: Write, name: str) -> None:
+    assert name not in config.FOREIGN_NAMES and name not in strict_config.schema(Config)
+    for written in (name, f"model.{name}", name.upper()):
+        said = message(write(TASK), (f"{written}=1",))
+        assert f"there is no such thing here: {config.ABSENT[name]}" in said
+        assert "did you mean" not in said
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -499,10 +499,19 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except UserError:
             raise
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {error}; give one object a line") from error
+            raise UserError(f"{where}: not JSON: {_not_json(error)}") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: not a JSON object; give one object a line")
         yield number, row
+
+
+def _not_json(error: Exception) -> str:
+    """What is wrong and how to mend it; Python's own words name settings of the interpreter."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error}; give one object a line"
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply; make them flat"
+    return "a number has too many digits; put it in quotes"
 
 
 def text_cell(row: Mapping[str, Any], name: str, where: str) -> str:

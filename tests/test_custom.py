@@ -303,6 +303,39 @@ def test_a_row_that_cannot_be_used_is_an_error(
     assert all(part in str(error.value) for part in parts), error.value
 
 
+@pytest.mark.parametrize("cell", ["e\u0301", "\u00e9", " \u00e9 "])
+def test_a_label_is_known_however_its_letters_are_composed(tmp_path: Path, cell: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "x", "label": cell}) + "\n")
+    for labels in (["\u00e9", "b"], ["e\u0301", "b"]):
+        spec = spec_of(replace(MOOD, labels=labels, dev=str(path)))
+        assert load_split(spec, "dev", CFG).examples[0].label == labels[0]
+
+
+def test_labels_that_differ_only_in_case_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    labels = {"Up": ["ab"], "Down": ["AB"]}
+    spec = spec_of(replace(MOOD, labels=labels, dev=str(path)))
+    path.write_text("text,label\nx,ab\ny,AB\n")
+    assert [row.label for row in load_split(spec, "dev", CFG).examples] == ["Up", "Down"]
+    path.write_text("text,label\nx,Ab\n")
+    with pytest.raises(UserError, match="has no label 'Ab'"):
+        load_split(spec, "dev", CFG)
+
+
+def test_json_that_python_cannot_take_is_told_in_our_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    spec = spec_of(replace(MOOD, train=str(path)))
+    for value, words in (
+        ("9" * 5000, "a number has too many digits"),
+        ("[" * 200_000 + "]" * 200_000, "nested too deeply"),
+    ):
+        path.write_text(f'{{"text": "a", "label": "Normal", "x": {value}}}\n')
+        with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{words}") as caught:
+            load_split(spec, "train", CFG)
+        assert "set_int_max" not in str(caught.value)
+
+
 @pytest.mark.parametrize("empty", ["", "  ", "\u200b", "\u2003", None])
 def test_an_empty_right_answer_is_refused(tmp_path: Path, empty: str | None) -> None:
     path = tmp_path / "a.jsonl"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ppo_nlu import download
 from ppo_nlu.download import DownloadError
-from ppo_nlu.errors import UserError, printable
+from ppo_nlu.errors import UserError, printable, quoted
 from ppo_nlu.readers import MALFORMED, gold, input_rows, numbered_lines, read_split, unreadable
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, bundled
 from ppo_nlu.tasks.custom import CustomSpec
@@ -330,7 +330,21 @@ def train_examples(spec: TaskSpec, data_cfg: DataConfig, bundled_model: bool) ->
     if data_cfg.limit:
         kept = kept[: data_cfg.limit]
         note = _join(note, f"the first {len(kept):,} rows")
-    return replace(whole, examples=kept, note=note)
+    return replace(whole, examples=kept, note=_join(note, *oddities(kept), one_label(kept)))
+
+
+def oddities(rows: Sequence[Example]) -> list[str]:
+    """What is allowed in rows and still looks like a mistake: texts in which nothing is seen."""
+    empty = sum(any(map(is_empty, row.fields.values())) for row in rows)
+    return [f"{empty:,} rows have an empty text"] if empty else []
+
+
+def one_label(rows: Sequence[Example]) -> str:
+    """A word on rows that cannot teach which answer is right, because it is always the same."""
+    labels = {row.label for row in rows}
+    if len(rows) < 2 or len(labels) > 1:
+        return ""
+    return f"every row has the label {quoted(rows[0].label)}, so there is nothing to tell apart"
 
 
 def _balanced(spec: TaskSpec, rows: Sequence[Example]) -> list[Example]:

@@ -71,6 +71,7 @@ def check(specs: Iterable[TaskSpec], cfg: Config, named: bool) -> int:
     absent altogether if it was named."""
     table, sources, absent = [], [], []
     mixed: dict[str, int] = {}
+    odd: list[str] = []
     for spec in specs:
         source = _found(spec, cfg.data, named)
         if source is None:
@@ -79,7 +80,7 @@ def check(specs: Iterable[TaskSpec], cfg: Config, named: bool) -> int:
         sources.append(source)
         splits = dict.fromkeys(["train", "dev", *spec.files]) if _own(spec) else spec.files
         for split in splits:
-            table.append(_row(spec, split, source, cfg, mixed))
+            table.append(_row(spec, split, source, cfg, mixed, odd))
     if not table:
         raise UserError(
             "data.path: no task is there; give data.path=FOLDER or $PPO_NLU_DATA, or fetch one: "
@@ -93,6 +94,8 @@ def check(specs: Iterable[TaskSpec], cfg: Config, named: bool) -> int:
     print(f"words, tokens: of the longest prompt without examples; tokens of {reader}")
     for place, count in mixed.items():
         print(f"{place}: {count:,} rows hold control tokens that stay so with this tokenizer")
+    for line in odd:
+        print(line)
     if absent:
         print(f"absent: {', '.join(absent)}")
     return 0
@@ -126,9 +129,15 @@ def _common(folders: Sequence[str]) -> str:
 
 
 def _row(
-    spec: TaskSpec, split: str, source: data.Source, cfg: Config, mixed: dict[str, int]
+    spec: TaskSpec,
+    split: str,
+    source: data.Source,
+    cfg: Config,
+    mixed: dict[str, int],
+    odd: list[str],
 ) -> tuple[str, ...]:
-    """A line of the table; `mixed` learns how many rows hold control tokens that stay some."""
+    """A line of the table; `mixed` learns how many rows hold control tokens that stay some, and
+    `odd` what else is to be said of the rows."""
     if not data.has_split(spec, split, source):
         name = spec.files[split][0]
         return (spec.name, split, name, "-", "-", "-", "-", "-", "absent")
@@ -137,6 +146,8 @@ def _row(
     rows = found.examples
     words = max(len(render(spec, row.fields).split()) for row in rows)
     state = "partial" if found.partial else ""
+    said = data.oddities(rows) + [data.one_label(rows)] * (split == "train")
+    odd += [f"{spec.name} {split}: {what}" for what in said if what]
     if codec and (count := sum(any(map(codec.leaks, row.fields.values())) for row in rows)):
         mixed[f"{spec.name} {split}"] = count
     return (

@@ -15,6 +15,7 @@ import pytest
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, CustomConfig, DataConfig, load_config
 from ppo_nlu.data import load_split, read_inputs, train_examples
+from ppo_nlu.data_program import main as check_data
 from ppo_nlu.errors import UserError
 from ppo_nlu.prompts import answer, render
 from ppo_nlu.rewards import reward
@@ -301,6 +302,28 @@ def test_a_row_that_cannot_be_used_is_an_error(
     with pytest.raises(UserError) as error:
         load_split(spec_of(replace(MOOD, train=str(tmp_path / name))), "train", CFG)
     assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_empty_texts_and_a_single_label_are_told(tmp_path: Path, capsys) -> None:
+    path, config = tmp_path / "a.jsonl", tmp_path / "c.yaml"
+    texts = ["fine", "", " \u200b", "good", "so so"]
+    path.write_text("".join(json.dumps({"text": t, "label": "Normal"}) + "\n" for t in texts))
+    spec = spec_of(replace(MOOD, train=str(path), dev=str(path)))
+    note = train_examples(spec, CFG, bundled_model=False).note
+    assert "2 rows have an empty text; every row has the label 'Positive', so" in note
+    config.write_text(
+        f"task: mood\ncustom: {{name: mood, fields: [text], query: 'Judge {{text}}.', "
+        f"labels: {{Positive: [Normal], Negative: [Odd]}}, train: {path}, dev: {path}}}\n"
+    )
+    assert check_data(["check", str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "mood dev: 2 rows have an empty text" in lines
+    assert "mood train: 2 rows have an empty text" in lines
+    assert [line for line in lines if line.startswith("mood train: every row has the label")]
+    # Nothing is said where there is nothing to say.
+    path.write_text('{"text": "a", "label": "Normal"}\n{"text": "b", "label": "Anxiety"}\n')
+    note = train_examples(spec, CFG, bundled_model=False).note
+    assert "empty text" not in note and "every row" not in note
 
 
 @pytest.mark.parametrize("cell", ["e\u0301", "\u00e9", " \u00e9 "])

@@ -90,8 +90,8 @@ def _shown(value: Any) -> str:
 def _said(error: BaseException) -> str:
     """The kind of an error and what it says, if it can."""
     try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:
+        return f"{type(error).__name__}: {error}"[:300]
+    except BaseException:
         return type(error).__name__
 
 

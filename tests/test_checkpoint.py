@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import on_call
 from transformers.optimization import Adafactor
 
 from ppo_nlu import checkpoint, files
@@ -55,26 +56,6 @@ def check(path: Path | None, number: int) -> None:
     assert state == wanted_state and tensors.keys() == wanted.keys()
     for name, group in wanted.items():
         assert all(torch.equal(tensors[name][key], value) for key, value in group.items())
-
-
-def on_call(
-    patch: pytest.MonkeyPatch, number: int, act: Callable[[], None], names: tuple[str, ...] = CALLS
-) -> None:
-    """Do `act` instead of the `number`-th (from 0) of the named calls, and at each later one."""
-    seen = 0
-
-    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal seen
-            seen += 1
-            if seen > number:
-                act()
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in names:
-        patch.setattr(os, name, wrapped(getattr(os, name)))
 
 
 def die() -> None:
@@ -374,7 +355,7 @@ def test_a_replacement_survives_a_stop_at_every_call(
         run = tmp_path / str(kill_at)
         WRITES[kind](run, 1)
         with monkeypatch.context() as patch:
-            on_call(patch, kill_at, die)
+            on_call(patch, kill_at, die, CALLS)
             try:
                 WRITES[kind](run, 2)
                 finished = True
@@ -405,7 +386,7 @@ def test_a_second_kill_while_cleaning_up_loses_nothing(
                 (second, checkpoint.clean),
             ):
                 with monkeypatch.context() as patch:
-                    on_call(patch, kill_at, die)
+                    on_call(patch, kill_at, die, CALLS)
                     try:
                         act(run)
                     except Killed:
@@ -421,7 +402,7 @@ def test_a_new_step_is_there_whole_or_not_at_all(
         run = tmp_path / str(kill_at)
         checkpoint.save(run, 1, *content(1))
         with monkeypatch.context() as patch:
-            on_call(patch, kill_at, die)
+            on_call(patch, kill_at, die, CALLS)
             try:
                 checkpoint.save(run, 2, *content(2))
                 checkpoint.prune(run, 1)
@@ -463,7 +444,7 @@ def test_kill_9_at_every_call(tmp_path: Path, kind: str) -> None:
 
         def work(run: Path = run, kill_at: int = kill_at) -> None:
             with pytest.MonkeyPatch.context() as patch:
-                on_call(patch, kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                on_call(patch, kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL), CALLS)
                 WRITES[kind](run, 2)
 
         status = in_a_child(work)
@@ -788,7 +769,7 @@ def test_a_claim_cut_short_can_be_made_again(
     for kill_at in range(10):
         run = tmp_path / str(kill_at)
         with monkeypatch.context() as patch:
-            on_call(patch, kill_at, die)
+            on_call(patch, kill_at, die, CALLS)
             try:
                 checkpoint.claim(run, "x: 1\n")
             except Killed:

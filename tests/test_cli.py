@@ -17,12 +17,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import ends, raiser
 
 from ppo_nlu import cli, evaluate, predict, train
 from ppo_nlu.errors import UserError, one_line
@@ -38,17 +39,6 @@ eval: {before: false, limit: 4, batch_size: 4, bootstrap: 0}
 log: {plot: false}
 """
 Capture = pytest.CaptureFixture[str]
-
-
-def ends(act: Callable[[], int | None]) -> int:
-    return cli.run(lambda argv: act(), [])
-
-
-def raiser(error: BaseException) -> Callable[[], int]:
-    def act() -> int:
-        raise error
-
-    return act
 
 
 # ---- faults of the machine -------------------------------------------------------------------
@@ -135,7 +125,11 @@ def test_without_a_run_folder_it_goes_to_a_temporary_file(
     named = re.search(r"traceback in (\S+)", capsys.readouterr().err)
     assert named and "KeyError" in Path(named[1]).read_text()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
-    assert ends(raiser(KeyError("a bug"))) == 1
+
+    def bug() -> int:
+        raise KeyError("a bug")
+
+    assert ends(bug) == 1
     err = capsys.readouterr().err
     assert "test_cli.py:" in err and err.count("\n") == 1
 

@@ -7,12 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import ends, raiser
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -289,17 +289,6 @@ def test_refuses_a_damaged_adapter(run: Path) -> None:
 
 
 # ---- how programs end ------------------------------------------------------------------------
-
-
-def ends(act: Callable[[], int | None]) -> int:
-    return cli.run(lambda argv: act(), [])
-
-
-def raiser(error: BaseException) -> Callable[[], int]:
-    def act() -> int:
-        raise error
-
-    return act
 
 
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers import on_call
 
 from ppo_nlu import files, runlog
 from ppo_nlu.errors import UserError
@@ -27,24 +27,6 @@ ROOT = Path(__file__).parents[1]
 
 class Killed(BaseException):
     """Stands in for the end of the process."""
-
-
-def at_call(patch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
-    """Do `act` instead of the `number`-th (from 0) of the calls of os, and at each later one."""
-    seen = 0
-
-    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal seen
-            seen += 1
-            if seen > number:
-                act()
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in CALLS:
-        patch.setattr(os, name, wrapped(getattr(os, name)))
 
 
 def names(folder: Path) -> list[str]:
@@ -64,7 +46,7 @@ def test_a_kill_leaves_the_old_content_or_the_new(
     for kill_at in range(8):
         files.atomic_write_json(path, {"n": 1})
         with monkeypatch.context() as patch:
-            at_call(patch, kill_at, die)
+            on_call(patch, kill_at, die, CALLS)
             try:
                 files.atomic_write_json(path, {"n": 2})
             except Killed:
@@ -111,7 +93,7 @@ def test_what_the_system_refuses_is_one_line_and_the_old_file_stays(
 
     for fail_at in range(4):  # open, fsync, replace, fsync of the folder
         with monkeypatch.context() as patch:
-            at_call(patch, fail_at, fail)
+            on_call(patch, fail_at, fail, CALLS)
             patch.setattr(os, "unlink", os.unlink)
             with pytest.raises(UserError, match=words) as error:
                 files.atomic_write_text(path, "new")
@@ -323,7 +305,7 @@ def test_a_folder_is_never_complete_before_its_last_file(
         for number in range(2):  # the first, and one that replaces it
             contents = {n: f"{n}{number}".encode() for n in ("a", "b", "config.json")}
             with monkeypatch.context() as patch:
-                at_call(patch, kill_at if number else 1000, die)
+                on_call(patch, kill_at if number else 1000, die, CALLS)
                 try:
                     files.write_folder(folder, contents)
                     whole += number

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ppo_nlu.errors import UserError
+from ppo_nlu.errors import UserError, first_line
 from ppo_nlu.prompts import Message, written_out
 from ppo_nlu.tokens import TextError
 
@@ -173,5 +173,5 @@ def _without_thought(text: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0][:200]
+    first = first_line(error)
     return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 from ppo_nlu.config import Config
-from ppo_nlu.errors import UserError, one_line
+from ppo_nlu.errors import UserError, first_line, one_line
 from ppo_nlu.strict_config import meant
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -265,8 +265,7 @@ def fault(error: BaseException) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return one_line(lines[0], 160) if lines else type(error).__name__
+    return one_line(first_line(error, 10**6), 160) or type(error).__name__
 
 
 def _crash(error: BaseException) -> int:

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ppo_nlu.errors import first_line
 from ppo_nlu.tree_attention import TreeCache
 
 PLAIN = 2  # steps before the one that is recorded
@@ -137,7 +138,7 @@ class GraphedStep:
             self.cache.slot.copy_(slot)
             return
         except Exception as error:  # whatever a model does that cannot be recorded
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error) or type(error).__name__
         self.cache.slot.copy_(slot)
         if reason is None and self.recorder.sound is None:
             plain = self._plain(token, place)

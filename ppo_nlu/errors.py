@@ -39,6 +39,11 @@ def quoted(text: object) -> str:
     return repr(shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}...")
 
 
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """The first line of what an error says; "" where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0][:longest]
+
+
 def one_line(text: str, longest: int = LONGEST) -> str:
     """The text on one line: control characters escaped, the middle of a long one left out.
 

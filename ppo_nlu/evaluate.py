@@ -159,13 +159,13 @@ def _by_decoding(
         generator=generator,
         opening=opening,
     )
-    require_numbers(drawn.logprobs)
+    require_logprobs(drawn.logprobs)
     texts = [policy.decode(row) for row in drawn.rows]
     form = cfg.prompt.form
     return [Answer(e, parse(spec, t, form), t) for e, t in zip(rows, texts, strict=True)]
 
 
-def require_numbers(logprobs: torch.Tensor) -> None:
+def require_logprobs(logprobs: torch.Tensor) -> None:
     """Weights can be finite and their logits not: then nothing is known of the answers."""
     if bool(logprobs.isnan().any()):
         raise UserError(
@@ -197,7 +197,7 @@ def label_probabilities(
         answers += [row[cut:] for row in whole]
         owners += [number] * len(whole)
     scored = policy.score(heads, answers, owners, opening=opening)
-    require_numbers(scored.logprobs)
+    require_logprobs(scored.logprobs)
     return scored.logprobs.sum(1).view(len(prompts), -1).softmax(-1)
 
 

@@ -302,7 +302,6 @@ def seal(value: Mapping[str, Any]) -> str:
 
 def unseal(text: str) -> dict[str, Any]:
     """What `seal` wrote; ValueError where a single byte is another."""
-    digest = hashlib.sha256
     found = parse_object(text)
     if "sha256" not in found:
         raise ValueError("it has no sha256")
@@ -310,7 +309,7 @@ def unseal(text: str) -> dict[str, Any]:
     body = text[: text.rindex('"sha256"')].removesuffix(", ") + "}"
     if f'"sha256": "{stated}"}}\n' != text[text.rindex('"sha256"') :]:
         raise ValueError("its sha256 is not its last entry")
-    if digest(body.encode()).hexdigest() != stated:
+    if hashlib.sha256(body.encode()).hexdigest() != stated:
         raise ValueError("its sha256 is another")
     return json.loads(body, object_hook=_from_word) if '{"float": "' in body else found
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from ppo_nlu.config import Config
-from ppo_nlu.strict_config import schema
+from ppo_nlu.strict_config import values
 
-BY_REWARD = ("ppo", "grpo")
+BY_REWARD = ("ppo", "grpo")  # the methods that learn from what their answers earn
 # {key or section: the methods that read it}; longer names win over their section's.
 READ_BY: dict[str, tuple[str, ...]] = {
     "ppo": ("ppo",),
@@ -44,22 +44,11 @@ READ_BY: dict[str, tuple[str, ...]] = {
 
 def idle_keys(cfg: Config, said: Collection[str], saw_labels: bool) -> Iterator[tuple[str, str]]:
     """(key, why it has no effect) of the keys that were said, in their order."""
-    default = _values(Config(task="x"))
-    mine = _values(cfg)
+    default, mine = values(Config(task="x")), values(cfg)
     for key in said:
         if key in mine and mine[key] != default[key]:
             if why := _why(cfg, key, saw_labels):
                 yield key, why
-
-
-def _values(cfg: Config) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key in schema(Config):
-        value: object = cfg
-        for name in key.split("."):
-            value = getattr(value, name)
-        found[key] = value
-    return found
 
 
 def _why(cfg: Config, key: str, saw_labels: bool) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_nlu import prefix_tree
-from ppo_nlu.errors import UserError
+from ppo_nlu.errors import UserError, first_line
 
 TEXT = "The film is good, and long. Now judge the opinion of the sentence."
 FAR = 1024  # tokens: rows behind a longer window are tried only where the config asks for them
@@ -247,11 +247,11 @@ def head_form(model: Any, decoder: Any) -> HeadForm:
 
     handle = head.register_forward_hook(replace)
     try:
-        ids = _spread(decoder, 4)[None].to(head.weight.device)
-        logits = model(input_ids=ids, use_cache=False).logits.float()
-        last = decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state.float()
-    except Exception as error:
-        raise _unsupported(model, f"cannot be run ({_first_line(error)})") from error
+        with _told(model, "cannot be run"):
+            ids = _spread(decoder, 4)[None].to(head.weight.device)
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            out = decoder(input_ids=ids, use_cache=False, return_dict=True)
+            last = out.last_hidden_state.float()
     finally:
         handle.remove()
     if len(states) != 1 or logits.shape != raw.shape:
@@ -372,7 +372,7 @@ def _told(model: Any, what: str) -> Iterator[None]:
     except (torch.cuda.OutOfMemoryError, MemoryError, UserError):
         raise
     except Exception as error:
-        raise _unsupported(model, f"{what} ({_first_line(error)})") from error
+        raise _unsupported(model, f"{what} ({_reason(error)})") from error
 
 
 @contextmanager
@@ -540,7 +540,7 @@ def _objection(policy: Runner, trials: Sequence[Trial], shared: bool) -> str | N
         except (torch.cuda.OutOfMemoryError, MemoryError, UserError):
             raise
         except Exception as error:  # attention, or a past, of its own kind
-            return f"cannot be run in batches ({_first_line(error)})"
+            return f"cannot be run in batches ({_reason(error)})"
         for one, where in zip(found, ("padding", "tokens that were run before"), strict=True):
             if not _near(one, trial.wanted, trial.exact):
                 return f"gives other logits behind {where} than for one row alone"
@@ -596,7 +596,7 @@ def _unsupported(model: Any, reason: str) -> UserError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What a library says, in a few words."""
-    line = (str(error).strip().splitlines() or [""])[0][:160]
+    line = first_line(error, 160)
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -27,7 +27,7 @@ from ppo_nlu.answers import parse
 from ppo_nlu.chat import Chat
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.decode_graph import Recorder
-from ppo_nlu.errors import UserError
+from ppo_nlu.errors import UserError, first_line
 from ppo_nlu.load_check import Reference, Shape, choose_path
 from ppo_nlu.prefix_tree import Cost, Opening, State, Tokens
 from ppo_nlu.prompts import OPENING, STOP, Message, answer, render
@@ -352,7 +352,7 @@ def reason_of(error: Exception) -> str:
     """The first line of what the library says."""
     if isinstance(error, pickle.UnpicklingError):
         return "its weights are a pickle of more than tensors; ask for safetensors"
-    first = (str(error).strip().splitlines() or [""])[0][:200]
+    first = first_line(error)
     return first if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
 
 

@@ -24,9 +24,10 @@ import torch
 
 import ppo_nlu
 from ppo_nlu import checkpoint
-from ppo_nlu.config import Config, load_config, parse_overrides, to_dict
+from ppo_nlu.config import Config, load_config, parse_overrides
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import adapter_folder, resolve
+from ppo_nlu.strict_config import values
 from ppo_nlu.tasks import REWARD_KINDS, Example
 
 # What must be the same, and how to mend it where it is not.
@@ -67,7 +68,11 @@ def of_run(
     """
     cuda = device.type == "cuda"
     return {
-        "config": _values(cfg, may_change),
+        "config": {
+            key: value
+            for key, value in values(cfg).items()
+            if key not in may_change and key.partition(".")[0] not in may_change
+        },
         "training rows": {name: rows_hash(rows) for name, rows in train_rows.items()},
         "evaluation rows": {name: rows_hash(rows) for name, rows in held.items()},
         "base model": stamp(model_folder(cfg.model.name_or_path)),
@@ -81,19 +86,6 @@ def of_run(
         "transformers": _version("transformers"),
         "tokenizers": _version("tokenizers"),
         "ppo_nlu": f"{ppo_nlu.__version__} ({own_source()})",
-    }
-
-
-def _values(cfg: Config, but: Collection[str]) -> dict[str, Any]:
-    """Every value by its dotted key, apart from some keys and sections."""
-    found: dict[str, Any] = {}
-    for name, value in to_dict(cfg).items():
-        items = value.items() if isinstance(value, dict) else ()
-        found |= {f"{name}.{key}": item for key, item in items} or {name: value}
-    return {
-        key: value
-        for key, value in found.items()
-        if key not in but and key.partition(".")[0] not in but
     }
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -115,6 +116,11 @@ def _override(cls: type, text: str) -> dict[str, Any]:
 def to_dict(cfg: Any) -> dict[str, Any]:
     """Nested plain values, sections in their order."""
     return asdict(cfg)
+
+
+def values(cfg: Any) -> dict[str, Any]:
+    """Every value by its dotted key; a mapping that is a value of its own stays one."""
+    return {key: attrgetter(key)(cfg) for key in schema(cast(type, type(cfg)))}
 
 
 def dump(cfg: Any) -> str:

@@ -37,7 +37,7 @@ from ppo_nlu import (
 )
 from ppo_nlu.config import Config, diff, dump, load_config, to_dict
 from ppo_nlu.errors import UserError
-from ppo_nlu.idle_keys import idle_keys
+from ppo_nlu.idle_keys import BY_REWARD, idle_keys
 from ppo_nlu.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model import DTYPES, Policy
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
@@ -57,7 +57,6 @@ MAY_CHANGE = (
     "custom.dev",
     "custom.test",
 )
-BY_REWARD = ("ppo", "grpo")  # the methods that learn from what their answers earn
 PLANNED_BY = 16  # rows of the first step by which the memory plan judges the prompts
 
 
@@ -501,8 +500,8 @@ def main(argv: list[str] | None = None) -> int:
             run.started = started
             if args.resume:
                 restore(run)
-                done_before = f"resumed after step {run.step} of {cfg.train.steps}"
-                print(done_before if run.step else "no step was saved: begins at the start")
+                after = f"resumed after step {run.step} of {cfg.train.steps}"
+                print(after if run.step else "no step was saved: begins at the start")
             else:
                 tell_idle(cfg, strict_config.given(Config, args.config, args.overrides))
             with profiled(run) if args.profile else nullcontext():

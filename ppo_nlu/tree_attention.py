@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, TypeAlias
@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+
+from ppo_nlu.ops import without_autocast
 
 NAME = "ppo_nlu_tree"
 FUSED_ON = "cpu"  # the device with a fused kernel that gives and takes the log-sum-exp
@@ -203,7 +205,7 @@ def attention(
         v = torch.nn.functional.pad(v, (0, q.shape[-1] - size))
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(tree, TreeCache):
-        with _without_autocast(kind):
+        with without_autocast(query):
             return tree.attend(layer, q, k, v, scale)[None, ..., :size], None
     if tree.keep is not None:
         if layer != len(tree.keep):
@@ -215,11 +217,6 @@ def attention(
 
 
 AttentionInterface.register(NAME, attention)
-
-
-def _without_autocast(kind: str) -> AbstractContextManager[object]:
-    """Entering a region costs 20 µs, so only where there is one."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @contextmanager
@@ -308,7 +305,7 @@ class _TreeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, tree: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, *past: Tensor
     ) -> Tensor:
-        with _without_autocast(q.device.type):
+        with without_autocast(q):
             out, lse = attend(tree, scale, q, k, v, past)
         ctx.save_for_backward(q, k, v, out, lse, *past)
         ctx.tree, ctx.scale = tree, scale
@@ -318,7 +315,7 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *past = ctx.saved_tensors
         into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        with _without_autocast(q.device.type):
+        with without_autocast(q):
             older = attend_backward(ctx.tree, ctx.scale, grads[0], q, k, v, out, lse, past, into)
         return None, None, *into, *older
 

@@ -330,9 +330,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     held_rows = {name: found.examples for name, found in held.items()}
     own = [spec.reward for spec in specs.values() if spec.reward not in REWARD_KINDS]
     named = own if cfg.method in BY_REWARD else ()
-    made_of = provenance.of_run(
-        cfg, train_rows, held_rows, learner.model.device, named, MAY_CHANGE
-    )
+    made_of = provenance.of_run(cfg, train_rows, held_rows, learner.model.device, named, MAY_CHANGE)
     if folder is None:
         folder = checkpoint.claim(output or checkpoint.new_run_dir(), dump(cfg))
     cli.works_in(folder, provenance.resume_command(folder, cfg))

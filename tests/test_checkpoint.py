@@ -222,9 +222,7 @@ def test_a_spoilt_file_of_any_kind_is_damage(tmp_path: Path, name: str, spoil: s
     "changes",
     [{"files": ["adapter"]}, {"files": {"../x": "0"}}, {"state": []}, {"step": "1"}, {"step": 2}],
 )
-def test_a_sealed_state_of_another_shape_is_damage(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_a_sealed_state_of_another_shape_is_damage(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = checkpoint.save(tmp_path, 1, *content(1))
     head = files.unseal((path / "state.json").read_text())
     (path / "state.json").write_text(files.seal(head | changes))

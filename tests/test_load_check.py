@@ -194,9 +194,7 @@ def test_a_model_without_a_linear_head_is_refused() -> None:
 
 def test_the_width_of_the_value_head_is_the_heads(tmp_path: Path) -> None:
     """OPT-350m projects its last state to another width than `hidden_size`."""
-    folder = saved(
-        tmp_path, "opt", word_embed_proj_dim=16, ffn_dim=48, do_layer_norm_before=False
-    )
+    folder = saved(tmp_path, "opt", word_embed_proj_dim=16, ffn_dim=48, do_layer_norm_before=False)
     policy = loaded(folder)
     assert policy.value_head.out.in_features == 16
     scored = policy.score(rows(20), ANSWERS, OWNERS, values=True)

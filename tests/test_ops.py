@@ -588,9 +588,7 @@ def test_logprobs_behind_a_soft_cap(
     weight, bias = 3 * torch.randn(33, 16, dtype=dtype), torch.randn(33, dtype=dtype)
     targets = torch.randint(0, 33, (rows,))
     upstream = torch.randn(2, rows, dtype=torch.float64)
-    found = ops.linear_logprobs(
-        hidden, weight, targets, bias, 0.7, softcap=5.0, entropy_grad=True
-    )
+    found = ops.linear_logprobs(hidden, weight, targets, bias, 0.7, softcap=5.0, entropy_grad=True)
     (torch.stack(found).double() * upstream).sum().backward()
     assert hidden.grad is not None
     wide = hidden.detach().double().requires_grad_()

@@ -159,7 +159,6 @@ def reward(seeds: Iterable[int], steps: int = 40) -> list[Cell]:
 VARIANTS = {
     "full": (),
     "no-tree": ("model.path=plain",),  # one padded row an answer, blocks as the library's modules
-    "no-block": (),  # engine_ours gives the blocks back to the library's modules
     "all-logits": (),  # engine_ours runs the LM head on every position
     "no-reuse": ("rollout.reuse_logprobs=never",),
     "no-cache": ("rollout.reference_cache=false",),

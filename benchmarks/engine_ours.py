@@ -25,8 +25,8 @@ from benchmarks.engine_job import (
 
 def ours(job: Job, meter: Meter) -> None:
     """PPO, GRPO or SFT of ours, through the classes that training goes through."""
-    from ppo_nlu import llama_block, optim, profiling
     from ppo_nlu import model as models
+    from ppo_nlu import optim, profiling
     from ppo_nlu.config import load_config
     from ppo_nlu.learners import LEARNERS
     from ppo_nlu.tasks import Example, get_task
@@ -63,8 +63,6 @@ def ours(job: Job, meter: Meter) -> None:
         policy.stop.may_end.zero_()
     if job["variant"] == "all-logits":
         all_logits(policy)
-    if job["variant"] == "no-block":
-        llama_block.detach(policy.decoder)
     optimizer = optim.build_optimizer(cfg.optim, *learner.parameters())
     trained = [p for group in learner.parameters() for p in group]
     examples = [

@@ -14,7 +14,7 @@ Everything but the activations follows from shapes, in bytes:
 
 Activations are counted: a pass over a few prompts of the run, with the longest answers, tells how
 many bytes autograd keeps for each token. What a layer needs besides while it is run backward is
-taken to be two thirds of what it keeps. With checkpointing a layer keeps its input alone, and one
+taken to be half of what it keeps. With checkpointing a layer keeps its input alone, and one
 layer at a time all the rest. On a GPU the attention's scores of one layer are added: four of fp32
 for each head and pair of a token with one of the longest run that it attends to.
 
@@ -156,7 +156,7 @@ def plan(
         each = saved_bytes(policy, prompts[:PROBE], longest, values=cfg.method == "ppo")
     layer = each // sizes.layers
     kept = sizes.layers * sizes.hidden * sizes.item + layer if policy.checkpointing else full
-    backward = 2 * layer // 3
+    backward = layer // 2
     if policy.device.type != "cpu":  # `tree_attention` forms the scores of a layer there
         backward += 16 * sizes.heads * max(head, max(own) + longest)
     per_token = kept + backward

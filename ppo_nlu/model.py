@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ppo_nlu import (
-    llama_block,
     load_check,
     lora,
     norms,
@@ -379,7 +378,6 @@ def load_policy(cfg: Config) -> Policy:
     torch.manual_seed(cfg.seed)
     lora.attach(model, cfg.lora, idle=reference.idle)
     norms.attach(model)
-    llama_block.attach(load_check.decoder_of(model))
     width = load_check.head_of(model).in_features
     head = ValueHead(width, cfg.model.value_head, cfg.model.value_hidden)
     policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)

@@ -67,12 +67,11 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x * r).mul_(weight), r
 
 
-def gradient(scaled: Tensor, x: Tensor, r: Tensor, before: Tensor | None = None) -> Tensor:
-    """dx, in the memory of `scaled`, which is w ∘ dy; or added to `before`, in place."""
+def gradient(scaled: Tensor, x: Tensor, r: Tensor) -> Tensor:
+    """dx, in the memory of `scaled`, which is w ∘ dy."""
     along = torch.linalg.vecdot(scaled, x)[..., None]
     along.mul_(r**3).div_(-x.shape[-1])
-    out = scaled.mul_(r) if before is None else before.addcmul_(scaled, r)
-    return out.addcmul_(x, along)
+    return scaled.mul_(r).addcmul_(x, along)
 
 
 class _Norm(torch.autograd.Function):

@@ -234,11 +234,6 @@ _running: list[Plan | TreeCache | None] = [None]  # what the pass that is under 
 _config: list[Any] = [None]  # and the config of the model that runs it
 
 
-def running() -> Plan | TreeCache | None:
-    """The plan or cache of the pass that is under way; None outside of one."""
-    return _running[0]
-
-
 def wanted(module: nn.Module) -> Tensor | None:
     """The tokens that a module runs alone, if `trim` has found it and this pass wants a few."""
     tree = _running[0]

@@ -784,21 +784,6 @@ ATTENTION = (
     )
 )
 
-BLOCK = of(
-    "llama_block",
-    "llama_block",
-    rotated_twice=(
-        "_rotate(d_qkv[:, : many + few], cos, sin, back=True)",
-        "_rotate(d_qkv[:, : many + few], cos, sin)",
-        "the backward turns back",
-    ),
-    later_keys=(
-        "            own.add_(later)",
-        "            pass",
-        "keys are used by later passes",
-    ),
-)
-
 # ---- LoRA, log-probabilities, operations ----------------------------------------------------
 
 TORCH_LORA = of(
@@ -1045,6 +1030,6 @@ CHECKPOINT = of(
 
 MUTANTS = [
     *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REFERENCE, *GENERATE,
-    *KEPT_GRAPH, *TREE, *ATTENTION, *BLOCK, *TORCH_LORA, *LOGPROBS, *LORA, *OPS, *MODEL,
+    *KEPT_GRAPH, *TREE, *ATTENTION, *TORCH_LORA, *LOGPROBS, *LORA, *OPS, *MODEL,
     *LOAD_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
 ]  # fmt: skip

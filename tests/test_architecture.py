@@ -20,7 +20,7 @@ ROOMS = {
     "language": "tasks archives download readers data prompts answers metrics rewards published "
     "demonstrations mixture words",
     "kernels": "kernels",
-    "model": "ops torch_lora torch_logprobs lora norms llama_block model load_check prefix_tree "
+    "model": "ops torch_lora torch_logprobs lora norms model load_check prefix_tree "
     "tree_attention decode_graph generate tokens chat",
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "

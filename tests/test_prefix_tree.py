@@ -128,7 +128,7 @@ def test_answers_on_a_trunk_equal_one_row_at_a_time(
 @pytest.mark.parametrize("kind", tiny.TREE_KINDS)
 def test_an_opening_is_run_once_for_many_passes(kind: str, name: str) -> None:
     """Its tokens are those that all prompts begin with; scores and decoding equal single rows."""
-    policy = tiny.policy(kind)  # of which the Llama's and Qwen2's blocks are written out
+    policy = tiny.policy(kind)
     decoder = policy.decoder
     prompts, answers, owners = SHAPES[name]
     owners = list(range(len(answers))) if owners is None else owners

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from ppo_nlu import llama_block, lora, norms, prefix_tree, rollout, tree_attention
+from ppo_nlu import lora, norms, prefix_tree, rollout, tree_attention
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.generate import Generation
 from ppo_nlu.load_check import Reference, choose_path
@@ -105,7 +105,6 @@ def policy(
     torch.manual_seed(seed)
     lora.attach(model, lora_cfg or LoraConfig(r=4, alpha=8.0))
     norms.attach(model)
-    llama_block.attach(model.base_model)
     head = ValueHead(model.config.hidden_size, cfg.value_head, cfg.value_hidden)
     made = Policy(model, words, head, cfg)
     made.tree = choose_path(made, cfg.path, reference)

@@ -7,7 +7,7 @@ hub has a package of that very name, which transformers imports.
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "ppo_nlu/__init__.py").read_text("utf-8"))
@@ -22,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["ppo_nlu", "ppo_nlu.tasks", "ppo_nlu.kernels"],
+    packages=[*find_packages(include=["ppo_nlu", "ppo_nlu.*"]), "ppo_nlu.kernels"],
     package_dir={"ppo_nlu.kernels": "kernels"},
     package_data={
         "ppo_nlu": ["py.typed", "README.md", "architectures.md", "assets/*", "assets/**/*"],

@@ -6,16 +6,34 @@ Importing this package imports nothing heavy; `ppo_nlu.losses` needs torch alone
 import os
 import signal
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
-# In a checkout the kernels live beside this package, in a folder that must not be importable as a
-# top-level `kernels` (transformers probes for a package of that name). Installed wheels map the
-# folder to ppo_nlu.kernels; in a checkout the repository root is one more place to look for it.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "setup.py").is_file() and (_root / "kernels" / "token_logprobs.py").is_file():
-    __path__.append(str(_root))
+_KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+
+
+class _Kernels:
+    """Finds `ppo_nlu.kernels` in a checkout, where the kernels live beside this package.
+
+    Their folder must not be importable as a top-level `kernels`: transformers probes for a package
+    of that name. Installed wheels hold the folder as ppo_nlu/kernels.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """The folder as a package without a module of its own; None for every other name."""
+        if name != f"{__name__}.kernels":
+            return None
+        spec = ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(_KERNELS)]
+        return spec
+
+
+if (_KERNELS / "token_logprobs.py").is_file() and (_KERNELS.parent / "setup.py").is_file():
+    sys.meta_path.append(_Kernels)
 
 
 def _begin_program() -> None:

@@ -26,10 +26,13 @@ class Mutant:
 
 def of(file: str, *tests: str, **mutants: tuple[str, ...]) -> list[Mutant]:
     """Mutants of one file with the same tests: name=(old, new, why), or with `equivalent` too."""
-    parts = (test.partition("::") for test in tests)
-    places = tuple(f"tests/test_{name}.py{colons}{node}" for name, colons, node in parts)
+    places = []
+    for test in tests:
+        name, colons, node = test.partition("::")
+        folder, slash, stem = name.rpartition("/")
+        places.append(f"tests/{folder}{slash}test_{stem}.py{colons}{node}")
     return [
-        Mutant(name, f"ppo_nlu/{file}.py", old, new, places, why, *reason)
+        Mutant(name, f"ppo_nlu/{file}.py", old, new, tuple(places), why, *reason)
         for name, (old, new, why, *reason) in mutants.items()
     ]
 

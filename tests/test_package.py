@@ -48,6 +48,12 @@ def test_the_kernels_are_no_package_of_their_own() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.parametrize("name", ["tests", "benchmarks", "setup"])
+def test_nothing_else_beside_the_package_belongs_to_it(name: str) -> None:
+    code = f"import importlib.util as u, ppo_nlu; print(u.find_spec('ppo_nlu.{name}'))"
+    assert run(code) == "None"
+
+
 def test_a_foreign_kernels_package_and_ours_live_side_by_side(tmp_path: Path) -> None:
     theirs = tmp_path / "kernels"
     theirs.mkdir()

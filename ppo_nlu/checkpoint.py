@@ -29,7 +29,7 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from ppo_nlu.errors import UserError
-from ppo_nlu.files import (
+from ppo_nlu.storage.files import (
     LOCK,
     TEMP,
     Damaged,

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urljoin
 
-from ppo_nlu import files
 from ppo_nlu.archives import ARCHIVES, Archive
 from ppo_nlu.errors import UserError, printable
+from ppo_nlu.storage import files
 from ppo_nlu.tasks import TaskSpec
 
 OPEN_SECONDS = 3.0  # for the name look-up, the connection and the first answer together

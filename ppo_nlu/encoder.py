@@ -28,7 +28,11 @@ from torch.optim import Optimizer
 
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.files import (
+from ppo_nlu.lora import require_numbers
+from ppo_nlu.model import BUNDLED, DTYPES, hub_answers, pick_device, reason_of
+from ppo_nlu.optim import clip_gradients
+from ppo_nlu.rollout import seeded
+from ppo_nlu.storage.files import (
     check_folder,
     make_folder,
     parse_object,
@@ -38,10 +42,6 @@ from ppo_nlu.files import (
     write_errors,
     write_folder,
 )
-from ppo_nlu.lora import require_numbers
-from ppo_nlu.model import BUNDLED, DTYPES, hub_answers, pick_device, reason_of
-from ppo_nlu.optim import clip_gradients
-from ppo_nlu.rollout import seeded
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.updates import BadStep, Metrics, chunks
 

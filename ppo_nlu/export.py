@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from ppo_nlu import checkpoint, cli, lora
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.files import (
+from ppo_nlu.model import VALUE_HEAD, load_base
+from ppo_nlu.provenance import stored_config
+from ppo_nlu.storage.files import (
     FolderLock,
     atomic_write_text,
     parse_object,
@@ -42,8 +44,6 @@ from ppo_nlu.files import (
     write_errors,
     write_folder,
 )
-from ppo_nlu.model import VALUE_HEAD, load_base
-from ppo_nlu.provenance import stored_config
 
 # Texts on which the merged model must agree with the policy; of each the last 64 tokens.
 PROBES = (

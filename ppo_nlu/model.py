@@ -13,15 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import (
-    load_check,
-    lora,
-    norms,
-    ops,
-    prefix_tree,
-    profiling,
-    tree_attention,
-)
+from ppo_nlu import load_check, lora, norms, ops, prefix_tree, profiling, tree_attention
 from ppo_nlu.answers import parse
 from ppo_nlu.chat import Chat
 from ppo_nlu.config import Config, ModelConfig, PromptConfig

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ppo_nlu.files import temporary_name, write_errors
+from ppo_nlu.storage.files import temporary_name, write_errors
 
 PHASES = ("prefill", "decode", "score", "reference", "update", "evaluation", "io")
 OTHER = "other"  # the time outside every phase

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import torch
 
 from ppo_nlu.errors import UserError
-from ppo_nlu.files import (
+from ppo_nlu.storage.files import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,

@@ -29,7 +29,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 import yaml
 
 from ppo_nlu.errors import UserError, one_line
-from ppo_nlu.files import atomic_write_text
+from ppo_nlu.storage.files import atomic_write_text
 
 T = TypeVar("T")
 

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ppo_nlu import cli, data, files, mixture, optim, provenance, runlog, sft
+from ppo_nlu import cli, data, mixture, optim, provenance, runlog, sft
 from ppo_nlu.answers import parse
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.model import Policy, ValueHead, check_words, load_base, measure, settle
 from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
+from ppo_nlu.storage import files
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 

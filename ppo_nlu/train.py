@@ -24,7 +24,6 @@ from ppo_nlu import (
     cli,
     data,
     evaluate,
-    files,
     memory,
     mixture,
     optim,
@@ -40,6 +39,7 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.idle_keys import BY_REWARD, idle_keys
 from ppo_nlu.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model import DTYPES, Policy
+from ppo_nlu.storage import files
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 

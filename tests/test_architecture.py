@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ppo_nlu"
 
 ROOMS = {
-    "bottom": "__init__ errors files strict_config foreign_names idle_keys config profiling",
+    "bottom": "__init__ errors strict_config foreign_names idle_keys config profiling storage",
     "maths": "losses advantages",
-    "language": "tasks archives download readers data prompts answers metrics rewards published "
-    "demonstrations mixture words",
+    "language": "tasks archives download readers data prompts answers metrics rewards "
+    "published demonstrations mixture words",
     "kernels": "kernels",
     "model": "ops torch_lora torch_logprobs lora norms model load_check prefix_tree "
     "tree_attention decode_graph generate tokens chat",
@@ -26,7 +26,8 @@ ROOMS = {
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
     "reward_model",
     "programs": "__main__ provenance data_program train evaluate predict export pretrain "
-    "teach_form submit reproduce grid results report report_tables report_plots document",
+    "teach_form submit reproduce grid results report report_tables report_plots "
+    "document",
 }
 ALLOWED = {
     "bottom": "",
@@ -55,6 +56,8 @@ def modules() -> dict[str, Path]:
 
 
 def room_of(module: str) -> str | None:
+    if module.endswith(".__main__"):
+        return "programs"
     first = module.split(".")[1] if "." in module else "__init__"
     return next((room for room, names in ROOMS.items() if first in names.split()), None)
 

@@ -22,9 +22,10 @@ import torch
 from helpers import on_call
 from transformers.optimization import Adafactor
 
-from ppo_nlu import checkpoint, files
+from ppo_nlu import checkpoint
 from ppo_nlu.errors import UserError
-from ppo_nlu.files import Damaged
+from ppo_nlu.storage import files
+from ppo_nlu.storage.files import Damaged
 
 CALLS = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")  # of os: every step of a write
 

@@ -16,9 +16,10 @@ from helpers import ends, raiser
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ppo_nlu import checkpoint, cli, export, files, lora
+from ppo_nlu import checkpoint, cli, export, lora
 from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
+from ppo_nlu.storage import files
 
 transformers = pytest.importorskip("transformers")
 

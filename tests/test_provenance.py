@@ -23,7 +23,6 @@ from ppo_nlu import (
     cli,
     evaluate,
     export,
-    files,
     predict,
     pretrain,
     provenance,
@@ -34,6 +33,7 @@ from ppo_nlu import (
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import BUNDLED
+from ppo_nlu.storage import files
 from ppo_nlu.tasks import Example
 
 pytestmark = pytest.mark.skipif(

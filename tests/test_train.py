@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppo_nlu import checkpoint, cli, evaluate, files, lora, memory, ppo, train
+from ppo_nlu import checkpoint, cli, evaluate, lora, memory, ppo, train
 from ppo_nlu.model import BUNDLED
+from ppo_nlu.storage import files
 
 pytestmark = pytest.mark.skipif(
     not (BUNDLED / "config.json").is_file(), reason="the bundled model is not in ppo_nlu/assets"

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ppo_nlu.files import atomic_write_text, make_folder
+from ppo_nlu.storage.files import atomic_write_text, make_folder
 
 TASK = "sst2"
 SIZES = {"train": 6000, "dev": 600, "test": 600}

@@ -18,11 +18,12 @@ import pytest
 import torch
 from helpers import on_call
 
-from ppo_nlu import files, runlog
+from ppo_nlu import runlog
 from ppo_nlu.errors import UserError
+from ppo_nlu.storage import files
 
 CALLS = ("replace", "fsync", "unlink", "open")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Killed(BaseException):

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 from ppo_nlu.config import Config
+from ppo_nlu.config.strict_config import meant
 from ppo_nlu.errors import UserError, first_line, one_line
-from ppo_nlu.strict_config import meant
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror, ssl.SSLError)

@@ -13,8 +13,8 @@ from functools import lru_cache
 from heapq import nlargest
 from pathlib import Path
 
-from ppo_nlu import archives, cli, data, download, strict_config
-from ppo_nlu.config import Config, DataConfig, load_config
+from ppo_nlu import archives, cli, data, download
+from ppo_nlu.config import Config, DataConfig, load_config, strict_config
 from ppo_nlu.errors import UserError, printable
 from ppo_nlu.prompts import render
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task

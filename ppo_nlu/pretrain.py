@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from ppo_nlu import cli
 from ppo_nlu.answers import parse
+from ppo_nlu.config.strict_config import below_one, load_dataclass, number, one_of, positive, share
 from ppo_nlu.errors import UserError
 from ppo_nlu.prefix_tree import cache_argument, kept_cache
 from ppo_nlu.prompts import STOP, answer, render
@@ -52,7 +53,6 @@ from ppo_nlu.storage.files import (
     read_tensors,
     to_json,
 )
-from ppo_nlu.strict_config import below_one, load_dataclass, number, one_of, positive, share
 from ppo_nlu.tasks import Label, TaskSpec, get_task
 
 OPEN = STOP.replace("/", "")

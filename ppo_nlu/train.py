@@ -31,12 +31,11 @@ from ppo_nlu import (
     provenance,
     rewards,
     runlog,
-    strict_config,
     updates,
 )
-from ppo_nlu.config import Config, diff, dump, load_config, to_dict
+from ppo_nlu.config import Config, diff, dump, load_config, strict_config, to_dict
+from ppo_nlu.config.idle_keys import BY_REWARD, idle_keys
 from ppo_nlu.errors import UserError
-from ppo_nlu.idle_keys import BY_REWARD, idle_keys
 from ppo_nlu.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model import DTYPES, Policy
 from ppo_nlu.storage import files

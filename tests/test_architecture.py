@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ppo_nlu"
 
 ROOMS = {
-    "bottom": "__init__ errors strict_config foreign_names idle_keys config profiling storage",
+    "bottom": "__init__ errors config profiling storage",
     "maths": "losses advantages",
     "language": "tasks archives download readers data prompts answers metrics rewards "
     "published demonstrations mixture words",

@@ -8,7 +8,7 @@ import pytest
 
 from ppo_nlu import cli
 from ppo_nlu.config import Config
-from ppo_nlu.strict_config import schema
+from ppo_nlu.config.strict_config import schema
 from tests.campaigns import bad_input
 from tests.campaigns.bad_input import Case
 

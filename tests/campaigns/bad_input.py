@@ -41,7 +41,7 @@ from ppo_nlu import (
     train,
 )
 from ppo_nlu.config import FOREIGN_NAMES, Config, dump, load_config
-from ppo_nlu.strict_config import Leaf, schema
+from ppo_nlu.config.strict_config import Leaf, schema
 
 LONGEST, SECONDS, CHUNK = 600, 20, 400
 PROGRAMS: dict[str, Any] = {

@@ -15,10 +15,9 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, ClassVar
 
-from ppo_nlu import strict_config
-from ppo_nlu.errors import UserError
-from ppo_nlu.foreign_names import ABSENT, FOREIGN_NAMES, NOTES
-from ppo_nlu.strict_config import (
+from ppo_nlu.config import strict_config
+from ppo_nlu.config.foreign_names import ABSENT, FOREIGN_NAMES, NOTES
+from ppo_nlu.config.strict_config import (
     below_one,
     count,
     diff,
@@ -33,6 +32,7 @@ from ppo_nlu.strict_config import (
     share,
     to_dict,
 )
+from ppo_nlu.errors import UserError
 
 __all__ = [
     "METHODS", "METHOD_DEFAULTS", "PRESETS", "Config", "CustomConfig", "DataConfig",

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
-from ppo_nlu import config, strict_config
+from ppo_nlu import config
 from ppo_nlu.config import (
     PRESETS,
     Config,
@@ -25,12 +25,13 @@ from ppo_nlu.config import (
     number,
     parse_overrides,
     save_config,
+    strict_config,
     to_dict,
 )
+from ppo_nlu.config.idle_keys import idle_keys
 from ppo_nlu.errors import UserError
-from ppo_nlu.idle_keys import idle_keys
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TASK = "task: sst2\n"
 Write = Callable[[str], Path]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from ppo_nlu.config import Config
-from ppo_nlu.strict_config import values
+from ppo_nlu.config.strict_config import values
 
 BY_REWARD = ("ppo", "grpo")  # the methods that learn from what their answers earn
 # {key or section: the methods that read it}; longer names win over their section's.

@@ -85,9 +85,9 @@ def reward_of(job: Job) -> Callable[[str, dict[str, Any]], float]:
     """(answer's text, row of the job) -> reward, by the rule of the task or as noise."""
     if job["reward"] == "noise":
         return lambda text, row: noise(text)
-    from ppo_nlu.answers import parse
-    from ppo_nlu.rewards import score
     from ppo_nlu.tasks import get_task
+    from ppo_nlu.tasks.answers import parse
+    from ppo_nlu.tasks.rewards import score
 
     return lambda text, row: score(parse(get_task(row["task"]), text), row["label"])
 

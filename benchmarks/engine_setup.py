@@ -116,8 +116,8 @@ def _rows(task: str, model: str, data_root: str | None) -> list[dict[str, Any]]:
 
     from ppo_nlu import data
     from ppo_nlu.config import DataConfig
-    from ppo_nlu.prompts import render
     from ppo_nlu.tasks import get_task
+    from ppo_nlu.tasks.prompts import render
 
     spec, tokenizer = get_task(task), AutoTokenizer.from_pretrained(model)
     cfg = DataConfig(path=data_root, min_words=4)  # SST-2's rows are phrases, down to one word
@@ -138,8 +138,8 @@ def synthetic(cell: Cell, steps: int) -> list[dict[str, Any]]:
     """
     import random
 
-    from ppo_nlu.prompts import render
     from ppo_nlu.tasks import get_task
+    from ppo_nlu.tasks.prompts import render
 
     spec, draw = get_task("sst2"), random.Random(cell.seed)
     (name,) = spec.fields

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppo_nlu.errors import UserError, first_line
-from ppo_nlu.prompts import Message, written_out
+from ppo_nlu.tasks.prompts import Message, written_out
 from ppo_nlu.tokens import TextError
 
 # What a template might change in the text of a row: case, marks, quotes, braces, line ends.

@@ -25,7 +25,7 @@ from ppo_nlu.errors import UserError, printable, quoted
 from ppo_nlu.readers import MALFORMED, gold, input_rows, numbered_lines, read_split, unreadable
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, bundled
 from ppo_nlu.tasks.custom import CustomSpec
-from ppo_nlu.words import is_empty
+from ppo_nlu.tasks.words import is_empty
 
 if TYPE_CHECKING:
     from ppo_nlu.config import DataConfig

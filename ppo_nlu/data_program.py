@@ -16,9 +16,9 @@ from pathlib import Path
 from ppo_nlu import archives, cli, data, download
 from ppo_nlu.config import Config, DataConfig, load_config, strict_config
 from ppo_nlu.errors import UserError, printable
-from ppo_nlu.prompts import render
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
 from ppo_nlu.tasks.custom import specs_of
+from ppo_nlu.tasks.prompts import render
 from ppo_nlu.tokens import Codec
 
 HEADER = ("task", "split", "file", "rows", "labels", "left out", "words", "tokens", "state")

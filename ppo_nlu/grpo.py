@@ -22,7 +22,6 @@ from ppo_nlu import lora, losses, profiling, updates
 from ppo_nlu.config import Config
 from ppo_nlu.model import Policy
 from ppo_nlu.reference_cache import ReferenceCache
-from ppo_nlu.rewards import RunningScale
 from ppo_nlu.rollout import (
     Divergence,
     Rollout,
@@ -33,6 +32,7 @@ from ppo_nlu.rollout import (
     seeded,
 )
 from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks.rewards import RunningScale
 from ppo_nlu.updates import Budget, Metrics
 
 

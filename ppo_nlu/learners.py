@@ -22,9 +22,9 @@ from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.losses import AdaptiveKL
 from ppo_nlu.model import VALUE_HEAD, Policy, load_policy
 from ppo_nlu.reference_cache import ReferenceCache
-from ppo_nlu.rewards import RunningScale
 from ppo_nlu.rollout import Rollout, seeded, tell_reuse
 from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks.rewards import RunningScale
 from ppo_nlu.updates import Budget, Metrics, check_first_ratio
 
 Groups = dict[str, dict[str, Tensor]]

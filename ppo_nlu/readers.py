@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ppo_nlu.errors import UserError, quoted
-from ppo_nlu.prompts import STOP
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
-from ppo_nlu.words import fold, is_empty, twice, whole_words
+from ppo_nlu.tasks.prompts import STOP
+from ppo_nlu.tasks.words import fold, is_empty, twice, whole_words
 
 MALFORMED = "malformed"
 NO_GOLD = "without a gold label"

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from ppo_nlu import published
 from ppo_nlu import results as measured
 from ppo_nlu.document import Group, Heading, Part, Table, Text
-from ppo_nlu.metrics import PAPER_METRICS
 from ppo_nlu.report_plots import title_of
 from ppo_nlu.results import DECODES, METHODS, Results, Spread, spread
+from ppo_nlu.tasks.metrics import PAPER_METRICS
 
 DASH = "–"
 OURS = "measured here (evaluation rows; mean ± standard deviation over seeds)"

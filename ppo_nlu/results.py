@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ppo_nlu import metrics
 from ppo_nlu.errors import UserError
 from ppo_nlu.storage import files
-from ppo_nlu.tasks import TASKS
+from ppo_nlu.tasks import TASKS, metrics
 
 DECODES = {"sample": "sampled", "greedy": "greedy", "score": "scored"}
 METHODS = {  # in the order of the tables

@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ppo_nlu import demonstrations, profiling, rewards
-from ppo_nlu.answers import parse
+from ppo_nlu import demonstrations, profiling
 from ppo_nlu.config import Config, PromptConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Generation, Sampling, generate
@@ -19,9 +18,10 @@ from ppo_nlu.lora import lora_disabled
 from ppo_nlu.losses import exact_kl, kl_penalty
 from ppo_nlu.model import Policy, Scored, unflatten
 from ppo_nlu.prefix_tree import State
-from ppo_nlu.prompts import OPENING, render, turns
 from ppo_nlu.reference_cache import ReferenceCache
-from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks import Example, TaskSpec, rewards
+from ppo_nlu.tasks.answers import parse
+from ppo_nlu.tasks.prompts import OPENING, render, turns
 from ppo_nlu.tokens import TextError
 from ppo_nlu.updates import Metrics
 

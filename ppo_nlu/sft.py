@@ -18,9 +18,9 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.lora import lora_parameters
 from ppo_nlu.model import Policy
 from ppo_nlu.optim import clip_gradients
-from ppo_nlu.prompts import gold_answer
 from ppo_nlu.rollout import fit_prompt, longest_prompt, sealed
 from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks.prompts import gold_answer
 from ppo_nlu.updates import BadStep, Budget, Metrics, accumulate
 
 

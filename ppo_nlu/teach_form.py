@@ -24,7 +24,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ppo_nlu import cli, data, mixture, optim, provenance, runlog, sft
-from ppo_nlu.answers import parse
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
@@ -32,6 +31,7 @@ from ppo_nlu.model import Policy, ValueHead, check_words, load_base, measure, se
 from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
 
 PROBED = 64  # rows of a task that tell whether the base knows its form

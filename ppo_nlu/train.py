@@ -29,7 +29,6 @@ from ppo_nlu import (
     optim,
     profiling,
     provenance,
-    rewards,
     runlog,
     updates,
 )
@@ -39,7 +38,7 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model import DTYPES, Policy
 from ppo_nlu.storage import files
-from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
+from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec, rewards
 from ppo_nlu.tasks.custom import specs_of
 
 # What a resumed run may change: how it is shown and kept, not what is computed.

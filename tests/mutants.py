@@ -937,8 +937,8 @@ LOAD_CHECK = of(
 # ---- answers, rewards, optimizer, checkpoints -----------------------------------------------
 
 ANSWERS = of(
-    "answers",
-    "language",
+    "tasks/answers",
+    "tasks/language",
     answer_without_tag=(
         "    if not tag:",
         "    if False:",
@@ -957,8 +957,8 @@ ANSWERS = of(
 )
 
 REWARDS = of(
-    "rewards",
-    "language",
+    "tasks/rewards",
+    "tasks/language",
     reward_half=(
         "(spec.rating.high - spec.rating.low) / 2",
         "spec.rating.high / 1.0",

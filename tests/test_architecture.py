@@ -17,8 +17,7 @@ PACKAGE = "ppo_nlu"
 ROOMS = {
     "bottom": "__init__ errors config profiling storage",
     "maths": "losses advantages",
-    "language": "tasks archives download readers data prompts answers metrics rewards "
-    "published demonstrations mixture words",
+    "language": "tasks archives download readers data published demonstrations mixture",
     "kernels": "kernels",
     "model": "ops torch_lora torch_logprobs lora norms model load_check prefix_tree "
     "tree_attention decode_graph generate tokens chat",
@@ -144,7 +143,7 @@ def test_there_is_no_cycle() -> None:
         ("ppo_nlu.losses", "from ppo_nlu import config"),
         ("ppo_nlu.advantages", "def f():\n    import ppo_nlu.ops"),
         ("ppo_nlu.tasks.glue", "import torch.nn"),
-        ("ppo_nlu.metrics", "from torch import Tensor"),
+        ("ppo_nlu.tasks.metrics", "from torch import Tensor"),
         ("ppo_nlu.lora", "from . import rollout"),
         ("ppo_nlu.ppo", "from ppo_nlu.train import main"),
         ("ppo_nlu.train", "from tests import tiny"),

@@ -8,9 +8,9 @@ import tiny
 
 from ppo_nlu import demonstrations
 from ppo_nlu.config import Config, PromptConfig
-from ppo_nlu.prompts import render
 from ppo_nlu.rollout import fit_prompt
 from ppo_nlu.tasks import Example, get_task
+from ppo_nlu.tasks.prompts import render
 
 MNLI, STSB = get_task("mnli"), get_task("stsb")
 

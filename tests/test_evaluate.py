@@ -13,13 +13,13 @@ import tiny
 import torch
 
 from ppo_nlu import checkpoint, cli, data, evaluate, predict, prefix_tree
-from ppo_nlu.answers import parse
 from ppo_nlu.config import Config
 from ppo_nlu.evaluate import Answer
 from ppo_nlu.model import Policy
-from ppo_nlu.prompts import answer, render
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import Example, get_task
+from ppo_nlu.tasks.answers import parse
+from ppo_nlu.tasks.prompts import answer, render
 
 SPEC = get_task("sst2")
 

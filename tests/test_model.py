@@ -27,7 +27,7 @@ from ppo_nlu.model import (
     trainable,
     unflatten,
 )
-from ppo_nlu.prompts import STOP, answer, render
+from ppo_nlu.tasks.prompts import STOP, answer, render
 
 TOKENIZERS = ("llama2", "gpt2", "gptneox-20b", "qwen2", "stories260K")
 

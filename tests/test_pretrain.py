@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from ppo_nlu import cli, pretrain
-from ppo_nlu.answers import parse
-from ppo_nlu.prompts import answer, render
 from ppo_nlu.tasks import get_task
+from ppo_nlu.tasks.answers import parse
+from ppo_nlu.tasks.prompts import answer, render
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "ppo_nlu" / "assets" / "tiny"

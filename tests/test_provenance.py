@@ -189,7 +189,7 @@ def test_another_reward_is_refused(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The file of the reward itself, and one that it imports."""
-    from ppo_nlu import rewards
+    from ppo_nlu.tasks import rewards
 
     package = place.root / "their_rewards"
     package.mkdir()

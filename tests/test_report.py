@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import document, metrics, published, report, report_plots, report_tables, results
+from ppo_nlu import document, published, report, report_plots, report_tables, results
 from ppo_nlu.errors import UserError
 from ppo_nlu.grid import GRIDS, Backbone, Grid, plan, settle
-from ppo_nlu.tasks import get_task
+from ppo_nlu.tasks import get_task, metrics
 
 METHODS = (
     "zero-shot",

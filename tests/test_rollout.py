@@ -16,7 +16,6 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.lora import lora_disabled, lora_parameters
 from ppo_nlu.losses import kl_penalty
 from ppo_nlu.model import Policy
-from ppo_nlu.prompts import render
 from ppo_nlu.rollout import (
     Rollout,
     collect_answers,
@@ -27,6 +26,7 @@ from ppo_nlu.rollout import (
     tell_reuse,
 )
 from ppo_nlu.tasks import Example
+from ppo_nlu.tasks.prompts import render
 
 TWO_FIELDS = replace(tiny.SST2, name="pair", query="{short} # {long}", fields=("short", "long"))
 

@@ -11,12 +11,12 @@ import tiny
 import torch
 
 from ppo_nlu import lora, sft
-from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, LoraConfig, PromptConfig, RolloutConfig, SFTConfig
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.learners import SFT
-from ppo_nlu.prompts import OPENING, render
 from ppo_nlu.tasks import TASKS, Example
+from ppo_nlu.tasks.answers import parse
+from ppo_nlu.tasks.prompts import OPENING, render
 from ppo_nlu.updates import Budget
 
 CFG = Config(task="sst2", method="sft", rollout=RolloutConfig(4, 1, 4))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import REWARD_KINDS, TASKS, Label, Rating, TaskSpec, get_task
-from ppo_nlu.words import is_empty, same, unmarked
+from ppo_nlu.tasks.words import is_empty, same, unmarked
 
 if TYPE_CHECKING:
     from ppo_nlu.config import Config, CustomConfig

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ppo_nlu import words
 from ppo_nlu.errors import UserError
+from ppo_nlu.tasks import words
 from ppo_nlu.tasks.spec import Example, TaskSpec
 
 UNPARSED = "unparsed"  # the name of None in a histogram and a confusion table

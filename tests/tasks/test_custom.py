@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from ppo_nlu.answers import parse
 from ppo_nlu.config import Config, CustomConfig, DataConfig, load_config
 from ppo_nlu.data import load_split, read_inputs, train_examples
 from ppo_nlu.data_program import main as check_data
 from ppo_nlu.errors import UserError
-from ppo_nlu.prompts import answer, render
-from ppo_nlu.rewards import reward
 from ppo_nlu.tasks import Example, Label, Rating, get_task
+from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import DESCRIPTION, METRICS, spec_of, specs_of
+from ppo_nlu.tasks.prompts import answer, render
+from ppo_nlu.tasks.rewards import reward
 
 MOOD = CustomConfig(
     name="mood",
@@ -63,7 +63,7 @@ def test_a_range_makes_a_rating_and_neither_makes_free_text() -> None:
 
 
 def test_the_metrics_are_those_of_the_metrics_room() -> None:
-    from ppo_nlu import metrics
+    from ppo_nlu.tasks import metrics
 
     for kind, names in METRICS.items():
         assert all(metrics.METRICS[name].kind == kind for name in names)

@@ -14,9 +14,9 @@ from reprlib import repr as short
 from typing import Any
 
 from ppo_nlu.errors import UserError
-from ppo_nlu.metrics import best_match, exact, token_f1
-from ppo_nlu.prompts import STOP
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
+from ppo_nlu.tasks.metrics import best_match, exact, token_f1
+from ppo_nlu.tasks.prompts import STOP
 
 # (right, wrong, no answer): the paper's text, and its released code, which is 2 * paper - 1.
 SCALES = {"paper": (1.0, 0.0, -1.0), "code": (1.0, -1.0, -3.0)}

@@ -15,7 +15,8 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from ppo_nlu.errors import UserError
-from ppo_nlu.metrics import (
+from ppo_nlu.tasks import TASKS, Example, Label, Rating, TaskSpec
+from ppo_nlu.tasks.metrics import (
     METRICS,
     PAPER_METRICS,
     accuracy,
@@ -32,7 +33,6 @@ from ppo_nlu.metrics import (
     task_score,
     token_f1,
 )
-from ppo_nlu.tasks import TASKS, Example, Label, Rating, TaskSpec
 
 WORDS = ("Positive", "Negative")
 TEXT = TaskSpec("qa", "QA", "custom", "", "", "{q}", ("q",), metrics=("exact", "token_f1"))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from ppo_nlu import words
-from ppo_nlu.prompts import STOP
-from ppo_nlu.tasks import TaskSpec
+from ppo_nlu.tasks import TaskSpec, words
+from ppo_nlu.tasks.prompts import STOP
 
 
 def parse(spec: TaskSpec, response: str, form: str = "judgement") -> str | None:

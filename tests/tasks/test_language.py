@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from ppo_nlu.answers import parse
 from ppo_nlu.errors import UserError
-from ppo_nlu.prompts import OPENING, STOP, answer, gold_answer, render, turns
-from ppo_nlu.rewards import SCALES, RunningScale, load, reward, score
 from ppo_nlu.tasks import TASKS, Example, Label, Rating, TaskSpec, get_task
+from ppo_nlu.tasks.answers import parse
+from ppo_nlu.tasks.prompts import OPENING, STOP, answer, gold_answer, render, turns
+from ppo_nlu.tasks.rewards import SCALES, RunningScale, load, reward, score
 
 SST2, STSB, COPA = get_task("sst2"), get_task("stsb"), get_task("copa")
 FREE = TaskSpec("f", "F", "b", "F", "d", "{x}", ("x",), reward="f1")

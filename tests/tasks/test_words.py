@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from ppo_nlu import words
-from ppo_nlu.answers import parse
 from ppo_nlu.errors import UserError
-from ppo_nlu.metrics import exact, normalise
-from ppo_nlu.prompts import answer
 from ppo_nlu.readers import gold
-from ppo_nlu.tasks import Label, Rating, TaskSpec
+from ppo_nlu.tasks import Label, Rating, TaskSpec, words
+from ppo_nlu.tasks.answers import parse
+from ppo_nlu.tasks.metrics import exact, normalise
+from ppo_nlu.tasks.prompts import answer
 
 
 def choice(*listed: str) -> TaskSpec:

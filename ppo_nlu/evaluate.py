@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from ppo_nlu import cli, data, demonstrations, encoder, lora, prefix_tree, runlog
+from ppo_nlu import cli, data, encoder, lora, prefix_tree, runlog
 from ppo_nlu.checkpoint import require_run_dir
 from ppo_nlu.config import Config
+from ppo_nlu.data import demonstrations
 from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate

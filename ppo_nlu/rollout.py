@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ppo_nlu import demonstrations, profiling
+from ppo_nlu import profiling
 from ppo_nlu.config import Config, PromptConfig
+from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Generation, Sampling, generate
 from ppo_nlu.lora import lora_disabled

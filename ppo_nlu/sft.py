@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from ppo_nlu import demonstrations, losses, prefix_tree, profiling
+from ppo_nlu import losses, prefix_tree, profiling
 from ppo_nlu.config import Config
+from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
 from ppo_nlu.lora import lora_parameters
 from ppo_nlu.model import Policy

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ppo_nlu import cli, data, mixture, optim, provenance, runlog, sft
+from ppo_nlu import cli, data, optim, provenance, runlog, sft
 from ppo_nlu.config import Config
+from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.model import Policy, ValueHead, check_words, load_base, measure, settle

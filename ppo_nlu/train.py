@@ -25,7 +25,6 @@ from ppo_nlu import (
     data,
     evaluate,
     memory,
-    mixture,
     optim,
     profiling,
     provenance,
@@ -34,6 +33,7 @@ from ppo_nlu import (
 )
 from ppo_nlu.config import Config, diff, dump, load_config, strict_config, to_dict
 from ppo_nlu.config.idle_keys import BY_REWARD, idle_keys
+from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
 from ppo_nlu.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model import DTYPES, Policy

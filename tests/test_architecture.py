@@ -17,16 +17,15 @@ PACKAGE = "ppo_nlu"
 ROOMS = {
     "bottom": "__init__ errors config profiling storage",
     "maths": "losses advantages",
-    "language": "tasks archives download readers data published demonstrations mixture",
+    "language": "tasks data published",
     "kernels": "kernels",
     "model": "ops torch_lora torch_logprobs lora norms model load_check prefix_tree "
     "tree_attention decode_graph generate tokens chat",
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
     "reward_model",
-    "programs": "__main__ provenance data_program train evaluate predict export pretrain "
-    "teach_form submit reproduce grid results report report_tables report_plots "
-    "document",
+    "programs": "__main__ provenance train evaluate predict export pretrain teach_form "
+    "submit reproduce grid results report report_tables report_plots document",
 }
 ALLOWED = {
     "bottom": "",

@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from ppo_nlu import cli, data_program
+from ppo_nlu import cli
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
+from ppo_nlu.data import __main__ as data_program
 from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import label_probabilities, require_fit
 from ppo_nlu.model import Policy, ValueHead

@@ -28,7 +28,6 @@ from typing import Any, get_args
 from ppo_nlu import (
     checkpoint,
     cli,
-    data_program,
     evaluate,
     export,
     lora,
@@ -42,6 +41,7 @@ from ppo_nlu import (
 )
 from ppo_nlu.config import FOREIGN_NAMES, Config, dump, load_config
 from ppo_nlu.config.strict_config import Leaf, schema
+from ppo_nlu.data import __main__ as data_program
 
 LONGEST, SECONDS, CHUNK = 600, 20, 400
 PROGRAMS: dict[str, Any] = {

@@ -14,7 +14,7 @@ import pytest
 
 from ppo_nlu.config import Config, CustomConfig, DataConfig, load_config
 from ppo_nlu.data import load_split, read_inputs, train_examples
-from ppo_nlu.data_program import main as check_data
+from ppo_nlu.data.__main__ import main as check_data
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import Example, Label, Rating, get_task
 from ppo_nlu.tasks.answers import parse

@@ -13,9 +13,9 @@ from string import Formatter
 
 import pytest
 
-from ppo_nlu import data, readers
+from ppo_nlu import data
 from ppo_nlu.config import DataConfig
-from ppo_nlu.data import load_split, read_inputs, train_examples
+from ppo_nlu.data import load_split, read_inputs, readers, train_examples
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import TASKS, Example, get_task
 from ppo_nlu.tasks.custom import REWARDS

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urljoin
 
-from ppo_nlu.archives import ARCHIVES, Archive
+from ppo_nlu.data.archives import ARCHIVES, Archive
 from ppo_nlu.errors import UserError, printable
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import TaskSpec

@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
-from ppo_nlu import data, mixture
+from ppo_nlu import data
 from ppo_nlu.config import MixtureConfig
+from ppo_nlu.data import mixture
 from ppo_nlu.tasks import Example
 
 SIZES = {"a": 40, "b": 10, "c": 5}

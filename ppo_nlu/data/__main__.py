@@ -13,8 +13,9 @@ from functools import lru_cache
 from heapq import nlargest
 from pathlib import Path
 
-from ppo_nlu import archives, cli, data, download
+from ppo_nlu import cli, data
 from ppo_nlu.config import Config, DataConfig, load_config, strict_config
+from ppo_nlu.data import archives, download
 from ppo_nlu.errors import UserError, printable
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
 from ppo_nlu.tasks.custom import specs_of
@@ -23,7 +24,7 @@ from ppo_nlu.tokens import Codec
 
 HEADER = ("task", "split", "file", "rows", "labels", "left out", "words", "tokens", "state")
 RIGHT = ("rows", "left out", "words", "tokens")  # columns of numbers
-TOKENIZER = Path(__file__).parent / "assets" / "tiny"
+TOKENIZER = Path(__file__).parents[1] / "assets" / "tiny"
 LONGEST = 32  # tokens are counted in so many of a split's longest prompts, by letters
 
 

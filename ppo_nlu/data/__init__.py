@@ -19,18 +19,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ppo_nlu import download
-from ppo_nlu.download import DownloadError
+from ppo_nlu.data import bundled, download
+from ppo_nlu.data.download import DownloadError
+from ppo_nlu.data.readers import MALFORMED, gold, input_rows, numbered_lines, read_split, unreadable
 from ppo_nlu.errors import UserError, printable, quoted
-from ppo_nlu.readers import MALFORMED, gold, input_rows, numbered_lines, read_split, unreadable
-from ppo_nlu.tasks import TASKS, Example, TaskSpec, bundled
+from ppo_nlu.tasks import TASKS, Example, TaskSpec
 from ppo_nlu.tasks.custom import CustomSpec
 from ppo_nlu.tasks.words import is_empty
 
 if TYPE_CHECKING:
     from ppo_nlu.config import DataConfig
 
-SEEN_LABELS = Path(__file__).parent / "assets" / "tiny" / "seen_labels.txt"
+SEEN_LABELS = Path(__file__).parents[1] / "assets" / "tiny" / "seen_labels.txt"
 
 
 @dataclass(frozen=True)
@@ -433,9 +433,3 @@ def _left_out(count: int, why: str) -> str:
 
 def _join(*parts: str) -> str:
     return printable("; ".join(part for part in parts if part))
-
-
-if __name__ == "__main__":  # the program is in a room above this one
-    import runpy
-
-    runpy.run_module("ppo_nlu.data_program", run_name="__main__", alter_sys=True)

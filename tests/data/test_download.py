@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from ppo_nlu import cli, data_program, download
-from ppo_nlu.archives import ARCHIVES, Archive
+from ppo_nlu import cli
 from ppo_nlu.config import DataConfig
-from ppo_nlu.data import load_split, locate
+from ppo_nlu.data import __main__ as data_program
+from ppo_nlu.data import download, load_split, locate
+from ppo_nlu.data.archives import ARCHIVES, Archive
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import TASKS, get_task
 
@@ -465,6 +466,6 @@ def test_the_module_is_the_program() -> None:
         [sys.executable, "-m", "ppo_nlu.data", "check", "cola"],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 2 and "get cola" in done.stderr and done.stdout == ""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from benchmarks.cases import SCALING, Inputs, plain_gae, plain_logprobs, plain_ppo_loss, work
 from benchmarks.timing import version
-from ppo_nlu import advantages, losses, ops, torch_logprobs, torch_lora
+from ppo_nlu import advantages, losses, ops
+from ppo_nlu.ops import torch_logprobs, torch_lora
 
 Call = Callable[[], Any]
 LOGPROBS = ("linear_logprobs", "token_logprobs")

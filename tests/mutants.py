@@ -43,7 +43,7 @@ LOSSES = of(
     "losses",
     "losses",
     "published_bugs",
-    "ppo_loss",
+    "ops/ppo_loss",
     loss_old_not_detached=(
         "counted(logprobs, mask) - counted(old_logprobs, mask).detach()",
         "counted(logprobs, mask) - counted(old_logprobs, mask)",
@@ -790,8 +790,8 @@ ATTENTION = (
 # ---- LoRA, log-probabilities, operations ----------------------------------------------------
 
 TORCH_LORA = of(
-    "torch_lora",
-    "ops",
+    "ops/torch_lora",
+    "ops/ops",
     dropout_factor=(
         "tuple(s / (1.0 - dropout_p) for s in scalings)",
         "tuple(scalings)",
@@ -820,8 +820,8 @@ TORCH_LORA = of(
 )
 
 LOGPROBS = of(
-    "torch_logprobs",
-    "ops",
+    "ops/torch_logprobs",
+    "ops/ops",
     sums_not_rescaled=(
         "self.others * scale + exp.sum(1)",
         "self.others + exp.sum(1)",
@@ -885,10 +885,10 @@ LORA = of(
 )
 
 OPS = of(
-    "ops",
-    "ppo_loss",
+    "ops/__init__",
+    "ops/ppo_loss",
     "ppo::test_the_loss_of_a_batch_against_loops",
-    "ops::test_linear_logprobs_is_its_formula_with_gradients",
+    "ops/ops::test_linear_logprobs_is_its_formula_with_gradients",
     ops_entropy_lost=(
         "losses.ppo_loss(*args, *settings, entropy, entropy_coef)",
         "losses.ppo_loss(*args, *settings)",

@@ -19,8 +19,8 @@ ROOMS = {
     "maths": "losses advantages",
     "language": "tasks data published",
     "kernels": "kernels",
-    "model": "ops torch_lora torch_logprobs lora norms model load_check prefix_tree "
-    "tree_attention decode_graph generate tokens chat",
+    "model": "ops lora norms model load_check prefix_tree tree_attention decode_graph "
+    "generate tokens chat",
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
     "reward_model",

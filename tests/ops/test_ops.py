@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ppo_nlu import losses, ops, torch_logprobs
+from ppo_nlu import losses, ops
+from ppo_nlu.ops import torch_logprobs
 
 
 @pytest.fixture(autouse=True)

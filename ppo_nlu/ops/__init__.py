@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_nlu import advantages, losses, torch_logprobs, torch_lora
+from ppo_nlu import advantages, losses
 from ppo_nlu.errors import UserError
+from ppo_nlu.ops import torch_logprobs, torch_lora
 
 BACKENDS = ("auto", "triton", "torch")
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
-from ppo_nlu import ops, torch_lora
+from ppo_nlu import ops
+from ppo_nlu.ops import torch_lora
 
 pytest.importorskip("triton")
 from ppo_nlu.kernels import lora_gemm, lora_table  # noqa: E402

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from ppo_nlu import cli, data, encoder, lora, prefix_tree, runlog
+from ppo_nlu import cli, data, encoder, lora, runlog
 from ppo_nlu.checkpoint import require_run_dir
 from ppo_nlu.config import Config
 from ppo_nlu.data import demonstrations
@@ -25,7 +25,6 @@ from ppo_nlu.encoder import Encoder
 from ppo_nlu.errors import UserError
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.model import VALUE_HEAD, Policy, check_words, load_policy
-from ppo_nlu.prefix_tree import Opening
 from ppo_nlu.provenance import read_config, resume_command, stored_config
 from ppo_nlu.rollout import Fitted, fit_prompt, longest_prompt, seeded
 from ppo_nlu.storage.files import (
@@ -42,6 +41,8 @@ from ppo_nlu.tasks import TASKS, Example, TaskSpec, metrics
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.tasks.prompts import answer
+from ppo_nlu.tree import prefix_tree
+from ppo_nlu.tree.prefix_tree import Opening
 
 DECODES = ("sample", "greedy", "score")
 T = TypeVar("T")

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppo_nlu import prefix_tree, profiling
+from ppo_nlu import profiling
 from ppo_nlu.model import Policy, unflatten
-from ppo_nlu.prefix_tree import Opening, PlainCache, State, Tokens
-from ppo_nlu.tree_attention import TreeCache
+from ppo_nlu.tree import prefix_tree
+from ppo_nlu.tree.prefix_tree import Opening, PlainCache, State, Tokens
+from ppo_nlu.tree.tree_attention import TreeCache
 
 BLOCK = 128  # tokens
 COMPACT = 0.75  # once no more than this share of the rows goes on, the others leave the batch

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import prefix_tree
 from ppo_nlu.errors import UserError, first_line
+from ppo_nlu.tree import prefix_tree
 
 TEXT = "The film is good, and long. Now judge the opinion of the sentence."
 FAR = 1024  # tokens: rows behind a longer window are tried only where the config asks for them

@@ -37,12 +37,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import prefix_tree, tree_attention, updates
+from ppo_nlu import updates
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.data import demonstrations
 from ppo_nlu.model import Policy, trainable
 from ppo_nlu.rollout import fit_prompt, longest_prompt
 from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tree import prefix_tree, tree_attention
 
 PROBE = 4  # prompts of the pass that is counted
 MARGIN = 0.9  # of the free memory of a GPU that is planned with

@@ -41,7 +41,6 @@ from tqdm import tqdm
 from ppo_nlu import cli
 from ppo_nlu.config.strict_config import below_one, load_dataclass, number, one_of, positive, share
 from ppo_nlu.errors import UserError
-from ppo_nlu.prefix_tree import cache_argument, kept_cache
 from ppo_nlu.storage.files import (
     FolderLock,
     atomic_write_bytes,
@@ -54,6 +53,7 @@ from ppo_nlu.storage.files import (
 from ppo_nlu.tasks import Label, TaskSpec, get_task
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import STOP, answer, render
+from ppo_nlu.tree.prefix_tree import cache_argument, kept_cache
 
 OPEN = STOP.replace("/", "")
 DESCRIPTION = "Train the bundled tiny language model."

@@ -18,12 +18,12 @@ from ppo_nlu.generate import Generation, Sampling, generate
 from ppo_nlu.lora import lora_disabled
 from ppo_nlu.losses import exact_kl, kl_penalty
 from ppo_nlu.model import Policy, Scored, unflatten
-from ppo_nlu.prefix_tree import State
 from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, render, turns
 from ppo_nlu.tokens import TextError
+from ppo_nlu.tree.prefix_tree import State
 from ppo_nlu.updates import Metrics
 
 EXACT = 1e-4  # decode and training pass may be this far apart and still count as the same

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from ppo_nlu import losses, prefix_tree, profiling
+from ppo_nlu import losses, profiling
 from ppo_nlu.config import Config
 from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
@@ -22,6 +22,7 @@ from ppo_nlu.optim import clip_gradients
 from ppo_nlu.rollout import fit_prompt, longest_prompt, sealed
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.prompts import gold_answer
+from ppo_nlu.tree import prefix_tree
 from ppo_nlu.updates import BadStep, Budget, Metrics, accumulate
 
 

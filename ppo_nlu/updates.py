@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ppo_nlu import prefix_tree
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.optim import clip_gradients
+from ppo_nlu.tree import prefix_tree
 
 Metrics = dict[str, float]
 LARGEST = ("policy/ratio_max", "policy/ratio_gap")  # the largest counts, not the sum

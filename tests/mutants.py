@@ -644,8 +644,8 @@ KEPT_GRAPH = of(
 # ---- the tree -------------------------------------------------------------------------------
 
 TREE = of(
-    "prefix_tree",
-    "prefix_tree",
+    "tree/prefix_tree",
+    "tree/prefix_tree",
     answer_position=(
         "starts[j] = row.add(answers[j][:-1], place)[0]",
         "starts[j] = row.add(answers[j][:-1], place + 1)[0]",
@@ -687,7 +687,7 @@ TREE = of(
         "a prompt goes on behind an opening",
     ),
 ) + of(
-    "prefix_tree",
+    "tree/prefix_tree",
     "generate",
     plain_mask_of_other_rows=(
         "select(self.cache, rows), self.mask[rows]",
@@ -698,8 +698,8 @@ TREE = of(
 
 ATTENTION = (
     of(
-        "tree_attention",
-        "prefix_tree",
+        "tree/tree_attention",
+        "tree/prefix_tree",
         heads_in_turns=(
             "x.repeat_interleave(groups, dim=1)",
             "x.repeat(1, groups, 1)",
@@ -753,7 +753,7 @@ ATTENTION = (
         ),
     )
     + of(
-        "tree_attention",
+        "tree/tree_attention",
         "generate",
         decode_heads_in_turns=(
             "further queries\n            rows = q.unflatten(1, (k.shape[1], groups))",
@@ -777,8 +777,8 @@ ATTENTION = (
         ),
     )
     + of(
-        "tree_attention",
-        "decode_graph::test_the_static_cache",
+        "tree/tree_attention",
+        "tree/decode_graph::test_the_static_cache",
         static_place_hidden=(
             "self.bias.index_fill_(3, self.slot, 0.0)",
             "pass",

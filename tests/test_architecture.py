@@ -19,8 +19,7 @@ ROOMS = {
     "maths": "losses advantages",
     "language": "tasks data published",
     "kernels": "kernels",
-    "model": "ops lora norms model load_check prefix_tree tree_attention decode_graph "
-    "generate tokens chat",
+    "model": "ops lora norms model load_check generate tokens chat tree",
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
     "reward_model",

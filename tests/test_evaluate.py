@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from ppo_nlu import checkpoint, cli, data, evaluate, predict, prefix_tree
+from ppo_nlu import checkpoint, cli, data, evaluate, predict
 from ppo_nlu.config import Config
 from ppo_nlu.evaluate import Answer
 from ppo_nlu.model import Policy
@@ -20,6 +20,7 @@ from ppo_nlu.storage import files
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import answer, render
+from ppo_nlu.tree import prefix_tree
 
 SPEC = get_task("sst2")
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from ppo_nlu import grpo, lora, losses, prefix_tree
+from ppo_nlu import grpo, lora, losses
 from ppo_nlu.config import Config, GRPOConfig, RolloutConfig
 from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.losses import grpo_loss, rloo_advantages
 from ppo_nlu.model import Policy, trainable
 from ppo_nlu.optim import build_optimizer
+from ppo_nlu.tree import prefix_tree
 from ppo_nlu.updates import Budget
 
 # Two groups of three with spread, one even, one with an answer of advantage 0 (scores 1, -1, 0).

@@ -14,7 +14,7 @@ import torch
 from test_prefix_tree import SHAPES
 from transformers import AutoTokenizer
 
-from ppo_nlu import lora, prefix_tree, tree_attention
+from ppo_nlu import lora
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.load_check import choose_path
@@ -28,6 +28,7 @@ from ppo_nlu.model import (
     unflatten,
 )
 from ppo_nlu.tasks.prompts import STOP, answer, render
+from ppo_nlu.tree import prefix_tree, tree_attention
 
 TOKENIZERS = ("llama2", "gpt2", "gptneox-20b", "qwen2", "stories260K")
 

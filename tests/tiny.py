@@ -22,13 +22,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from ppo_nlu import lora, norms, prefix_tree, rollout, tree_attention
+from ppo_nlu import lora, norms, rollout
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.generate import Generation
 from ppo_nlu.load_check import Reference, choose_path
 from ppo_nlu.model import Policy, ValueHead, load_policy
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.prompts import STOP, render
+from ppo_nlu.tree import prefix_tree, tree_attention
 
 GIVEN = os.environ.get("PPO_NLU_DATA")  # read at import: the tests clear it
 SST2 = get_task("sst2")

@@ -7,10 +7,11 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import lora, prefix_tree, tree_attention
+from ppo_nlu import lora
 from ppo_nlu.generate import Sampling, generate
 from ppo_nlu.load_check import choose_path
-from ppo_nlu.prefix_tree import build, common, pad, run
+from ppo_nlu.tree import prefix_tree, tree_attention
+from ppo_nlu.tree.prefix_tree import build, common, pad, run
 
 BASE = [5, 9, 3, 14, 22, 7, 30, 11]
 OTHER = [6, 4, 17, 25, 8, 19]

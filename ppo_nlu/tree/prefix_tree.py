@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ppo_nlu import tree_attention
-from ppo_nlu.tree_attention import Plan, TreeCache
+from ppo_nlu.tree import tree_attention
+from ppo_nlu.tree.tree_attention import Plan, TreeCache
 
 Tokens = Sequence[int]
 HEAD_COST = 16  # tokens that one more shared prefix must save to be worth its own product

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 from benchmarks import cases, kernels, rivals, timing  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
-from ppo_nlu import decode_graph  # noqa: E402
+from ppo_nlu.tree import decode_graph  # noqa: E402
 
 QWEN, LLAMA = (3584, 152064), (4096, 32000)  # H, V
 LORA_SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # K, O

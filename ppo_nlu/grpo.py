@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ppo_nlu import lora, losses, profiling, updates
+from ppo_nlu import losses, profiling, updates
 from ppo_nlu.config import Config
-from ppo_nlu.model import Policy
+from ppo_nlu.model import lora
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.rollout import (
     Divergence,

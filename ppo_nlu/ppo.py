@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ppo_nlu import losses, ops, profiling, updates
 from ppo_nlu.config import Config
-from ppo_nlu.model import Policy, trainable
+from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.rollout import (
     Divergence,

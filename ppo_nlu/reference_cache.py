@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_nlu.lora import lora_disabled
-from ppo_nlu.model import Policy
+from ppo_nlu.model.lora import lora_disabled
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.tree.prefix_tree import Tokens
 
 LIMIT = 100_000  # answers; the oldest are given up first

@@ -14,15 +14,15 @@ from ppo_nlu import profiling
 from ppo_nlu.config import Config, PromptConfig
 from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
-from ppo_nlu.generate import Generation, Sampling, generate
-from ppo_nlu.lora import lora_disabled
 from ppo_nlu.losses import exact_kl, kl_penalty
-from ppo_nlu.model import Policy, Scored, unflatten
+from ppo_nlu.model.generate import Generation, Sampling, generate
+from ppo_nlu.model.lora import lora_disabled
+from ppo_nlu.model.policy import Policy, Scored, unflatten
+from ppo_nlu.model.tokens import TextError
 from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, render, turns
-from ppo_nlu.tokens import TextError
 from ppo_nlu.tree.prefix_tree import State
 from ppo_nlu.updates import Metrics
 

@@ -16,8 +16,8 @@ from ppo_nlu import losses, profiling
 from ppo_nlu.config import Config
 from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
-from ppo_nlu.lora import lora_parameters
-from ppo_nlu.model import Policy
+from ppo_nlu.model.lora import lora_parameters
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.optim import clip_gradients
 from ppo_nlu.rollout import fit_prompt, longest_prompt, sealed
 from ppo_nlu.tasks import Example, TaskSpec

@@ -36,7 +36,7 @@ from ppo_nlu.config.idle_keys import BY_REWARD, idle_keys
 from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
 from ppo_nlu.learners import LEARNERS, Learner, LoraLearner
-from ppo_nlu.model import DTYPES, Policy
+from ppo_nlu.model.policy import DTYPES, Policy
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec, rewards
 from ppo_nlu.tasks.custom import specs_of

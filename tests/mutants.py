@@ -552,8 +552,8 @@ REFERENCE = of(
 # ---- decoding -------------------------------------------------------------------------------
 
 GENERATE = of(
-    "generate",
-    "generate",
+    "model/generate",
+    "model/generate",
     draws_of_other_rows=(
         "alive[index], token[index]",
         "alive[: len(going)], token[index]",
@@ -632,7 +632,7 @@ GENERATE = of(
 )
 
 KEPT_GRAPH = of(
-    "generate",
+    "model/generate",
     "ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on",
     graph_without_answers=(
         "graph = keep_graph - rows * (max_new_tokens - 1)",
@@ -688,7 +688,7 @@ TREE = of(
     ),
 ) + of(
     "tree/prefix_tree",
-    "generate",
+    "model/generate",
     plain_mask_of_other_rows=(
         "select(self.cache, rows), self.mask[rows]",
         "select(self.cache, rows), self.mask[: len(rows)]",
@@ -754,7 +754,7 @@ ATTENTION = (
     )
     + of(
         "tree/tree_attention",
-        "generate",
+        "model/generate",
         decode_heads_in_turns=(
             "further queries\n            rows = q.unflatten(1, (k.shape[1], groups))",
             "these\n            rows = q.unflatten(1, (groups, k.shape[1])).transpose(1, 2)",
@@ -855,8 +855,8 @@ LOGPROBS = of(
 )
 
 LORA = of(
-    "lora",
-    "lora",
+    "model/lora",
+    "model/lora",
     rslora_ignored=(
         "alpha / math.sqrt(r) if rslora else alpha / r",
         "alpha / r",
@@ -902,8 +902,8 @@ OPS = of(
 )
 
 MODEL = of(
-    "model",
-    "model",
+    "model/policy",
+    "model/model",
     "ppo::test_detach_value_keeps_the_value_loss_out_of_lora",
     value_not_detached=(
         "hidden.detach() if self.detach_value else hidden",
@@ -918,9 +918,9 @@ MODEL = of(
 )
 
 LOAD_CHECK = of(
-    "load_check",
-    "load_check",
-    "model",
+    "model/load_check",
+    "model/load_check",
+    "model/model",
     path_bound=(
         "<= EXACT * max(",
         "<= 1e4 * EXACT * max(",

@@ -19,7 +19,7 @@ ROOMS = {
     "maths": "losses advantages",
     "language": "tasks data published",
     "kernels": "kernels",
-    "model": "ops lora norms model load_check generate tokens chat tree",
+    "model": "ops model tree",
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
     "reward_model",
@@ -142,7 +142,7 @@ def test_there_is_no_cycle() -> None:
         ("ppo_nlu.advantages", "def f():\n    import ppo_nlu.ops"),
         ("ppo_nlu.tasks.glue", "import torch.nn"),
         ("ppo_nlu.tasks.metrics", "from torch import Tensor"),
-        ("ppo_nlu.lora", "from . import rollout"),
+        ("ppo_nlu.model.lora", "from ppo_nlu import rollout"),
         ("ppo_nlu.ppo", "from ppo_nlu.train import main"),
         ("ppo_nlu.train", "from tests import tiny"),
         ("ppo_nlu.kernels.gae", "from ppo_nlu import errors"),

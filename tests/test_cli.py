@@ -321,7 +321,7 @@ def test_a_listing_that_cannot_be_written_has_failed(said: Path) -> None:
 def test_letters_that_the_terminal_does_not_have(capsys: Capture) -> None:
     """What is printed on an ASCII stdout is escaped, and nothing is lost."""
     code = (
-        "import sys; from ppo_nlu import cli\n"
+        "import sys; from ppo_nlu.runtime import cli\n"
         "def main(argv):\n    print('é', chr(0xd800)); print('é', file=sys.stderr)\n"
         "sys.exit(cli.run(main))"
     )

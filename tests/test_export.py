@@ -16,9 +16,10 @@ from helpers import ends, raiser
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ppo_nlu import checkpoint, cli, export, lora
+from ppo_nlu import checkpoint, cli, export
 from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
+from ppo_nlu.model import lora
 from ppo_nlu.storage import files
 
 transformers = pytest.importorskip("transformers")
@@ -318,7 +319,7 @@ def test_arguments_reach_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
     """A long output fails in print, a short one only when the buffer is flushed."""
     code = (
-        "import sys; from ppo_nlu import cli\n"
+        "import sys; from ppo_nlu.runtime import cli\n"
         f"sys.exit(cli.run(lambda argv: sys.stdin.readline() and print('line\\n' * {lines})))"
     )
     child = subprocess.Popen(

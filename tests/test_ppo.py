@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from ppo_nlu import learners, lora, ppo, updates
+from ppo_nlu import learners, ppo, updates
 from ppo_nlu.config import (
     Config,
     LoraConfig,
@@ -27,7 +27,8 @@ from ppo_nlu.config import (
 from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.errors import UserError
 from ppo_nlu.losses import AdaptiveKL
-from ppo_nlu.model import Policy, load_policy, trainable
+from ppo_nlu.model import lora
+from ppo_nlu.model.policy import Policy, load_policy, trainable
 from ppo_nlu.optim import build_optimizer
 from ppo_nlu.tasks.rewards import RunningScale
 from ppo_nlu.tree import prefix_tree

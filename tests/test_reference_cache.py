@@ -23,8 +23,8 @@ from ppo_nlu.config import (
     RolloutConfig,
 )
 from ppo_nlu.learners import LEARNERS, OnPolicy
-from ppo_nlu.lora import lora_disabled
-from ppo_nlu.model import Policy
+from ppo_nlu.model.lora import lora_disabled
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.reference_cache import ReferenceCache
 
 PROMPTS = [[5, 6, 7], [5, 6], [5, 6, 7, 8]]

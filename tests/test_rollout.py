@@ -13,9 +13,9 @@ from torch import Tensor
 from ppo_nlu import rollout as rollout_module
 from ppo_nlu.config import Config, DataConfig, PPOConfig, RewardConfig, RolloutConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.lora import lora_disabled, lora_parameters
 from ppo_nlu.losses import kl_penalty
-from ppo_nlu.model import Policy
+from ppo_nlu.model.lora import lora_disabled, lora_parameters
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.rollout import (
     Rollout,
     collect_answers,

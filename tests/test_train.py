@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppo_nlu import checkpoint, cli, evaluate, lora, memory, ppo, train
-from ppo_nlu.model import BUNDLED
+from ppo_nlu import checkpoint, cli, evaluate, memory, ppo, train
+from ppo_nlu.model import BUNDLED, lora
 from ppo_nlu.storage import files
 
 pytestmark = pytest.mark.skipif(

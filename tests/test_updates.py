@@ -15,7 +15,7 @@ from ppo_nlu import grpo, ppo, sft, updates
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig, RolloutConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.losses import AdaptiveKL
-from ppo_nlu.model import Policy, trainable
+from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.updates import Budget, cut
 
 

@@ -22,11 +22,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from ppo_nlu import lora, norms, rollout
+from ppo_nlu import rollout
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
-from ppo_nlu.generate import Generation
-from ppo_nlu.load_check import Reference, choose_path
-from ppo_nlu.model import Policy, ValueHead, load_policy
+from ppo_nlu.model import lora, norms
+from ppo_nlu.model.generate import Generation
+from ppo_nlu.model.load_check import Reference, choose_path
+from ppo_nlu.model.policy import Policy, ValueHead, load_policy
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.prompts import STOP, render
 from ppo_nlu.tree import prefix_tree, tree_attention

@@ -17,10 +17,10 @@ from ppo_nlu import cli, data
 from ppo_nlu.config import Config, DataConfig, load_config, strict_config
 from ppo_nlu.data import archives, download
 from ppo_nlu.errors import UserError, printable
+from ppo_nlu.model.tokens import Codec
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.tasks.prompts import render
-from ppo_nlu.tokens import Codec
 
 HEADER = ("task", "split", "file", "rows", "labels", "left out", "words", "tokens", "state")
 RIGHT = ("rows", "left out", "words", "tokens")  # columns of numbers

@@ -30,7 +30,6 @@ from ppo_nlu import (
     cli,
     evaluate,
     export,
-    lora,
     predict,
     pretrain,
     report,
@@ -42,6 +41,7 @@ from ppo_nlu import (
 from ppo_nlu.config import FOREIGN_NAMES, Config, dump, load_config
 from ppo_nlu.config.strict_config import Leaf, schema
 from ppo_nlu.data import __main__ as data_program
+from ppo_nlu.model import lora
 
 LONGEST, SECONDS, CHUNK = 600, 20, 400
 PROGRAMS: dict[str, Any] = {

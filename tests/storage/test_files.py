@@ -325,7 +325,7 @@ def test_a_folder_is_never_complete_before_its_last_file(
 def in_another_process(folder: Path) -> str:
     """What another process is told that wants to work in the folder."""
     code = (
-        "import sys; from ppo_nlu import files, errors\n"
+        "import sys; from ppo_nlu import errors; from ppo_nlu.storage import files\n"
         "try:\n    files.FolderLock(sys.argv[1])\n    print('free')\n"
         "except errors.UserError as error:\n    print(error)\n"
     )

@@ -12,14 +12,14 @@ from contextlib import nullcontext
 import pytest
 import tiny
 import torch
-from test_generate import KINDS, endless, policy_of, ragged, seeded
 from torch import Tensor
 
-from ppo_nlu.generate import Generation, generate
-from ppo_nlu.model import Policy
+from ppo_nlu.model.generate import Generation, generate
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.tree import prefix_tree, tree_attention
 from ppo_nlu.tree.decode_graph import CudaRecordings, Recorder
 from ppo_nlu.tree.tree_attention import TreeCache
+from tests.model.test_generate import KINDS, endless, policy_of, ragged, seeded
 
 TREES = [kind for kind in KINDS if kind in tiny.TREE_KINDS]
 

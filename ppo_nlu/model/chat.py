@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppo_nlu.errors import UserError, first_line
+from ppo_nlu.model.tokens import TextError
 from ppo_nlu.tasks.prompts import Message, written_out
-from ppo_nlu.tokens import TextError
 
 # What a template might change in the text of a row: case, marks, quotes, braces, line ends.
 PROBE = 'It\'s "ÉTÉ 1" & <b>ไม่ดี</b> {x} {{y}} \\n 50 %\nand more.'

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ppo_nlu import norms
+from ppo_nlu.model import norms
 
 
 def shaken(norm: nn.Module) -> nn.Module:

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import load_check, lora, norms, ops, profiling
-from ppo_nlu.chat import Chat
+from ppo_nlu import ops, profiling
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.errors import UserError, first_line
-from ppo_nlu.load_check import Reference, Shape, choose_path
+from ppo_nlu.model import BUNDLED, load_check, lora, norms
+from ppo_nlu.model.chat import Chat
+from ppo_nlu.model.load_check import Reference, Shape, choose_path
+from ppo_nlu.model.tokens import Codec
 from ppo_nlu.tasks import TaskSpec
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, STOP, Message, answer, render
-from ppo_nlu.tokens import Codec
 from ppo_nlu.tree import prefix_tree, tree_attention
 from ppo_nlu.tree.decode_graph import Recorder
 from ppo_nlu.tree.prefix_tree import Cost, Opening, State, Tokens
 
 VALUE_HEAD = "value_head.safetensors"  # beside the adapter
-BUNDLED = Path(__file__).resolve().parent / "assets" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -11,10 +11,10 @@ import tiny
 import torch
 from torch import Tensor
 
-from ppo_nlu import generate as generation
 from ppo_nlu.config import ModelConfig
-from ppo_nlu.generate import Sampling, generate, invert
-from ppo_nlu.model import Policy, ValueHead
+from ppo_nlu.model import generate as generation
+from ppo_nlu.model.generate import Sampling, generate, invert
+from ppo_nlu.model.policy import Policy, ValueHead
 
 GREEDY = Sampling(greedy=True)
 KINDS = (*tiny.TREE_KINDS, "mpt", "mistral")

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_prefix_tree import SHAPES
 from transformers import AutoTokenizer
 
-from ppo_nlu import lora
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.load_check import choose_path
-from ppo_nlu.model import (
+from ppo_nlu.model import lora
+from ppo_nlu.model.load_check import choose_path
+from ppo_nlu.model.policy import (
     StopDetector,
     ValueHead,
     check_words,
@@ -29,6 +28,7 @@ from ppo_nlu.model import (
 )
 from ppo_nlu.tasks.prompts import STOP, answer, render
 from ppo_nlu.tree import prefix_tree, tree_attention
+from tests.tree.test_prefix_tree import SHAPES
 
 TOKENIZERS = ("llama2", "gpt2", "gptneox-20b", "qwen2", "stories260K")
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ppo_nlu import lora
 from ppo_nlu.config import LoraConfig
 from ppo_nlu.errors import UserError
+from ppo_nlu.model import lora
 from ppo_nlu.storage.files import CHECKSUMS
 
 peft = pytest.importorskip("peft")

@@ -31,8 +31,8 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.model import BUNDLED
 from ppo_nlu.model.lora import require_numbers
 from ppo_nlu.model.policy import DTYPES, hub_answers, pick_device, reason_of
-from ppo_nlu.optim import clip_gradients
 from ppo_nlu.rollout import seeded
+from ppo_nlu.runtime.optim import clip_gradients
 from ppo_nlu.storage.files import (
     check_folder,
     make_folder,

@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from ppo_nlu import cli, data, encoder, runlog
-from ppo_nlu.checkpoint import require_run_dir
+from ppo_nlu import data, encoder
 from ppo_nlu.config import Config
 from ppo_nlu.data import demonstrations
 from ppo_nlu.encoder import Encoder
@@ -28,6 +27,8 @@ from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.policy import VALUE_HEAD, Policy, check_words, load_policy
 from ppo_nlu.provenance import read_config, resume_command, stored_config
 from ppo_nlu.rollout import Fitted, fit_prompt, longest_prompt, seeded
+from ppo_nlu.runtime import cli, runlog
+from ppo_nlu.runtime.checkpoint import require_run_dir
 from ppo_nlu.storage.files import (
     LOCK,
     TEMP,

@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-from ppo_nlu import checkpoint, results
+from ppo_nlu import results
 from ppo_nlu.config import Config, load_config
 from ppo_nlu.errors import UserError
+from ppo_nlu.runtime import checkpoint
 from ppo_nlu.storage import files
 
 ASSETS = Path(__file__).parent / "assets" / "reproduce"

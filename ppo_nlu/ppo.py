@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ppo_nlu import losses, ops, profiling, updates
+from ppo_nlu import losses, ops, updates
 from ppo_nlu.config import Config
 from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.reference_cache import ReferenceCache
@@ -31,6 +31,7 @@ from ppo_nlu.rollout import (
     score_rows,
     seeded,
 )
+from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.rewards import RunningScale
 from ppo_nlu.updates import Budget, Metrics

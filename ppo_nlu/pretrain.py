@@ -38,9 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ppo_nlu import cli
 from ppo_nlu.config.strict_config import below_one, load_dataclass, number, one_of, positive, share
 from ppo_nlu.errors import UserError
+from ppo_nlu.runtime import cli
 from ppo_nlu.storage.files import (
     FolderLock,
     atomic_write_bytes,

@@ -23,11 +23,11 @@ from typing import Any, BinaryIO
 import torch
 
 import ppo_nlu
-from ppo_nlu import checkpoint
 from ppo_nlu.config import Config, load_config, parse_overrides
 from ppo_nlu.config.strict_config import values
 from ppo_nlu.errors import UserError
 from ppo_nlu.model.policy import adapter_folder, resolve
+from ppo_nlu.runtime import checkpoint
 from ppo_nlu.tasks import REWARD_KINDS, Example
 
 # What must be the same, and how to mend it where it is not.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ppo_nlu import cli, published, report_plots
+from ppo_nlu import published, report_plots
 from ppo_nlu import results as measured
 from ppo_nlu.document import (
     Figure,
@@ -37,6 +37,7 @@ from ppo_nlu.report_tables import (
     signed,
 )
 from ppo_nlu.results import DECODES, METHODS, Comparison, Results
+from ppo_nlu.runtime import cli
 from ppo_nlu.storage import files
 
 # --- the question -------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ppo_nlu import checkpoint, cli, report, results
+from ppo_nlu import report, results
 from ppo_nlu.config import load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.grid import (
@@ -40,6 +40,7 @@ from ppo_nlu.grid import (
     settle,
     with_form,
 )  # fmt: skip
+from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import get_task
 

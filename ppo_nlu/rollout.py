@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ppo_nlu import profiling
 from ppo_nlu.config import Config, PromptConfig
 from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
@@ -20,6 +19,7 @@ from ppo_nlu.model.lora import lora_disabled
 from ppo_nlu.model.policy import Policy, Scored, unflatten
 from ppo_nlu.model.tokens import TextError
 from ppo_nlu.reference_cache import ReferenceCache
+from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, render, turns

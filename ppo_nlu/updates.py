@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.optim import clip_gradients
+from ppo_nlu.runtime.optim import clip_gradients
 from ppo_nlu.tree import prefix_tree
 
 Metrics = dict[str, float]

@@ -38,11 +38,12 @@ except ModuleNotFoundError:  # as a program, from the repository's root
     from tests import tiny
     from tests.architecture_table import CONTEXT, TABLE, Row
 
-from ppo_nlu import memory, profiling
+from ppo_nlu import memory
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import generate, lora
 from ppo_nlu.model.policy import Policy, load_policy
+from ppo_nlu.runtime import profiling
 from ppo_nlu.tree import tree_attention
 
 DOCUMENT = Path(__file__).parents[1] / "ppo_nlu" / "architectures.md"

@@ -41,10 +41,10 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder as training leaves it, of the bundled model with random LoRA weights."""
     from safetensors.torch import save_file
 
-    from ppo_nlu import checkpoint
     from ppo_nlu.config import dump, load_config
     from ppo_nlu.model import lora
     from ppo_nlu.model import policy as model
+    from ppo_nlu.runtime import checkpoint
 
     if not (model.BUNDLED / "config.json").is_file():
         pytest.skip("the bundled model is not in ppo_nlu/assets")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import cli
+from ppo_nlu.runtime import cli
 
 
 def on_call(

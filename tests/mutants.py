@@ -977,8 +977,8 @@ REWARDS = of(
 )
 
 OPTIM = of(
-    "optim",
-    "optim",
+    "runtime/optim",
+    "runtime/optim",
     clip_scales_up=(
         ".clamp(max=1.0), 1.0)",
         ", 1.0)",
@@ -1007,11 +1007,11 @@ OPTIM = of(
 )
 
 CHECKPOINT = of(
-    "checkpoint",
-    "checkpoint::test_latest_goes_by_number_and_prune_keeps_the_last_and_the_best",
-    "checkpoint::test_best_is_replaced_only_by_a_better_metric",
-    "checkpoint::test_a_spoilt_checkpoint_is_one_line",
-    "checkpoint::test_any_changed_byte_is_noticed",
+    "runtime/checkpoint",
+    "runtime/checkpoint::test_latest_goes_by_number_and_prune_keeps_the_last_and_the_best",
+    "runtime/checkpoint::test_best_is_replaced_only_by_a_better_metric",
+    "runtime/checkpoint::test_a_spoilt_checkpoint_is_one_line",
+    "runtime/checkpoint::test_any_changed_byte_is_noticed",
     best_is_newest=(
         "metric <= stored",
         "metric < stored",

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ppo_nlu"
 
 ROOMS = {
-    "bottom": "__init__ errors config profiling storage",
+    "bottom": "__init__ errors config storage",
     "maths": "losses advantages",
     "language": "tasks data published",
     "kernels": "kernels",
     "model": "ops model tree",
-    "runtime": "checkpoint optim runlog distributed cli",
+    "runtime": "distributed runtime",
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
     "reward_model",
     "programs": "__main__ provenance train evaluate predict export pretrain teach_form "

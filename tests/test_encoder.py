@@ -28,7 +28,7 @@ from transformers import (
 from ppo_nlu import encoder
 from ppo_nlu.config import Config, EncoderConfig, EvalConfig, ModelConfig, OptimConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.optim import build_optimizer
+from ppo_nlu.runtime.optim import build_optimizer
 from ppo_nlu.tasks import Example, Rating, TaskSpec, get_task
 from ppo_nlu.updates import BadStep
 
@@ -186,7 +186,7 @@ def test_a_step_replayed_is_the_same_to_the_last_bit() -> None:
 
 
 def test_interrupted_and_resumed_is_the_same_to_the_last_bit() -> None:
-    from ppo_nlu.checkpoint import flatten_optimizer, restore_optimizer
+    from ppo_nlu.runtime.checkpoint import flatten_optimizer, restore_optimizer
 
     cfg = config("mrpc", dropout=0.2, optim=OptimConfig(name="adamw", lr=1e-3))
     rows = pairs(MRPC, ["Yes", "No", "No", "Yes"])

@@ -12,10 +12,11 @@ import pytest
 import tiny
 import torch
 
-from ppo_nlu import checkpoint, cli, data, evaluate, predict
+from ppo_nlu import data, evaluate, predict
 from ppo_nlu.config import Config
 from ppo_nlu.evaluate import Answer
 from ppo_nlu.model.policy import Policy
+from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.answers import parse

@@ -16,10 +16,11 @@ from helpers import ends, raiser
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ppo_nlu import checkpoint, cli, export
+from ppo_nlu import export
 from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
+from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.storage import files
 
 transformers = pytest.importorskip("transformers")

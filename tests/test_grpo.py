@@ -18,7 +18,7 @@ from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.losses import grpo_loss, rloo_advantages
 from ppo_nlu.model import lora
 from ppo_nlu.model.policy import Policy, trainable
-from ppo_nlu.optim import build_optimizer
+from ppo_nlu.runtime.optim import build_optimizer
 from ppo_nlu.tree import prefix_tree
 from ppo_nlu.updates import Budget
 

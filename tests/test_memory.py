@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ppo_nlu import memory, optim
+from ppo_nlu import memory
 from ppo_nlu.config import Config, OptimConfig, PPOConfig, RolloutConfig, TrainConfig
 from ppo_nlu.model import BUNDLED, lora
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.policy import Policy, load_policy
+from ppo_nlu.runtime import optim
 from ppo_nlu.tree import tree_attention
 from tests import tiny
 

@@ -16,24 +16,13 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from ppo_nlu import (
-    checkpoint,
-    cli,
-    data,
-    evaluate,
-    export,
-    grpo,
-    ppo,
-    predict,
-    sft,
-    teach_form,
-    train,
-)
+from ppo_nlu import data, evaluate, export, grpo, ppo, predict, sft, teach_form, train
 from ppo_nlu.config import PromptConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.learners import check_form
 from ppo_nlu.model import BUNDLED
 from ppo_nlu.rollout import fit_prompt
+from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.tasks import Example, get_task
 
 pytestmark = pytest.mark.skipif(

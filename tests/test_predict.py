@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import cli, data, evaluate, predict
+from ppo_nlu import data, evaluate, predict
+from ppo_nlu.runtime import cli
 from ppo_nlu.tasks import get_task
 
 SPEC = get_task("sst2")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import cli, pretrain
+from ppo_nlu import pretrain
+from ppo_nlu.runtime import cli
 from ppo_nlu.tasks import get_task
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import answer, render

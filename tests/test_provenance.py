@@ -18,21 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppo_nlu import (
-    checkpoint,
-    cli,
-    evaluate,
-    export,
-    predict,
-    pretrain,
-    provenance,
-    submit,
-    teach_form,
-    train,
-)
+from ppo_nlu import evaluate, export, predict, pretrain, provenance, submit, teach_form, train
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import BUNDLED
+from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import Example
 

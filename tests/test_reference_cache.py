@@ -12,7 +12,6 @@ import tiny
 import torch
 from torch import Tensor
 
-from ppo_nlu import checkpoint, optim
 from ppo_nlu.config import (
     Config,
     GRPOConfig,
@@ -26,6 +25,7 @@ from ppo_nlu.learners import LEARNERS, OnPolicy
 from ppo_nlu.model.lora import lora_disabled
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.reference_cache import ReferenceCache
+from ppo_nlu.runtime import checkpoint, optim
 
 PROMPTS = [[5, 6, 7], [5, 6], [5, 6, 7, 8]]
 ANSWERS = [[3, 4], [3], [3, 4], [9, 9, 4], [3], [3, 4]]

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import cli, reproduce
 from ppo_nlu import grid as grids
+from ppo_nlu import reproduce
 from ppo_nlu.config import load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.grid import ASSETS, GRIDS, METHODS, Backbone, Cell, Grid, plan, settle
 from ppo_nlu.reproduce import Runner
+from ppo_nlu.runtime import cli
 from ppo_nlu.storage import files
 
 ROOT = Path(__file__).parents[1]

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import checkpoint, cli, data, evaluate, submit
+from ppo_nlu import data, evaluate, submit
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
+from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "glue/rte", "wnli")

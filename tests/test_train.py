@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppo_nlu import checkpoint, cli, evaluate, memory, ppo, train
+from ppo_nlu import evaluate, memory, ppo, train
 from ppo_nlu.model import BUNDLED, lora
+from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.storage import files
 
 pytestmark = pytest.mark.skipif(

@@ -13,11 +13,12 @@ from functools import lru_cache
 from heapq import nlargest
 from pathlib import Path
 
-from ppo_nlu import cli, data
+from ppo_nlu import data
 from ppo_nlu.config import Config, DataConfig, load_config, strict_config
 from ppo_nlu.data import archives, download
 from ppo_nlu.errors import UserError, printable
 from ppo_nlu.model.tokens import Codec
+from ppo_nlu.runtime import cli
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.tasks.prompts import render

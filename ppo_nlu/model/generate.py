@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppo_nlu import profiling
 from ppo_nlu.model.policy import Policy, unflatten
+from ppo_nlu.runtime import profiling
 from ppo_nlu.tree import prefix_tree
 from ppo_nlu.tree.prefix_tree import Opening, PlainCache, State, Tokens
 from ppo_nlu.tree.tree_attention import TreeCache

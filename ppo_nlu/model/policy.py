@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import ops, profiling
+from ppo_nlu import ops
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.errors import UserError, first_line
 from ppo_nlu.model import BUNDLED, load_check, lora, norms
 from ppo_nlu.model.chat import Chat
 from ppo_nlu.model.load_check import Reference, Shape, choose_path
 from ppo_nlu.model.tokens import Codec
+from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import TaskSpec
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, STOP, Message, answer, render

@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ppo_nlu import (
-    checkpoint,
-    cli,
     evaluate,
     export,
     predict,
@@ -42,6 +40,7 @@ from ppo_nlu.config import FOREIGN_NAMES, Config, dump, load_config
 from ppo_nlu.config.strict_config import Leaf, schema
 from ppo_nlu.data import __main__ as data_program
 from ppo_nlu.model import lora
+from ppo_nlu.runtime import checkpoint, cli
 
 LONGEST, SECONDS, CHUNK = 600, 20, 400
 PROGRAMS: dict[str, Any] = {

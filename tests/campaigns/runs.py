@@ -112,7 +112,7 @@ def _child(program: str, arguments: list[str], log: str, hook: Hook | None, more
 
     import torch
 
-    from ppo_nlu import cli
+    from ppo_nlu.runtime import cli
 
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)

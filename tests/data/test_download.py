@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from ppo_nlu import cli
 from ppo_nlu.config import DataConfig
 from ppo_nlu.data import __main__ as data_program
 from ppo_nlu.data import download, load_split, locate
 from ppo_nlu.data.archives import ARCHIVES, Archive
 from ppo_nlu.errors import UserError
+from ppo_nlu.runtime import cli
 from ppo_nlu.tasks import TASKS, get_task
 
 SST2 = get_task("sst2")

@@ -13,7 +13,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from ppo_nlu import cli
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.data import __main__ as data_program
 from ppo_nlu.errors import UserError
@@ -21,6 +20,7 @@ from ppo_nlu.evaluate import label_probabilities, require_fit
 from ppo_nlu.model.policy import Policy, ValueHead
 from ppo_nlu.model.tokens import SEAL, Codec
 from ppo_nlu.rollout import fit_prompt, sealed
+from ppo_nlu.runtime import cli
 from ppo_nlu.sft import targets
 from ppo_nlu.tasks import Example
 from ppo_nlu.tasks.answers import parse

@@ -18,8 +18,8 @@ import pytest
 import torch
 from helpers import on_call
 
-from ppo_nlu import runlog
 from ppo_nlu.errors import UserError
+from ppo_nlu.runtime import runlog
 from ppo_nlu.storage import files
 
 CALLS = ("replace", "fsync", "unlink", "open")

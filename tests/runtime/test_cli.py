@@ -25,10 +25,11 @@ import pytest
 import torch
 from helpers import ends, raiser
 
-from ppo_nlu import cli, evaluate, predict, train
+from ppo_nlu import evaluate, predict, train
 from ppo_nlu.errors import UserError, one_line
+from ppo_nlu.runtime import cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = """\
 task: sst2
 data: {fallback: bundled}

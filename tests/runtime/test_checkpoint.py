@@ -22,8 +22,8 @@ import torch
 from helpers import on_call
 from transformers.optimization import Adafactor
 
-from ppo_nlu import checkpoint
 from ppo_nlu.errors import UserError
+from ppo_nlu.runtime import checkpoint
 from ppo_nlu.storage import files
 from ppo_nlu.storage.files import Damaged
 
@@ -458,7 +458,7 @@ def test_kill_9_from_outside_in_the_middle_of_the_bytes(tmp_path: Path) -> None:
     """A writer that never rests is killed at arbitrary moments, three times over one folder."""
     program = textwrap.dedent("""
         import sys, torch
-        from ppo_nlu import checkpoint
+        from ppo_nlu.runtime import checkpoint
         run, start = sys.argv[1], int(sys.argv[2])
         checkpoint.clean(run)
         print("ready", flush=True)
@@ -469,7 +469,7 @@ def test_kill_9_from_outside_in_the_middle_of_the_bytes(tmp_path: Path) -> None:
             checkpoint.prune(run, 2)
             print(step, flush=True)
     """)
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     start = 1
     for trial in range(3):
         command = [sys.executable, "-c", program, str(tmp_path), str(start)]

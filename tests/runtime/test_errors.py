@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from ppo_nlu import checkpoint, cli, evaluate, export, predict, train
+from ppo_nlu import evaluate, export, predict, train
 from ppo_nlu.model import BUNDLED
+from ppo_nlu.runtime import checkpoint, cli
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OTHER_MODEL = ROOT.parent / "shared" / "models" / "tinystories-656k"
 
 pytestmark = pytest.mark.skipif(

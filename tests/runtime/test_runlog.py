@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from ppo_nlu import runlog
 from ppo_nlu.config import LogConfig
 from ppo_nlu.errors import UserError
+from ppo_nlu.runtime import runlog
 
 
 class Sink:

@@ -11,7 +11,7 @@ import torch
 
 from ppo_nlu.config import OptimConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.optim import build_optimizer, clip_gradients, learning_rate, set_lr
+from ppo_nlu.runtime.optim import build_optimizer, clip_gradients, learning_rate, set_lr
 
 
 def parameter(values: Any, grad: Any = None) -> torch.nn.Parameter:

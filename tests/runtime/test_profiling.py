@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
-from ppo_nlu import profiling
 from ppo_nlu.config import LoraConfig, ModelConfig
+from ppo_nlu.runtime import profiling
 from tests import tiny
 
 

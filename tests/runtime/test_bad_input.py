@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from ppo_nlu import cli
 from ppo_nlu.config import Config
 from ppo_nlu.config.strict_config import schema
+from ppo_nlu.runtime import cli
 from tests.campaigns import bad_input
 from tests.campaigns.bad_input import Case
 

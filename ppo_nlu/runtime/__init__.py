@@ -1,0 +1,1 @@
+"""What every program needs: command line, checkpoints, optimizer, logs."""

@@ -26,7 +26,7 @@ from benchmarks.engine_job import (
 def ours(job: Job, meter: Meter) -> None:
     """PPO, GRPO or SFT of ours, through the classes that training goes through."""
     from ppo_nlu.config import load_config
-    from ppo_nlu.learners import LEARNERS
+    from ppo_nlu.methods.learners import LEARNERS
     from ppo_nlu.model import policy as models
     from ppo_nlu.runtime import optim, profiling
     from ppo_nlu.tasks import Example, get_task

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ppo_nlu import data, provenance, sft
+from ppo_nlu import data, provenance
 from ppo_nlu.config import Config
 from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
+from ppo_nlu.methods import sft
+from ppo_nlu.methods.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.policy import Policy, ValueHead, check_words, load_base, measure, settle
-from ppo_nlu.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.runtime import cli, optim, runlog
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import Example, TaskSpec

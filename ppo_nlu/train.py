@@ -19,12 +19,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ppo_nlu import data, evaluate, memory, provenance, updates
+from ppo_nlu import data, evaluate, provenance
 from ppo_nlu.config import Config, diff, dump, load_config, strict_config, to_dict
 from ppo_nlu.config.idle_keys import BY_REWARD, idle_keys
 from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
-from ppo_nlu.learners import LEARNERS, Learner, LoraLearner
+from ppo_nlu.methods import memory, updates
+from ppo_nlu.methods.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model.policy import DTYPES, Policy
 from ppo_nlu.runtime import checkpoint, cli, optim, profiling, runlog
 from ppo_nlu.storage import files

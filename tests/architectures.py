@@ -38,9 +38,9 @@ except ModuleNotFoundError:  # as a program, from the repository's root
     from tests import tiny
     from tests.architecture_table import CONTEXT, TABLE, Row
 
-from ppo_nlu import memory
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
+from ppo_nlu.methods import memory
 from ppo_nlu.model import generate, lora
 from ppo_nlu.model.policy import Policy, load_policy
 from ppo_nlu.runtime import profiling

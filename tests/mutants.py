@@ -42,7 +42,7 @@ def of(file: str, *tests: str, **mutants: tuple[str, ...]) -> list[Mutant]:
 LOSSES = of(
     "losses",
     "losses",
-    "published_bugs",
+    "methods/published_bugs",
     "ops/ppo_loss",
     loss_old_not_detached=(
         "counted(logprobs, mask) - counted(old_logprobs, mask).detach()",
@@ -154,7 +154,7 @@ LOSSES = of(
 ADVANTAGES = of(
     "advantages",
     "advantages",
-    "published_bugs",
+    "methods/published_bugs",
     gae_without_lambda=(
         "delta + gamma * lam * advantage",
         "delta + gamma * advantage",
@@ -221,8 +221,8 @@ ADVANTAGES = of(
 # ---- rollout --------------------------------------------------------------------------------
 
 ROLLOUT = of(
-    "rollout",
-    "rollout",
+    "methods/rollout",
+    "methods/rollout",
     sampled_at_temperature_1=(
         "Sampling(roll.temperature)",
         "Sampling()",
@@ -269,11 +269,11 @@ ROLLOUT = of(
         "the answer needs room too",
     ),
 ) + of(
-    "rollout",
-    "ppo::test_an_update_on_the_rollouts_pass_has_the_same_gradient",
-    "ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on",
-    "ppo::test_the_kl_of_the_coefficient_is_the_sum_over_an_answer",
-    "ppo::test_the_first_ratio_is_told_once_of_each_pass",
+    "methods/rollout",
+    "methods/ppo::test_an_update_on_the_rollouts_pass_has_the_same_gradient",
+    "methods/ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on",
+    "methods/ppo::test_the_kl_of_the_coefficient_is_the_sum_over_an_answer",
+    "methods/ppo::test_the_first_ratio_is_told_once_of_each_pass",
     trunk_given_twice=(
         "trunk, self.trunk = self.trunk, None",
         "trunk = self.trunk",
@@ -299,12 +299,12 @@ ROLLOUT = of(
 # ---- PPO, GRPO, SFT and what they share -----------------------------------------------------
 
 PPO = of(
-    "ppo",
-    "ppo::test_the_loss_of_a_batch_against_loops",
-    "ppo::test_rewards_advantages_and_returns_against_loops",
-    "ppo::test_every_answer_once_an_epoch_in_a_fresh_order",
-    "ppo::test_the_entropy_bonus_raises_the_entropy",
-    "ppo::test_the_kl_coefficient_is_steered",
+    "methods/ppo",
+    "methods/ppo::test_the_loss_of_a_batch_against_loops",
+    "methods/ppo::test_rewards_advantages_and_returns_against_loops",
+    "methods/ppo::test_every_answer_once_an_epoch_in_a_fresh_order",
+    "methods/ppo::test_the_entropy_bonus_raises_the_entropy",
+    "methods/ppo::test_the_kl_coefficient_is_steered",
     returns_of_whitened=(
         "        advantages = losses.masked_whiten(advantages, mask)",
         "        advantages = losses.masked_whiten(advantages, mask)\n"
@@ -394,8 +394,8 @@ PPO = of(
 )
 
 GRPO = of(
-    "grpo",
-    "grpo",
+    "methods/grpo",
+    "methods/grpo",
     grpo_temperature_1=(
         "micro, cfg.rollout.temperature, trunk=trunk)",
         "micro, 1.0, trunk=trunk)",
@@ -436,8 +436,8 @@ GRPO = of(
 )
 
 SFT = of(
-    "sft",
-    "sft",
+    "methods/sft",
+    "methods/sft",
     sft_mean_over_rows=(
         "count = float(sum(map(len, batch.answers)))",
         "count = float(len(batch.answers))",
@@ -456,11 +456,11 @@ SFT = of(
 )
 
 UPDATES = of(
-    "updates",
-    "updates",
-    "ppo::test_a_mean_ratio_over_the_limit_is_skipped",
-    "ppo::test_the_gradient_is_clipped_and_its_norm_logged_before",
-    "ppo::test_check_first_ratio_bounds",
+    "methods/updates",
+    "methods/updates",
+    "methods/ppo::test_a_mean_ratio_over_the_limit_is_skipped",
+    "methods/ppo::test_the_gradient_is_clipped_and_its_norm_logged_before",
+    "methods/ppo::test_check_first_ratio_bounds",
     oom_keeps_gradients=(
         "            parameter.grad = None",
         "            pass",
@@ -516,12 +516,12 @@ UPDATES = of(
 )
 
 REFERENCE = of(
-    "reference_cache",
-    "reference_cache::test_only_what_is_new_is_run",
-    "reference_cache::test_prompt_and_answer_are_told_apart",
-    "reference_cache::test_the_oldest_are_given_up",
-    "reference_cache::test_the_state_comes_back_to_the_last_bit",
-    "rollout",
+    "methods/reference_cache",
+    "methods/reference_cache::test_only_what_is_new_is_run",
+    "methods/reference_cache::test_prompt_and_answer_are_told_apart",
+    "methods/reference_cache::test_the_oldest_are_given_up",
+    "methods/reference_cache::test_the_state_comes_back_to_the_last_bit",
+    "methods/rollout",
     cache_with_lora=(
         "        with lora_disabled(policy.model):",
         "        if True:",
@@ -633,7 +633,7 @@ GENERATE = of(
 
 KEPT_GRAPH = of(
     "model/generate",
-    "ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on",
+    "methods/ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on",
     graph_without_answers=(
         "graph = keep_graph - rows * (max_new_tokens - 1)",
         "graph = keep_graph",
@@ -887,7 +887,7 @@ LORA = of(
 OPS = of(
     "ops/__init__",
     "ops/ppo_loss",
-    "ppo::test_the_loss_of_a_batch_against_loops",
+    "methods/ppo::test_the_loss_of_a_batch_against_loops",
     "ops/ops::test_linear_logprobs_is_its_formula_with_gradients",
     ops_entropy_lost=(
         "losses.ppo_loss(*args, *settings, entropy, entropy_coef)",
@@ -904,7 +904,7 @@ OPS = of(
 MODEL = of(
     "model/policy",
     "model/model",
-    "ppo::test_detach_value_keeps_the_value_loss_out_of_lora",
+    "methods/ppo::test_detach_value_keeps_the_value_loss_out_of_lora",
     value_not_detached=(
         "hidden.detach() if self.detach_value else hidden",
         "hidden",

@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppo_nlu import evaluate, memory, ppo, train
+from ppo_nlu import evaluate, train
+from ppo_nlu.methods import memory, ppo
 from ppo_nlu.model import BUNDLED, lora
 from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.storage import files

@@ -22,8 +22,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from ppo_nlu import rollout
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
+from ppo_nlu.methods import rollout
 from ppo_nlu.model import lora, norms
 from ppo_nlu.model.generate import Generation
 from ppo_nlu.model.load_check import Reference, choose_path

@@ -8,7 +8,7 @@ import tiny
 
 from ppo_nlu.config import Config, PromptConfig
 from ppo_nlu.data import demonstrations
-from ppo_nlu.rollout import fit_prompt
+from ppo_nlu.methods.rollout import fit_prompt
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.prompts import render
 

@@ -17,11 +17,11 @@ from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.data import __main__ as data_program
 from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import label_probabilities, require_fit
+from ppo_nlu.methods.rollout import fit_prompt, sealed
+from ppo_nlu.methods.sft import targets
 from ppo_nlu.model.policy import Policy, ValueHead
 from ppo_nlu.model.tokens import SEAL, Codec
-from ppo_nlu.rollout import fit_prompt, sealed
 from ppo_nlu.runtime import cli
-from ppo_nlu.sft import targets
 from ppo_nlu.tasks import Example
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, STOP, answer, gold_answer, query, render, system, turns

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ppo_nlu import memory, teach_form
+from ppo_nlu import teach_form
 from ppo_nlu.config import Config, DataConfig, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import answer_all, label_probabilities
+from ppo_nlu.methods import memory
+from ppo_nlu.methods.rollout import fit_prompt
 from ppo_nlu.model import load_check, lora, norms
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.load_check import HeadForm, Reference, choose_path, head_form
 from ppo_nlu.model.policy import Policy, load_policy
-from ppo_nlu.rollout import fit_prompt
 from ppo_nlu.runtime import profiling
 from ppo_nlu.tree import prefix_tree, tree_attention
 

@@ -28,10 +28,11 @@ from torch.optim import Optimizer
 
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
+from ppo_nlu.methods.rollout import seeded
+from ppo_nlu.methods.updates import BadStep, Metrics, chunks
 from ppo_nlu.model import BUNDLED
 from ppo_nlu.model.lora import require_numbers
 from ppo_nlu.model.policy import DTYPES, hub_answers, pick_device, reason_of
-from ppo_nlu.rollout import seeded
 from ppo_nlu.runtime.optim import clip_gradients
 from ppo_nlu.storage.files import (
     check_folder,
@@ -44,7 +45,6 @@ from ppo_nlu.storage.files import (
     write_folder,
 )
 from ppo_nlu.tasks import Example, TaskSpec
-from ppo_nlu.updates import BadStep, Metrics, chunks
 
 FOLDER = "encoder"  # of a finished run, in its folder
 WEIGHTS = "model.safetensors"

@@ -17,16 +17,16 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ppo_nlu import encoder, grpo, ppo, sft, updates
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.losses import AdaptiveKL
+from ppo_nlu.methods import encoder, grpo, ppo, sft, updates
+from ppo_nlu.methods.reference_cache import ReferenceCache
+from ppo_nlu.methods.rollout import Rollout, seeded, tell_reuse
+from ppo_nlu.methods.updates import Budget, Metrics, check_first_ratio
 from ppo_nlu.model import lora
 from ppo_nlu.model.policy import VALUE_HEAD, Policy, load_policy
-from ppo_nlu.reference_cache import ReferenceCache
-from ppo_nlu.rollout import Rollout, seeded, tell_reuse
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.rewards import RunningScale
-from ppo_nlu.updates import Budget, Metrics, check_first_ratio
 
 Groups = dict[str, dict[str, Tensor]]
 

@@ -25,12 +25,12 @@ from transformers import (
     RobertaModel,
 )
 
-from ppo_nlu import encoder
 from ppo_nlu.config import Config, EncoderConfig, EvalConfig, ModelConfig, OptimConfig
 from ppo_nlu.errors import UserError
+from ppo_nlu.methods import encoder
+from ppo_nlu.methods.updates import BadStep
 from ppo_nlu.runtime.optim import build_optimizer
 from ppo_nlu.tasks import Example, Rating, TaskSpec, get_task
-from ppo_nlu.updates import BadStep
 
 WORDS = "the film was long and slow but it had a story of people in town who never go".split()
 MRPC, STSB, MNLI = get_task("mrpc"), get_task("stsb"), get_task("mnli")

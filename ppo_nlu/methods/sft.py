@@ -16,15 +16,15 @@ from ppo_nlu import losses
 from ppo_nlu.config import Config
 from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
+from ppo_nlu.methods.rollout import fit_prompt, longest_prompt, sealed
+from ppo_nlu.methods.updates import BadStep, Budget, Metrics, accumulate
 from ppo_nlu.model.lora import lora_parameters
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.rollout import fit_prompt, longest_prompt, sealed
 from ppo_nlu.runtime import profiling
 from ppo_nlu.runtime.optim import clip_gradients
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.prompts import gold_answer
 from ppo_nlu.tree import prefix_tree
-from ppo_nlu.updates import BadStep, Budget, Metrics, accumulate
 
 
 @dataclass

@@ -14,17 +14,17 @@ from ppo_nlu.config import Config, PromptConfig
 from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
 from ppo_nlu.losses import exact_kl, kl_penalty
+from ppo_nlu.methods.reference_cache import ReferenceCache
+from ppo_nlu.methods.updates import Metrics
 from ppo_nlu.model.generate import Generation, Sampling, generate
 from ppo_nlu.model.lora import lora_disabled
 from ppo_nlu.model.policy import Policy, Scored, unflatten
 from ppo_nlu.model.tokens import TextError
-from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, render, turns
 from ppo_nlu.tree.prefix_tree import State
-from ppo_nlu.updates import Metrics
 
 EXACT = 1e-4  # decode and training pass may be this far apart and still count as the same
 MOST = 0.75  # of the prompts have answers in an update's first pass, or the trunk is of no use

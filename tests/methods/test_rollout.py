@@ -10,13 +10,11 @@ import tiny
 import torch
 from torch import Tensor
 
-from ppo_nlu import rollout as rollout_module
 from ppo_nlu.config import Config, DataConfig, PPOConfig, RewardConfig, RolloutConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.losses import kl_penalty
-from ppo_nlu.model.lora import lora_disabled, lora_parameters
-from ppo_nlu.model.policy import Policy
-from ppo_nlu.rollout import (
+from ppo_nlu.methods import rollout as rollout_module
+from ppo_nlu.methods.rollout import (
     Rollout,
     collect_answers,
     fit_prompt,
@@ -25,6 +23,8 @@ from ppo_nlu.rollout import (
     seeded,
     tell_reuse,
 )
+from ppo_nlu.model.lora import lora_disabled, lora_parameters
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.tasks import Example
 from ppo_nlu.tasks.prompts import render
 

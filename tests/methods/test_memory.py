@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ppo_nlu import memory
 from ppo_nlu.config import Config, OptimConfig, PPOConfig, RolloutConfig, TrainConfig
+from ppo_nlu.methods import memory
 from ppo_nlu.model import BUNDLED, lora
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.policy import Policy, load_policy

@@ -21,10 +21,10 @@ from ppo_nlu.config import (
     PPOConfig,
     RolloutConfig,
 )
-from ppo_nlu.learners import LEARNERS, OnPolicy
+from ppo_nlu.methods.learners import LEARNERS, OnPolicy
+from ppo_nlu.methods.reference_cache import ReferenceCache
 from ppo_nlu.model.lora import lora_disabled
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.reference_cache import ReferenceCache
 from ppo_nlu.runtime import checkpoint, optim
 
 PROMPTS = [[5, 6, 7], [5, 6], [5, 6, 7, 8]]

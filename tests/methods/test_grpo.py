@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from ppo_nlu import grpo, losses
+from ppo_nlu import losses
 from ppo_nlu.config import Config, GRPOConfig, RolloutConfig
 from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.losses import grpo_loss, rloo_advantages
+from ppo_nlu.methods import grpo
+from ppo_nlu.methods.updates import Budget
 from ppo_nlu.model import lora
 from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.runtime.optim import build_optimizer
 from ppo_nlu.tree import prefix_tree
-from ppo_nlu.updates import Budget
 
 # Two groups of three with spread, one even, one with an answer of advantage 0 (scores 1, -1, 0).
 ANSWERS = (

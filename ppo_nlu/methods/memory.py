@@ -37,11 +37,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_nlu import updates
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.data import demonstrations
+from ppo_nlu.methods import updates
+from ppo_nlu.methods.rollout import fit_prompt, longest_prompt
 from ppo_nlu.model.policy import Policy, trainable
-from ppo_nlu.rollout import fit_prompt, longest_prompt
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tree import prefix_tree, tree_attention
 

@@ -10,15 +10,15 @@ import pytest
 import tiny
 import torch
 
-from ppo_nlu import sft
 from ppo_nlu.config import Config, LoraConfig, PromptConfig, RolloutConfig, SFTConfig
-from ppo_nlu.learners import SFT
+from ppo_nlu.methods import sft
+from ppo_nlu.methods.learners import SFT
+from ppo_nlu.methods.updates import Budget
 from ppo_nlu.model import lora
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.tasks import TASKS, Example
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, render
-from ppo_nlu.updates import Budget
 
 CFG = Config(task="sst2", method="sft", rollout=RolloutConfig(4, 1, 4))
 

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ppo_nlu import losses, updates
+from ppo_nlu import losses
 from ppo_nlu.config import Config
-from ppo_nlu.model import lora
-from ppo_nlu.model.policy import Policy
-from ppo_nlu.reference_cache import ReferenceCache
-from ppo_nlu.rollout import (
+from ppo_nlu.methods import updates
+from ppo_nlu.methods.reference_cache import ReferenceCache
+from ppo_nlu.methods.rollout import (
     Divergence,
     Rollout,
     collect_answers,
@@ -32,10 +31,12 @@ from ppo_nlu.rollout import (
     score_rows,
     seeded,
 )
+from ppo_nlu.methods.updates import Budget, Metrics
+from ppo_nlu.model import lora
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.rewards import RunningScale
-from ppo_nlu.updates import Budget, Metrics
 
 
 @dataclass

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from ppo_nlu import learners, ppo, updates
 from ppo_nlu.config import (
     Config,
     LoraConfig,
@@ -27,6 +26,7 @@ from ppo_nlu.config import (
 from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.errors import UserError
 from ppo_nlu.losses import AdaptiveKL
+from ppo_nlu.methods import learners, ppo, updates
 from ppo_nlu.model import lora
 from ppo_nlu.model.policy import Policy, load_policy, trainable
 from ppo_nlu.runtime.optim import build_optimizer

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ppo_nlu import losses, ops, updates
+from ppo_nlu import losses, ops
 from ppo_nlu.config import Config
-from ppo_nlu.model.policy import Policy, trainable
-from ppo_nlu.reference_cache import ReferenceCache
-from ppo_nlu.rollout import (
+from ppo_nlu.methods import updates
+from ppo_nlu.methods.reference_cache import ReferenceCache
+from ppo_nlu.methods.rollout import (
     Divergence,
     Rollout,
     collect_answers,
@@ -31,10 +31,11 @@ from ppo_nlu.rollout import (
     score_rows,
     seeded,
 )
+from ppo_nlu.methods.updates import Budget, Metrics
+from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.rewards import RunningScale
-from ppo_nlu.updates import Budget, Metrics
 
 
 @dataclass

@@ -16,12 +16,13 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from ppo_nlu import data, evaluate, export, grpo, ppo, predict, sft, teach_form, train
+from ppo_nlu import data, evaluate, export, predict, teach_form, train
 from ppo_nlu.config import PromptConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.learners import check_form
+from ppo_nlu.methods import grpo, ppo, sft
+from ppo_nlu.methods.learners import check_form
+from ppo_nlu.methods.rollout import fit_prompt
 from ppo_nlu.model import BUNDLED
-from ppo_nlu.rollout import fit_prompt
 from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.tasks import Example, get_task
 

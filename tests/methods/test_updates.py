@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from ppo_nlu import grpo, ppo, sft, updates
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig, RolloutConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.losses import AdaptiveKL
+from ppo_nlu.methods import grpo, ppo, sft, updates
+from ppo_nlu.methods.updates import Budget, cut
 from ppo_nlu.model.policy import Policy, trainable
-from ppo_nlu.updates import Budget, cut
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The methods that train: one file each, with `collect` and `update`."""

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ppo_nlu import data
+from ppo_nlu.answering.provenance import read_config, resume_command, stored_config
 from ppo_nlu.config import Config
 from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
@@ -27,7 +28,6 @@ from ppo_nlu.methods.rollout import Fitted, fit_prompt, longest_prompt, seeded
 from ppo_nlu.model import lora
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.policy import VALUE_HEAD, Policy, check_words, load_policy
-from ppo_nlu.provenance import read_config, resume_command, stored_config
 from ppo_nlu.runtime import cli, runlog
 from ppo_nlu.runtime.checkpoint import require_run_dir
 from ppo_nlu.storage.files import (

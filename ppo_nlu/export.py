@@ -25,11 +25,11 @@ import torch
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
+from ppo_nlu.answering.provenance import stored_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
 from ppo_nlu.model.policy import VALUE_HEAD, load_base
-from ppo_nlu.provenance import stored_config
 from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.storage.files import (
     FolderLock,

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ppo_nlu import data, provenance
+from ppo_nlu import data
+from ppo_nlu.answering import provenance
 from ppo_nlu.config import Config
 from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError

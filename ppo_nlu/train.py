@@ -19,7 +19,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ppo_nlu import data, evaluate, provenance
+from ppo_nlu import data, evaluate
+from ppo_nlu.answering import provenance
 from ppo_nlu.config import Config, diff, dump, load_config, strict_config, to_dict
 from ppo_nlu.config.idle_keys import BY_REWARD, idle_keys
 from ppo_nlu.data import mixture

@@ -22,8 +22,8 @@ ROOMS = {
     "model": "ops model tree",
     "runtime": "distributed runtime",
     "algorithms": "reward_model methods",
-    "programs": "__main__ provenance train evaluate predict export pretrain teach_form "
-    "submit reproduce grid results report report_tables report_plots document",
+    "programs": "__main__ train evaluate predict export pretrain teach_form submit reproduce "
+    "grid results report report_tables report_plots document answering",
 }
 ALLOWED = {
     "bottom": "",

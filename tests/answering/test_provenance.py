@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppo_nlu import evaluate, export, predict, pretrain, provenance, submit, teach_form, train
+from ppo_nlu import evaluate, export, predict, pretrain, submit, teach_form, train
+from ppo_nlu.answering import provenance
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import BUNDLED

@@ -17,13 +17,13 @@ PACKAGE = "ppo_nlu"
 ROOMS = {
     "bottom": "__init__ errors config storage",
     "maths": "losses advantages",
-    "language": "tasks data published",
+    "language": "tasks data",
     "kernels": "kernels",
     "model": "ops model tree",
     "runtime": "distributed runtime",
     "algorithms": "reward_model methods",
     "programs": "__main__ train evaluate predict export pretrain teach_form submit reproduce "
-    "grid results report report_tables report_plots document answering",
+    "answering",
 }
 ALLOWED = {
     "bottom": "",

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import document, published, report, report_plots, report_tables, results
 from ppo_nlu.errors import UserError
-from ppo_nlu.grid import GRIDS, Backbone, Grid, plan, settle
+from ppo_nlu.reproduce import document, published, report, report_plots, report_tables, results
+from ppo_nlu.reproduce.grid import GRIDS, Backbone, Grid, plan, settle
 from ppo_nlu.tasks import get_task, metrics
 
 METHODS = (

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ppo_nlu import published, report_plots
-from ppo_nlu import results as measured
-from ppo_nlu.document import (
+from ppo_nlu.reproduce import published, report_plots
+from ppo_nlu.reproduce import results as measured
+from ppo_nlu.reproduce.document import (
     Figure,
     Folded,
     Group,
@@ -25,8 +25,8 @@ from ppo_nlu.document import (
     to_html,
     to_markdown,
 )
-from ppo_nlu.report_plots import title_of
-from ppo_nlu.report_tables import (
+from ppo_nlu.reproduce.report_plots import title_of
+from ppo_nlu.reproduce.report_tables import (
     DASH,
     backbone_table,
     benchmark_table,
@@ -36,7 +36,7 @@ from ppo_nlu.report_tables import (
     other_table,
     signed,
 )
-from ppo_nlu.results import DECODES, METHODS, Comparison, Results
+from ppo_nlu.reproduce.results import DECODES, METHODS, Comparison, Results
 from ppo_nlu.runtime import cli
 from ppo_nlu.storage import files
 

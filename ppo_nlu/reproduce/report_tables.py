@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ppo_nlu import published
-from ppo_nlu import results as measured
-from ppo_nlu.document import Group, Heading, Part, Table, Text
-from ppo_nlu.report_plots import title_of
-from ppo_nlu.results import DECODES, METHODS, Results, Spread, spread
+from ppo_nlu.reproduce import published
+from ppo_nlu.reproduce import results as measured
+from ppo_nlu.reproduce.document import Group, Heading, Part, Table, Text
+from ppo_nlu.reproduce.report_plots import title_of
+from ppo_nlu.reproduce.results import DECODES, METHODS, Results, Spread, spread
 from ppo_nlu.tasks.metrics import PAPER_METRICS
 
 DASH = "–"

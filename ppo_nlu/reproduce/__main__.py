@@ -3,7 +3,7 @@
 Each cell of a grid (see `grid`) is a process of its own, `python -m ppo_nlu.train` or `python -m
 ppo_nlu.evaluate`, whose run folder is kept under cells/. A finished cell is never run again, an
 unfinished one is resumed, a failed one does not stop the others: the same command goes on where it
-was stopped. At the end `ppo_nlu.report` draws the tables. Equal labels: a training cell sees
+was stopped. At the end `ppo_nlu.reproduce.report` draws the tables. Equal labels: a training cell sees
 `--budget` labelled rows for each of its tasks.
 """
 
@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from ppo_nlu import report, results
 from ppo_nlu.config import load_config
 from ppo_nlu.errors import UserError
-from ppo_nlu.grid import (
+from ppo_nlu.reproduce import report, results
+from ppo_nlu.reproduce.grid import (
     ASSETS,
     BUDGETS,
     GRIDS,
@@ -285,7 +285,7 @@ def _version(package: str) -> str:
 
 def commit() -> str:
     """The commit of the checkout this package lies in; empty for an installed one."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not ((root / ".git").exists() and (root / "setup.py").is_file()):
         return ""
     try:

@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from ppo_nlu import results
 from ppo_nlu.config import Config, load_config
 from ppo_nlu.errors import UserError
+from ppo_nlu.reproduce import results
 from ppo_nlu.runtime import checkpoint
 from ppo_nlu.storage import files
 
-ASSETS = Path(__file__).parent / "assets" / "reproduce"
+ASSETS = Path(__file__).parents[1] / "assets" / "reproduce"
 FORMAT = 1
 MOST_SFT = 40  # sft-seconds: at most so many times the steps of sft-st
 

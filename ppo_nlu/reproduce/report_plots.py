@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ppo_nlu.document import Figure
-from ppo_nlu.results import METHODS, Results
+from ppo_nlu.reproduce.document import Figure
+from ppo_nlu.reproduce.results import METHODS, Results
 from ppo_nlu.runtime.runlog import moving_average, read_metrics
 from ppo_nlu.tasks import TASKS
 

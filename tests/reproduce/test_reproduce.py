@@ -16,16 +16,16 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import grid as grids
-from ppo_nlu import reproduce
 from ppo_nlu.config import load_config
 from ppo_nlu.errors import UserError
-from ppo_nlu.grid import ASSETS, GRIDS, METHODS, Backbone, Cell, Grid, plan, settle
-from ppo_nlu.reproduce import Runner
+from ppo_nlu.reproduce import __main__ as reproduce
+from ppo_nlu.reproduce import grid as grids
+from ppo_nlu.reproduce.__main__ import Runner
+from ppo_nlu.reproduce.grid import ASSETS, GRIDS, METHODS, Backbone, Cell, Grid, plan, settle
 from ppo_nlu.runtime import cli
 from ppo_nlu.storage import files
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = Backbone("tiny")
 
 STUB = """
@@ -287,7 +287,7 @@ def test_the_threads_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 DRIVER = """
 import json, sys
 sys.path.insert(0, {tests!r})
-from test_reproduce import *
+from tests.reproduce.test_reproduce import *
 grid, cells = make(Path(sys.argv[1]), ["zero-shot"], ["sst2", "cola", "cb"])
 slow = {{cell.name: {{"sleep": 60}} for cell in cells}}
 sys.exit(Runner(grid, cells, 2, stub(slow)).run())

@@ -1,0 +1,1 @@
+"""The tables of the paper: a grid of runs, and the report on it."""

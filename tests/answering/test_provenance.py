@@ -18,11 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppo_nlu import evaluate, export, predict, pretrain, submit, teach_form, train
+from ppo_nlu import evaluate, export, predict, submit, teach_form, train
 from ppo_nlu.answering import provenance
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import BUNDLED
+from ppo_nlu.pretrain import __main__ as pretrain
 from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import Example

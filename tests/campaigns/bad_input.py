@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ppo_nlu import evaluate, export, predict, pretrain, submit, teach_form, train
+from ppo_nlu import evaluate, export, predict, submit, teach_form, train
 from ppo_nlu.config import FOREIGN_NAMES, Config, dump, load_config
 from ppo_nlu.config.strict_config import Leaf, schema
 from ppo_nlu.data import __main__ as data_program
 from ppo_nlu.model import lora
+from ppo_nlu.pretrain import __main__ as pretrain
 from ppo_nlu.reproduce import __main__ as reproduce
 from ppo_nlu.reproduce import report
 from ppo_nlu.runtime import checkpoint, cli

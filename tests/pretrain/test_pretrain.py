@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import pretrain
+from ppo_nlu.pretrain import __main__ as pretrain
 from ppo_nlu.runtime import cli
 from ppo_nlu.tasks import get_task
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import answer, render
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "ppo_nlu" / "assets" / "tiny"
 SST2 = get_task("sst2")
 TEXTS = [

@@ -3,7 +3,7 @@
 Each cell of a grid (see `grid`) is a process of its own, `python -m ppo_nlu.train` or `python -m
 ppo_nlu.evaluate`, whose run folder is kept under cells/. A finished cell is never run again, an
 unfinished one is resumed, a failed one does not stop the others: the same command goes on where it
-was stopped. At the end `ppo_nlu.reproduce.report` draws the tables. Equal labels: a training cell sees
+was stopped. At the end `ppo_nlu.report` draws the tables. Equal labels: a training cell sees
 `--budget` labelled rows for each of its tasks.
 """
 

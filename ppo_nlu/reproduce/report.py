@@ -7,7 +7,6 @@ Published numbers stand in groups of rows of their own and are never mixed with 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -442,7 +441,3 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: DIR itself")
     args = parser.parse_args(argv)
     return write(args.folder, cli.require_place("--output", args.output or args.folder))
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(main))

@@ -39,24 +39,25 @@ _FORK.set_forkserver_preload(
 )
 
 
+def write_data(root: Path) -> None:
+    """Small SST-2 and CoLA files in the official layouts."""
+    for name in ("SST-2", "CoLA"):
+        (root / name).mkdir(parents=True)
+    for split, rows in (("train", 24), ("dev", 8)):
+        sst2 = [f"film {split} number {i} is long \t{i % 2}" for i in range(rows)]
+        cola = [f"x\t{i % 2}\t\tBill {split} sang {i} songs." for i in range(rows)]
+        text = "\n".join(["sentence\tlabel", *sst2, ""])
+        (root / "SST-2" / f"{split}.tsv").write_text(text)
+        (root / "CoLA" / f"{split}.tsv").write_text("\n".join([*cola, ""]))
+
+
 class Place:
     """A folder with data, the configs of all kinds, and a whole run of each that is asked for."""
 
     def __init__(self, root: Path):
         self.root, self.count = root, 0
-        self._data()
+        write_data(root / "glue")
         self.whole: dict[str, Path] = {}
-
-    def _data(self) -> None:
-        """Small SST-2 and CoLA files in the official layouts."""
-        for name in ("SST-2", "CoLA"):
-            (self.root / "glue" / name).mkdir(parents=True)
-        for split, rows in (("train", 24), ("dev", 8)):
-            sst2 = [f"film {split} number {i} is long \t{i % 2}" for i in range(rows)]
-            cola = [f"x\t{i % 2}\t\tBill {split} sang {i} songs." for i in range(rows)]
-            text = "\n".join(["sentence\tlabel", *sst2, ""])
-            (self.root / "glue" / "SST-2" / f"{split}.tsv").write_text(text)
-            (self.root / "glue" / "CoLA" / f"{split}.tsv").write_text("\n".join([*cola, ""]))
 
     def config(self, kind: str) -> Path:
         path = self.root / f"{kind.replace(' ', '-')}.yaml"
@@ -134,10 +135,14 @@ def result(folder: Path, metrics: bool = True) -> dict[str, Any]:
     for path in [*kept, folder / "predictions.jsonl"]:
         found[str(path.relative_to(folder))] = path.read_bytes()
     if metrics:
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            found[f"step {row['step']}"] = {k: v for k, v in row.items() if "time/" not in k}
+        found |= {f"step {row['step']}": row for row in metrics_of(folder)}
     return found
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of each step but times, which are those of the machine."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "time/" not in k} for line in lines]
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -25,6 +25,7 @@ ROOMS = {
     "runtime": "checkpoint optim runlog distributed cli",
     "algorithms": "updates reference_cache memory rollout ppo grpo sft encoder learners "
     "reward_model",
+    "examples": "examples",
     "programs": "__main__ provenance data_program train evaluate predict export pretrain "
     "teach_form submit reproduce grid results report report_tables report_plots document",
 }
@@ -36,6 +37,7 @@ ALLOWED = {
     "model": "bottom maths language kernels",
     "runtime": "bottom maths",
     "algorithms": "bottom maths language model runtime",
+    "examples": "maths model",  # and of the model the operations alone: see below
     "programs": "bottom maths language model runtime algorithms",
 }
 # None: no limit. Everything else must come from the standard library.
@@ -130,6 +132,17 @@ def test_every_module_has_a_room_and_no_arrow_points_up() -> None:
     assert wrong_arrows(graph()) == []
 
 
+def test_examples_stand_on_the_losses_and_the_operations_alone() -> None:
+    imported = {
+        target
+        for name, targets in graph().items()
+        if room_of(name) == "examples"
+        for target in targets
+        if target.startswith(PACKAGE)
+    }
+    assert imported == {"ppo_nlu.losses", "ppo_nlu.ops"}
+
+
 def test_there_is_no_cycle() -> None:
     assert cycle(graph()) is None
 
@@ -148,6 +161,8 @@ def test_there_is_no_cycle() -> None:
         ("ppo_nlu.kernels.gae", "from ppo_nlu import errors"),
         ("ppo_nlu.kernels.gae", "import numpy"),
         ("ppo_nlu.ops", "import kernels.gae"),
+        ("ppo_nlu.examples.ppo_loop", "from ppo_nlu.config import Config"),
+        ("ppo_nlu.train", "from ppo_nlu.examples import ppo_loop"),
         ("ppo_nlu.brand_new", "import torch"),
     ],
 )

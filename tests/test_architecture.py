@@ -144,6 +144,17 @@ def test_every_module_has_a_room_and_no_arrow_points_up() -> None:
     assert wrong_arrows(graph()) == []
 
 
+def test_examples_stand_on_the_losses_and_the_operations_alone() -> None:
+    imported = {
+        target
+        for name, targets in graph().items()
+        if room_of(name) == "examples"
+        for target in targets
+        if target.startswith(PACKAGE)
+    }
+    assert imported == {"ppo_nlu.losses", "ppo_nlu.ops"}
+
+
 def test_there_is_no_cycle() -> None:
     assert cycle(graph()) is None
 
@@ -162,6 +173,8 @@ def test_there_is_no_cycle() -> None:
         ("ppo_nlu.kernels.gae", "from ppo_nlu import errors"),
         ("ppo_nlu.kernels.gae", "import numpy"),
         ("ppo_nlu.ops", "import kernels.gae"),
+        ("ppo_nlu.examples.ppo_loop", "from ppo_nlu.config import Config"),
+        ("ppo_nlu.train", "from ppo_nlu.examples import ppo_loop"),
         ("ppo_nlu.brand_new", "import torch"),
     ],
 )

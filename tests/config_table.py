@@ -25,8 +25,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ppo_nlu import strict_config
-from ppo_nlu.config import METHOD_DEFAULTS, PRESETS, Config
+from ppo_nlu.config import METHOD_DEFAULTS, PRESETS, Config, strict_config
 
 DOCUMENT = Path(__file__).parents[1] / "configs" / "README.md"
 BEGIN = "<!-- written by: python -m tests.config_table --write -->"

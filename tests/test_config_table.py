@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 import config_table
 import pytest
 
-from ppo_nlu import strict_config
-from ppo_nlu.config import METHOD_DEFAULTS, PRESETS, Config
-from ppo_nlu.strict_config import number, one_of
+from ppo_nlu.config import METHOD_DEFAULTS, PRESETS, Config, number, one_of, strict_config
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,16 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, goals, gpu_checks, kernels, lora_variants, rivals, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    before_after,
+    cases,
+    goals,
+    gpu_checks,
+    kernels,
+    lora_variants,
+    rivals,
+    timing,
+)
 from benchmarks.cases import Case  # noqa: E402
 
 TINY = {
@@ -285,3 +294,50 @@ def test_the_gpu_script_goes_on_after_a_failed_stage(tmp_path: Path) -> None:
     stages = dict(line.split(",")[:2] for line in (out / "stages.csv").read_text().splitlines())
     assert stages["tests"] == "failed (3)" and stages["goals"] == "out of time"
     assert stages["checks"] == stages["summary"] == "ok"
+
+
+# ---- one run, before and after
+
+
+def test_the_interval_of_an_accuracy_is_that_of_the_binomial() -> None:
+    binom = pytest.importorskip("scipy.stats").binom
+    for accuracy, count in ((0.5, 100), (0.18, 200), (0.82, 200)):
+        exact = [binom.ppf(q, count, accuracy) / count for q in (0.025, 0.975)]
+        found = before_after.interval(accuracy, count)
+        assert found == pytest.approx(exact, abs=1.5 / count)
+    assert before_after.interval(1.0, 7) == (1.0, 1.0)
+
+
+def test_the_rows_of_a_run_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    scores = {"greedy": 1.0, "score": 0.0, "unparsed": 0.0}
+    summary = {
+        "model": "/somewhere/model", "task": "sst2", "tasks": {"sst2": {"title": "SST-2"}},
+        "eval_split": "dev", "eval_rows": 4, "seed": 3, "train_samples": 32.0, "train_s": 7.6,
+        "before": {"sample": 0.0, **scores}, "after": {"sample": 1.0, **scores},
+    }  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    steps = [
+        {"step": step, "reward/mean": reward, "time/step_s": step}
+        for step, reward in ((1, -0.5), (2, 0.25))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    rows = before_after.rows_of(tmp_path)
+    assert rows[:3] == [
+        ("reward", "1", "-0.5000", "", ""),
+        ("reward", "2", "0.2500", "", ""),
+        ("base", "sample", "0.0000", "0.0000", "0.0000"),
+    ]
+    assert ("tuned", "sample", "1.0000", "1.0000", "1.0000") in rows
+    assert ("fact", "model", "model", "", "") in rows
+    assert ("fact", "median_step_s", "1.5", "", "") in rows
+    names = ("part", "name", "value", "low", "high")
+    before_after.draw([dict(zip(names, row, strict=True)) for row in rows], tmp_path / "p.svg")
+    assert "<svg" in (tmp_path / "p.svg").read_text(encoding="utf-8")
+
+
+def test_the_committed_picture_has_its_rows_and_is_small() -> None:
+    with before_after.ROWS.open(newline="", encoding="utf-8") as file:
+        parts = [row["part"] for row in csv.DictReader(file)]
+    assert parts.count("base") == parts.count("tuned") == 3 and parts.count("reward") == 20
+    assert before_after.PICTURE.stat().st_size < 100_000

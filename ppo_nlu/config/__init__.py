@@ -83,7 +83,7 @@ class DataConfig:
     """Where the labelled examples come from."""
 
     path: str | None = None  # a folder with the task's files, or a benchmark root
-    fallback: str = one_of("none", "none", "bundled")  # where no files are found
+    fallback: str = one_of("none", "none", "bundled")  # where no files are: an error, or a stand-in
     cache: str | None = None  # where a download is kept; null = the user's cache folder
     url: str = "https://dl.fbaipublicfiles.com/glue/data"  # where a download comes from
     exclude_pretraining_labels: bool = True  # leave out what the bundled model saw labelled
@@ -104,10 +104,11 @@ class CustomConfig:
     fields: list[str] = field(default_factory=list)  # the text columns of the prompt
     description: str | None = long_text(None)  # what the task is; {column} stands for a row's text
     query: str | None = long_text(None)  # what is asked of a row; {column} stands for its text
+    # The words to answer with,
     labels: list[str] | dict[str, list[str]] = field(default_factory=list)  # or word: value(s)
     label_column: str = "label"  # the column of the right answer
-    low: float | None = number(None, -1e9, 1e9)  # with high: the answer is a number from low
-    high: float | None = number(None, -1e9, 1e9)  # to high
+    low: float | None = number(None, -1e9, 1e9)  # the answer is a number: the least it may be
+    high: float | None = number(None, -1e9, 1e9)  # and the most; both are given or neither
     step: float = positive(0.2, 1e9)  # of the grid by which a number is scored
     reward: str = "auto"  # auto, label, rating, exact, f1, or package.module:function
     metrics: list[str] = field(default_factory=list)  # [] = what suits the kind of answer
@@ -149,7 +150,7 @@ class RolloutConfig:
     max_new_tokens: int = number(16, 1, 10**6)  # longest answer
     temperature: float = number(1.0, 0.001, 1000)  # of sampling, and of every log-probability
     top_k: int = count(0)  # 0 = off, and training needs it off
-    top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # 1 = off, as training needs
+    top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # 1 = off, and training needs it
     # Old log-probs out of the decode pass; auto: where a check at the start finds them exact.
     reuse_logprobs: str = one_of("auto", "auto", "always", "never")  # never: one more pass a step
     reference_cache: bool = True  # keep the reference's log-probs of answers seen before
@@ -164,8 +165,10 @@ class PPOConfig:
     epochs: int = number(4, 1, 1000)  # passes over each step's answers
     minibatch_size: int = count(16, min=1)  # answers per optimizer step; at most all of a step's
     micro_batch_size: int = count(0)  # answers per forward (memory only); 0 = minibatch
-    clip: float = number(0.2, min=0, max=1, exclusive_min=True, exclusive_max=True)  # of the ratio
-    clip_high: float | None = positive(None, 100)  # upper clip of the ratio; null = same as clip
+    # How far the ratio counts from 1,
+    clip: float = number(0.2, min=0, max=1, exclusive_min=True, exclusive_max=True)  # both ways
+    clip_high: float | None = positive(None, 100)  # the same upwards; null = clip
+    # Where the advantage is below 0: the highest ratio that counts (arXiv 1912.09729).
     dual_clip: float | None = number(None, 1, 1000, exclusive_min=True)  # null = off
     value_clip: float | None = positive(0.2, 1e6)  # how far a value may move; null = off
     gamma: float = share(1.0)  # discount
@@ -183,7 +186,7 @@ class PPOConfig:
     whiten_rewards: bool = False  # deviation 1, the mean kept
     critic_target: str = one_of("gae", "gae", "td0")  # td0: the paper's equation 1
     target_kl: float | None = positive(None, 1e6)  # stop a step's epochs beyond it; null = off
-    max_ratio: float = number(10.0, 0, 1e6)  # skip a minibatch with a mean ratio above; 0 = off
+    max_ratio: float = number(10.0, 0, 1e6)  # skip a minibatch with a mean ratio above it; 0 = off
 
 
 @dataclass(frozen=True)
@@ -195,11 +198,12 @@ class GRPOConfig:
     epochs: int = number(1, 1, 1000)  # passes over each step's answers
     minibatch_size: int = count(0)  # answers per optimizer step; 0 = all of a step's
     micro_batch_size: int = count(0)  # answers per forward (memory only); 0 = minibatch
-    clip: float = number(0.2, min=0, max=1, exclusive_min=True, exclusive_max=True)  # of the ratio
-    clip_high: float | None = positive(None, 100)  # upper clip (DAPO: 0.28); null = clip
+    # How far the ratio counts from 1,
+    clip: float = number(0.2, min=0, max=1, exclusive_min=True, exclusive_max=True)  # both ways
+    clip_high: float | None = positive(None, 100)  # the same upwards (DAPO: 0.28); null = clip
     kl_coef: float = number(0.0, 0, 1000)  # weight of the k3 KL in the loss; 0 = no reference pass
     drop_even: bool = True  # leave out groups whose scores are all equal, their KL too
-    max_ratio: float = number(10.0, 0, 1e6)  # skip a minibatch with a mean ratio above; 0 = off
+    max_ratio: float = number(10.0, 0, 1e6)  # skip a minibatch with a mean ratio above it; 0 = off
     target_kl: float | None = positive(None, 1e6)  # stop a step's epochs beyond it; null = off
 
 
@@ -225,13 +229,13 @@ class EncoderConfig:
 class OptimConfig:
     """The optimizer and its learning rate; see METHOD_DEFAULTS for those of grpo, sft, encoder."""
 
-    name: str = one_of("adafactor", "adafactor", "adamw")  # the paper's: adafactor for ppo
+    name: str = one_of("adafactor", "adafactor", "adamw")  # the paper trains ppo by adafactor
     lr: float = positive(9e-6, 10)  # highest learning rate
     value_lr: float | None = positive(None, 10)  # of the value head; null = lr
-    weight_decay: float = number(0.0, 0, 10)  # 0 = off
-    beta1: float = below_one(0.9)  # adamw only
-    beta2: float = below_one(0.95)  # adamw only
-    eps: float = number(1e-5, 1e-16, 1)  # adamw only
+    weight_decay: float = number(0.0, 0, 10)  # share of a weight lost for each unit of lr; 0 = off
+    beta1: float = below_one(0.9)  # adamw only: memory of the mean gradient
+    beta2: float = below_one(0.95)  # adamw only: memory of the mean square
+    eps: float = number(1e-5, 1e-16, 1)  # adamw only: added to the root of the mean square
     max_grad_norm: float = number(1.0, 0, 1e30)  # gradients are scaled down to it; 0 = off
     schedule: str = one_of("cosine", "cosine", "linear", "constant")  # after the warm-up
     warmup: float = share(0.1)  # share of the updates spent climbing to lr; 0 = off
@@ -247,7 +251,7 @@ class TrainConfig:
     micro_batch_tokens: int = count(0)  # 0 = no limit on a CPU, the memory plan's on a GPU
     eval_every: int = count(0)  # steps between evaluations; 0 = only at the end
     checkpoint_every: int = count(50)  # steps between checkpoints; 0 = only at the end
-    keep_checkpoints: int = count(2, min=1)  # older ones are deleted
+    keep_checkpoints: int = count(2, min=1)  # the newest ones; older ones are deleted
     max_bad_steps: int = count(5, min=1)  # stop after so many steps in a row without an update
 
 
@@ -255,11 +259,11 @@ class TrainConfig:
 class EvalConfig:
     """How the model is scored."""
 
-    split: str = "dev"  # which part of the data
+    split: str = "dev"  # which rows: train, dev or test
     limit: int = count(0)  # examples to use; 0 = all
     batch_size: int = number(64, 1, 65536)  # prompts at a time
-    top_k: int = count(0)  # of the one sample; 0 = off
-    top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # of the one sample; 1 = off
+    top_k: int = count(0)  # draw the sampled answer from so many tokens; 0 = off
+    top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # draw it from this mass; 1 = off
     before: bool = True  # score the untrained model too
     bootstrap: int = number(1000, 0, 10**5)  # resamples for the confidence interval; 0 = off
 
@@ -270,7 +274,7 @@ class LogConfig:
 
     tensorboard: bool = False  # write TensorBoard files
     wandb: bool = False  # send metrics to Weights & Biases
-    project: str = "ppo_nlu"  # project name there
+    project: str = "ppo_nlu"  # project name at Weights & Biases
     progress: bool = True  # a bar, or in a file a line each tenth
     plot: bool = True  # draw curves.png at the end
 
@@ -285,8 +289,8 @@ class Config:
 
     task: str | None = None  # a name from the task table, such as sst2, or that of custom.name
     tasks: list[str] = field(default_factory=list)  # several tasks at once, in place of `task`
-    method: str = one_of("ppo", *METHODS)
-    seed: int = number(0, min=0, max=2**32 - 1)
+    method: str = one_of("ppo", *METHODS)  # some defaults depend on it, see METHOD_DEFAULTS
+    seed: int = number(0, min=0, max=2**32 - 1)  # of everything that is drawn at random
     init_from: str | None = None  # a run or adapter folder to start from (and to stay near)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -559,18 +559,6 @@ def test_defaults_pass_their_own_limits(write: Write, name: str) -> None:
     assert load_config(write(yaml.safe_dump({"task": "sst2", name: to_dict(sections()[name]())})))
 
 
-def test_every_field_has_its_line_of_explanation() -> None:
-    """A comment behind each field of each section."""
-    lines = (ROOT / "ppo_nlu" / "config.py").read_text(encoding="utf-8").splitlines()
-    bare = []
-    for name, kind in sections().items():
-        start = lines.index(f"class {kind.__name__}:")
-        for item in fields(kind):
-            line = next(text for text in lines[start:] if text.startswith(f"    {item.name}: "))
-            bare += [] if "  # " in line else [f"{name}.{item.name}"]
-    assert bare == []
-
-
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 

@@ -372,18 +372,18 @@ PPO = of(
         "the horizon is in responses",
     ),
     ppo_clip_high_ignored=(
-        "            ppo.clip_high,",
-        "            None,",
+        "            clip_high=ppo.clip_high,",
+        "            clip_high=None,",
         "ppo.clip_high has an effect",
     ),
     ppo_dual_clip_ignored=(
-        "            ppo.dual_clip,",
-        "            None,",
+        "            dual_clip=ppo.dual_clip,",
+        "            dual_clip=None,",
         "ppo.dual_clip has an effect",
     ),
     ppo_value_clip_ignored=(
-        "            ppo.value_clip,",
-        "            None,",
+        "            value_clip=ppo.value_clip,",
+        "            value_clip=None,",
         "ppo.value_clip has an effect",
     ),
     ppo_scale_ignored=(
@@ -890,8 +890,8 @@ OPS = of(
     "methods/ppo::test_the_loss_of_a_batch_against_loops",
     "ops/ops::test_linear_logprobs_is_its_formula_with_gradients",
     ops_entropy_lost=(
-        "losses.ppo_loss(*args, *settings, entropy, entropy_coef)",
-        "losses.ppo_loss(*args, *settings)",
+        "losses.ppo_loss(logprobs=logprobs, **given)",
+        'losses.ppo_loss(logprobs=logprobs, **{**given, "entropy_coef": 0.0})',
         "the bonus has an effect",
     ),
     ops_temperature=(

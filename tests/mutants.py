@@ -819,8 +819,8 @@ TORCH_LORA = of(
     ),
 )
 
-LOGPROBS = of(
-    "ops/torch_logprobs",
+SOFTMAX = of(
+    "ops/torch_softmax",
     "ops/ops",
     sums_not_rescaled=(
         "self.others * scale + exp.sum(1)",
@@ -832,16 +832,6 @@ LOGPROBS = of(
         "self.weighted * scale",
         "the maximum has moved",
     ),
-    direction_temperature=(
-        "pulled.mul_(1.0 / head.temperature)",
-        "pulled",
-        "the gradient is over τ",
-    ),
-    block_temperature=(
-        "*own, p).mul_(1.0 / head.temperature)",
-        "*own, p)",
-        "the gradient is over τ",
-    ),
     entropy_gradient_sign=(
         "mul_(-grad_entropy[:, None])",
         "mul_(grad_entropy[:, None])",
@@ -851,6 +841,21 @@ LOGPROBS = of(
         "column = targets - start",
         "column = targets",
         "blocks start elsewhere",
+    ),
+)
+
+LOGPROBS = of(
+    "ops/torch_logprobs",
+    "ops/ops",
+    direction_temperature=(
+        "pulled.mul_(1.0 / head.temperature)",
+        "pulled",
+        "the gradient is over τ",
+    ),
+    block_temperature=(
+        "*own, p).mul_(1.0 / head.temperature)",
+        "*own, p)",
+        "the gradient is over τ",
     ),
 )
 
@@ -1033,6 +1038,6 @@ CHECKPOINT = of(
 
 MUTANTS = [
     *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REFERENCE, *GENERATE,
-    *KEPT_GRAPH, *TREE, *ATTENTION, *TORCH_LORA, *LOGPROBS, *LORA, *OPS, *MODEL,
+    *KEPT_GRAPH, *TREE, *ATTENTION, *TORCH_LORA, *SOFTMAX, *LOGPROBS, *LORA, *OPS, *MODEL,
     *LOAD_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ppo_nlu import advantages, losses
 from ppo_nlu.errors import UserError
-from ppo_nlu.ops import torch_logprobs, torch_lora
+from ppo_nlu.ops import torch_capped, torch_logprobs, torch_lora
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -128,7 +128,7 @@ def linear_logprobs(
         if trained or lora_a is not None or not softcap > 0:
             raise ValueError("softcap takes a number above 0 and a frozen head without LoRA")
         with without_autocast(hidden):
-            return torch_logprobs.capped_logprobs(
+            return torch_capped.capped_logprobs(
                 hidden, weight, targets.long(), bias, temperature, softcap, entropy_grad
             )
     args = (hidden, weight, targets.long(), bias, float(temperature))

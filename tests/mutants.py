@@ -922,9 +922,9 @@ MODEL = of(
     ),
 )
 
-LOAD_CHECK = of(
-    "model/load_check",
-    "model/load_check",
+PATH_CHECK = of(
+    "model/path_check",
+    "model/path_check",
     "model/model",
     path_bound=(
         "<= EXACT * max(",
@@ -1039,5 +1039,5 @@ CHECKPOINT = of(
 MUTANTS = [
     *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REFERENCE, *GENERATE,
     *KEPT_GRAPH, *TREE, *ATTENTION, *TORCH_LORA, *SOFTMAX, *LOGPROBS, *LORA, *OPS, *MODEL,
-    *LOAD_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
+    *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ppo_nlu.model import lora
 from ppo_nlu.model.generate import Sampling, generate
-from ppo_nlu.model.load_check import choose_path
+from ppo_nlu.model.path_check import choose_path
 from ppo_nlu.tree import prefix_tree, tree_attention
 from ppo_nlu.tree.prefix_tree import build, common, pad, run
 

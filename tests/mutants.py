@@ -372,18 +372,18 @@ PPO = of(
         "the horizon is in responses",
     ),
     ppo_clip_high_ignored=(
-        "            ppo.clip_high,",
-        "            None,",
+        "            clip_high=ppo.clip_high,",
+        "            clip_high=None,",
         "ppo.clip_high has an effect",
     ),
     ppo_dual_clip_ignored=(
-        "            ppo.dual_clip,",
-        "            None,",
+        "            dual_clip=ppo.dual_clip,",
+        "            dual_clip=None,",
         "ppo.dual_clip has an effect",
     ),
     ppo_value_clip_ignored=(
-        "            ppo.value_clip,",
-        "            None,",
+        "            value_clip=ppo.value_clip,",
+        "            value_clip=None,",
         "ppo.value_clip has an effect",
     ),
     ppo_scale_ignored=(
@@ -867,8 +867,8 @@ TORCH_LORA = of(
     ),
 )
 
-LOGPROBS = of(
-    "ops/torch_logprobs",
+SOFTMAX = of(
+    "ops/torch_softmax",
     "ops/ops",
     sums_not_rescaled=(
         "self.others * scale + exp.sum(1)",
@@ -880,16 +880,6 @@ LOGPROBS = of(
         "self.weighted * scale",
         "the maximum has moved",
     ),
-    direction_temperature=(
-        "pulled.mul_(1.0 / head.temperature)",
-        "pulled",
-        "the gradient is over τ",
-    ),
-    block_temperature=(
-        "*own, p).mul_(1.0 / head.temperature)",
-        "*own, p)",
-        "the gradient is over τ",
-    ),
     entropy_gradient_sign=(
         "mul_(-grad_entropy[:, None])",
         "mul_(grad_entropy[:, None])",
@@ -899,6 +889,21 @@ LOGPROBS = of(
         "column = targets - start",
         "column = targets",
         "blocks start elsewhere",
+    ),
+)
+
+LOGPROBS = of(
+    "ops/torch_logprobs",
+    "ops/ops",
+    direction_temperature=(
+        "pulled.mul_(1.0 / head.temperature)",
+        "pulled",
+        "the gradient is over τ",
+    ),
+    block_temperature=(
+        "*own, p).mul_(1.0 / head.temperature)",
+        "*own, p)",
+        "the gradient is over τ",
     ),
 )
 
@@ -938,8 +943,8 @@ OPS = of(
     "methods/ppo::test_the_loss_of_a_batch_against_loops",
     "ops/ops::test_linear_logprobs_is_its_formula_with_gradients",
     ops_entropy_lost=(
-        "losses.ppo_loss(*args, *settings, entropy, entropy_coef)",
-        "losses.ppo_loss(*args, *settings)",
+        "losses.ppo_loss(logprobs=logprobs, **given)",
+        'losses.ppo_loss(logprobs=logprobs, **{**given, "entropy_coef": 0.0})',
         "the bonus has an effect",
     ),
     ops_temperature=(
@@ -965,9 +970,9 @@ MODEL = of(
     ),
 )
 
-LOAD_CHECK = of(
-    "model/load_check",
-    "model/load_check",
+PATH_CHECK = of(
+    "model/path_check",
+    "model/path_check",
     "model/model",
     path_bound=(
         "<= EXACT * max(",
@@ -1081,6 +1086,7 @@ CHECKPOINT = of(
 
 MUTANTS = [
     *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REFERENCE, *GENERATE,
-    *KEPT_GRAPH, *PACK, *PREFIXES, *PLAIN, *PLAN, *ATTENTION, *PASSES, *TORCH_LORA, *LOGPROBS,
-    *LORA, *OPS, *MODEL, *LOAD_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
+    *KEPT_GRAPH, *PACK, *PREFIXES, *PLAIN, *PLAN, *ATTENTION, *PASSES, *TORCH_LORA, *SOFTMAX,
+    *LOGPROBS,
+    *LORA, *OPS, *MODEL, *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
 ]  # fmt: skip

@@ -25,8 +25,9 @@ from transformers import (
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.methods import rollout
 from ppo_nlu.model import lora, norms
+from ppo_nlu.model.as_loaded import AsLoaded
 from ppo_nlu.model.generate import Generation
-from ppo_nlu.model.load_check import Reference, choose_path
+from ppo_nlu.model.path_check import choose_path
 from ppo_nlu.model.policy import Policy, ValueHead, load_policy
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.prompts import STOP, render
@@ -103,13 +104,13 @@ def policy(
     """A policy around a random model; `shaken`: LoRA and value head are not at zero."""
     cfg, words = model_cfg or ModelConfig(), tokenizer(few)
     model = causal_lm(kind, len(words), seed, **changes).requires_grad_(False)
-    reference = Reference.of(model, words, 256)
+    loaded = AsLoaded.of(model, words, 256)
     torch.manual_seed(seed)
     lora.attach(model, lora_cfg or LoraConfig(r=4, alpha=8.0))
     norms.attach(model)
     head = ValueHead(model.config.hidden_size, cfg.value_head, cfg.value_hidden)
     made = Policy(model, words, head, cfg)
-    made.tree = choose_path(made, cfg.path, reference)
+    made.tree = choose_path(made, cfg.path, loaded)
     if shaken:
         shake(made, seed)
     return made

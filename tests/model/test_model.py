@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
-from ppo_nlu.model.load_check import choose_path
+from ppo_nlu.model.path_check import choose_path
 from ppo_nlu.model.policy import (
     StopDetector,
     ValueHead,

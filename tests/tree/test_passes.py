@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from ppo_nlu.model import lora
-from ppo_nlu.model.load_check import choose_path
+from ppo_nlu.model.path_check import choose_path
 from ppo_nlu.tree import attention, passes, trim
 from ppo_nlu.tree.pack import build
 from ppo_nlu.tree.passes import cache_prefix, run

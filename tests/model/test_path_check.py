@@ -22,9 +22,11 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import answer_all, label_probabilities
 from ppo_nlu.methods import memory
 from ppo_nlu.methods.rollout import fit_prompt
-from ppo_nlu.model import load_check, lora, norms
+from ppo_nlu.model import lora, norms, path_check, shape
+from ppo_nlu.model.as_loaded import AsLoaded
 from ppo_nlu.model.generate import Sampling, generate
-from ppo_nlu.model.load_check import HeadForm, Reference, choose_path, head_form
+from ppo_nlu.model.head_form import HeadForm, head_form
+from ppo_nlu.model.path_check import choose_path
 from ppo_nlu.model.policy import Policy, load_policy
 from ppo_nlu.runtime import profiling
 from ppo_nlu.tree import attention, interface
@@ -273,8 +275,8 @@ def test_rows_end_at_a_window_that_the_plain_path_gets_wrong(
 # ---- which path ------------------------------------------------------------------------------
 
 
-def of(policy: Policy) -> Reference:
-    return Reference.of(policy.model, policy.tokenizer, 256)
+def of(policy: Policy) -> AsLoaded:
+    return AsLoaded.of(policy.model, policy.tokenizer, 256)
 
 
 @pytest.mark.parametrize("off", [0.0005, 0.01, 0.3])
@@ -283,10 +285,10 @@ def test_a_path_that_is_a_little_off_is_not_taken(
 ) -> None:
     """In fp32 nothing but rounding may lie between the paths: 1e-4 of logits of a few units."""
     policy = tiny.policy(shaken=False)
-    reference = of(policy)
+    as_loaded = of(policy)
     run, plain = interface.forward, plain_path.forward
     monkeypatch.setattr(interface, "forward", lambda *a: run(*a) * (1 + off))
-    assert choose_path(policy, "auto", reference) is False
+    assert choose_path(policy, "auto", as_loaded) is False
 
     def scaled(*args: Any) -> Any:
         out = plain(*args)
@@ -295,7 +297,7 @@ def test_a_path_that_is_a_little_off_is_not_taken(
 
     monkeypatch.setattr(plain_path, "forward", scaled)
     with pytest.raises(UserError, match="llama gives other logits behind padding"):
-        choose_path(policy, "auto", reference)
+        choose_path(policy, "auto", as_loaded)
 
 
 def test_in_bf16_small_mistakes_are_seen_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,11 +305,11 @@ def test_in_bf16_small_mistakes_are_seen_too(monkeypatch: pytest.MonkeyPatch) ->
     the first layers are compared in fp32."""
     model = tiny.causal_lm("llama").to(torch.bfloat16).requires_grad_(False)
     words = tiny.tokenizer()
-    reference = Reference.of(model, words, 256)
+    as_loaded = AsLoaded.of(model, words, 256)
     lora.attach(model, LoraConfig(r=4))
     policy = tiny.Policy(model, words, tiny.ValueHead(32), ModelConfig())
     before = {name: p.clone() for name, p in model.named_parameters()}
-    assert choose_path(policy, "auto", reference) is True
+    assert choose_path(policy, "auto", as_loaded) is True
     for name, parameter in model.named_parameters():  # what was fp32 for the check is so no more
         assert parameter.dtype == before[name].dtype and torch.equal(parameter, before[name])
     assert len(policy.decoder.layers) == 2
@@ -317,7 +319,7 @@ def test_in_bf16_small_mistakes_are_seen_too(monkeypatch: pytest.MonkeyPatch) ->
         merge(out, lse, more, norm + 0.1)
 
     monkeypatch.setattr(attention, "_merge_into", heavier)
-    assert choose_path(policy, "auto", reference) is False
+    assert choose_path(policy, "auto", as_loaded) is False
 
 
 def test_the_unmodified_model_is_the_measure(
@@ -464,20 +466,20 @@ def test_gpt2_does_not_look_for_padding(monkeypatch: pytest.MonkeyPatch) -> None
     policy.score(rows(20), ANSWERS, OWNERS)
 
 
-def test_the_reference_is_of_rows_that_can_be_reached() -> None:
+def test_only_rows_that_can_be_reached_are_run() -> None:
     model, words = tiny.causal_lm("mistral", sliding_window=64), tiny.tokenizer()
-    assert len(Reference.of(model, words, 256).far) == 1
-    assert len(Reference.of(model, words, 64).far) == 0
-    assert load_check.windows(model.config) == [64]
+    assert len(AsLoaded.of(model, words, 256).far) == 1
+    assert len(AsLoaded.of(model, words, 64).far) == 0
+    assert shape.windows(model.config) == [64]
 
 
 def test_how_far_logits_may_be_apart_in_low_precision() -> None:
     """A tenth of their spread, which is 1 here: logits of -1 and 1 about their mean of 5."""
     wanted = torch.tensor([[4.0, 6.0, 4.0, 6.0]]).repeat(3, 1)
     sign = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
-    assert load_check._near(wanted + 0.099 * sign, wanted, exact=False)
-    assert not load_check._near(wanted + 0.101 * sign, wanted, exact=False)
-    assert not load_check._near(wanted * float("nan"), wanted, exact=False)
+    assert path_check._near(wanted + 0.099 * sign, wanted, exact=False)
+    assert not path_check._near(wanted + 0.101 * sign, wanted, exact=False)
+    assert not path_check._near(wanted * float("nan"), wanted, exact=False)
 
 
 # ---- models that are odd in other ways -------------------------------------------------------
@@ -507,8 +509,8 @@ def test_layers_whose_settings_differ(tmp_path: Path) -> None:
     config.per_layer_config = {0: {"sliding_window": 16}, 1: {"sliding_window": 100}}
     with pytest.raises(Exception, match="sliding_window"):
         _ = config.sliding_window
-    assert load_check.windows(config) == [16, 100]
-    assert load_check.context_of(config) == 256
+    assert shape.windows(config) == [16, 100]
+    assert shape.context_of(config) == 256
 
 
 def test_damaged_base_weights_are_told_as_such(tmp_path: Path) -> None:

@@ -31,15 +31,14 @@ from ppo_nlu.model.policy import VALUE_HEAD, Policy, check_words, load_policy
 from ppo_nlu.runtime import cli, runlog
 from ppo_nlu.runtime.checkpoint import require_run_dir
 from ppo_nlu.storage.files import (
-    LOCK,
     TEMP,
-    FolderLock,
     atomic_open,
     atomic_write_json,
     make_folder,
-    read_tensors,
-    to_json,
 )
+from ppo_nlu.storage.folders import read_tensors
+from ppo_nlu.storage.locks import LOCK, FolderLock
+from ppo_nlu.storage.sealed import to_json
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, metrics
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of

@@ -31,20 +31,17 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
 from ppo_nlu.model.policy import VALUE_HEAD, load_base
 from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage.files import (
-    FolderLock,
-    atomic_write_text,
-    parse_object,
+from ppo_nlu.storage.access import write_errors
+from ppo_nlu.storage.files import atomic_write_text, sync_folder, temporary_name
+from ppo_nlu.storage.folders import (
     read_checked,
     read_tensors,
     sweep_folders,
-    sync_folder,
     sync_tree,
-    temporary_name,
-    to_json,
-    write_errors,
     write_folder,
 )
+from ppo_nlu.storage.locks import FolderLock
+from ppo_nlu.storage.sealed import parse_object, to_json
 
 # Texts on which the merged model must agree with the policy; of each the last 64 tokens.
 PROBES = (

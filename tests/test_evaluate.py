@@ -17,7 +17,7 @@ from ppo_nlu.config import Config
 from ppo_nlu.evaluate import Answer
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
+from ppo_nlu.storage import locks
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import answer, render
@@ -317,7 +317,7 @@ def test_predictions_are_strict_json(tmp_path: Path) -> None:
 def test_a_folder_in_which_another_evaluation_works_is_refused(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with files.FolderLock(tmp_path):
+    with locks.FolderLock(tmp_path):
         argv = [str(finished_run), "--output", str(tmp_path), "--decode", "greedy"]
         assert cli.run(evaluate.main, argv) == 2
     error = capsys.readouterr().err

@@ -21,7 +21,7 @@ from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
 from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
+from ppo_nlu.storage import files, locks
 
 transformers = pytest.importorskip("transformers")
 
@@ -172,7 +172,7 @@ def test_what_a_killed_export_left_is_deleted(run: Path) -> None:
     for folder in (left, other):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_text("half")
-    with files.FolderLock(other):
+    with locks.FolderLock(other):
         assert export.main([str(run), "--output", str(run.parent / "out" / "exported")]) == 0
     assert not left.exists() and other.exists()
 

@@ -29,7 +29,7 @@ from ppo_nlu.model import lora
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.policy import VALUE_HEAD, Policy, check_words, load_policy
 from ppo_nlu.runtime import cli, runlog
-from ppo_nlu.runtime.checkpoint import require_run_dir
+from ppo_nlu.runtime.run_folder import require_run_dir
 from ppo_nlu.storage.files import (
     TEMP,
     atomic_open,

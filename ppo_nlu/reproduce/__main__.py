@@ -40,7 +40,8 @@ from ppo_nlu.reproduce.grid import (
     settle,
     with_form,
 )  # fmt: skip
-from ppo_nlu.runtime import checkpoint, cli
+from ppo_nlu.runtime import cli
+from ppo_nlu.runtime.stop_request import StopRequest
 from ppo_nlu.storage import files, locks
 from ppo_nlu.tasks import get_task
 
@@ -79,7 +80,7 @@ class Runner:
         """0, or 1 where a cell failed, or 130 and 143 where a signal stopped the grid."""
         if kept := self.total - len(self.waiting):
             print(f"{kept} of {self.total} cells are finished and kept", flush=True)
-        with checkpoint.StopRequest() as stop, locked(self.grid.folder) as lock:
+        with StopRequest() as stop, locked(self.grid.folder) as lock:
             try:
                 while (self.waiting or self.running) and not stop:
                     self._start_ready(lock)

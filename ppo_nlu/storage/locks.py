@@ -68,7 +68,8 @@ class FolderLock:
     """The right to work in a folder, which one process has at a time; a context manager."""
 
     def __init__(self, folder: str | Path):
-        self.path = Path(folder) / LOCK
+        self.folder = Path(folder)
+        self.path = self.folder / LOCK
         with write_errors(self.path):
             self.handle, self.locked = self._open()
         if self.locked is False:

@@ -24,7 +24,7 @@ from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import BUNDLED
 from ppo_nlu.pretrain import __main__ as pretrain
-from ppo_nlu.runtime import checkpoint, cli
+from ppo_nlu.runtime import cli, run_folder
 from ppo_nlu.storage import folders, locks
 from ppo_nlu.tasks import Example
 
@@ -424,7 +424,7 @@ def test_a_second_process_is_refused(place: Place, capsys: Any) -> None:
         assert "--resume" not in error and snapshot(place.run) == before
     assert not (place.run / locks.LOCK).exists()
     with pytest.raises(UserError, match="a finished run"):
-        checkpoint.require_free(place.run)
+        run_folder.require_free(place.run)
 
 
 def test_no_program_works_in_a_taken_folder(place: Place, capsys: Any) -> None:

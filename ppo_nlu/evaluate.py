@@ -28,8 +28,9 @@ from ppo_nlu.methods.rollout import Fitted, fit_prompt, longest_prompt, seeded
 from ppo_nlu.model import lora
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.policy import VALUE_HEAD, Policy, check_words, load_policy
-from ppo_nlu.runtime import cli, runlog
+from ppo_nlu.runtime import cli
 from ppo_nlu.runtime.run_folder import require_run_dir
+from ppo_nlu.runtime.summary import peak_memory_mb
 from ppo_nlu.storage.files import (
     TEMP,
     atomic_open,
@@ -445,7 +446,7 @@ def main(argv: list[str] | None = None) -> int:
         summary = summarise(cfg, measured) | {
             "method": cfg.method if is_run else method,
             "wall_s": time.perf_counter() - started,
-            "peak_memory_mb": runlog.peak_memory_mb(policy.device),
+            "peak_memory_mb": peak_memory_mb(policy.device),
         }
         atomic_write_json(output / "summary.json", summary)
     if cut := sum(row.cut for one in measured for row in next(iter(one.after.values()))):

@@ -32,7 +32,9 @@ from ppo_nlu.methods import sft
 from ppo_nlu.methods.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.policy import Policy, ValueHead, check_words, load_base, measure, settle
-from ppo_nlu.runtime import cli, optim, runlog
+from ppo_nlu.runtime import cli, optim
+from ppo_nlu.runtime.progress import Progress
+from ppo_nlu.runtime.summary import peak_memory_mb
 from ppo_nlu.storage import access, files, folders, locks
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.answers import parse
@@ -113,7 +115,7 @@ def _taught(
         "unparsed_before": before,
         "unparsed_after": after,
         "train_samples": cfg.train.steps * cfg.sft.batch_size,
-        "peak_memory_mb": runlog.peak_memory_mb(policy.device),
+        "peak_memory_mb": peak_memory_mb(policy.device),
     }
 
 
@@ -147,7 +149,7 @@ def teach(
     for name in known:
         asked = {row.id: row for batch in batches for row in batch if row.task == name}
         own[name] = _answered(policy, specs[name], cfg, list(asked.values()))
-    with runlog.Progress(cfg.train.steps, 0, cfg.log.progress) as progress:
+    with Progress(cfg.train.steps, 0, cfg.log.progress) as progress:
         for step, batch in enumerate(batches):
             uniform = random.Random(f"ppo_nlu form {cfg.seed} {step}").random
             prompts, answers = [], []

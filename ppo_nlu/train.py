@@ -28,8 +28,20 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.methods import memory, updates
 from ppo_nlu.methods.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model.policy import DTYPES, Policy
-from ppo_nlu.runtime import checkpoint, cli, optim, optimizer_state, profiling, run_folder, runlog
+from ppo_nlu.runtime import (
+    checkpoint,
+    cli,
+    flops,
+    optim,
+    optimizer_state,
+    profiling,
+    run_folder,
+    runlog,
+)
+from ppo_nlu.runtime.curves import draw_curves
+from ppo_nlu.runtime.progress import Progress
 from ppo_nlu.runtime.stop_request import StopRequest
+from ppo_nlu.runtime.summary import peak_memory_mb, results_table
 from ppo_nlu.storage import files, sealed
 from ppo_nlu.storage.locks import FolderLock
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec, rewards
@@ -83,7 +95,7 @@ def train(run: Run, stop: StopRequest) -> None:
     log = runlog.MetricsLog(run.folder, sinks)
     for line in log.truncate_after(run.step if run.pending is None else run.step - 1):
         print(f"warning: {line}", file=sys.stderr)
-    with log, runlog.Progress(cfg.train.steps, run.step, cfg.log.progress) as progress:
+    with log, Progress(cfg.train.steps, run.step, cfg.log.progress) as progress:
         if run.pending is not None and _evaluated(run, run.pending, stop):
             log.log(run.step, run.pending)
             run.pending = None
@@ -116,7 +128,7 @@ def train(run: Run, stop: StopRequest) -> None:
             save(run)
 
 
-def _learn(run: Run, examples: list[Example], progress: runlog.Progress) -> dict[str, Any]:
+def _learn(run: Run, examples: list[Example], progress: Progress) -> dict[str, Any]:
     """A step of the method, guarded: what is not finite is skipped, counted and written down."""
     learner = run.learner
     try:
@@ -146,7 +158,7 @@ def _learn(run: Run, examples: list[Example], progress: runlog.Progress) -> dict
     return metrics
 
 
-def _remark(learner: Learner, progress: runlog.Progress) -> None:
+def _remark(learner: Learner, progress: Progress) -> None:
     """What the learner has to say after a step; warnings go to stderr."""
     for line in (learner.remark or "").splitlines():
         progress.write(line, None if line.startswith("warning") else sys.stdout)
@@ -407,7 +419,7 @@ def finish(run: Run, stop: StopRequest) -> bool:
         "truncated_prompts": int(run.totals["truncated"]),
         "bad_steps": int(run.totals["bad_steps"]),
         "wall_s": time.perf_counter() - run.started,
-        "peak_memory_mb": runlog.peak_memory_mb(learner.model.device),
+        "peak_memory_mb": peak_memory_mb(learner.model.device),
     }
     for name, rows in run.learned_from.items():
         summary["tasks"][name] |= {"train_note": rows.note, "train_partial": rows.partial}
@@ -440,10 +452,10 @@ def show(run: Run, summary: dict[str, Any]) -> None:
             f"\n{names[-1]}, {run.cfg.eval.split}: {figures} in percent, "
             f"{entry['rows']:,} rows, seed {run.cfg.seed}"
         )
-        print(runlog.results_table(entry["before"], entry["after"]))
+        print(results_table(entry["before"], entry["after"]))
     if len(names) > 1:
         print("\nMean over the tasks")
-        print(runlog.results_table(summary["before"], summary["after"]))
+        print(results_table(summary["before"], summary["after"]))
     print(
         f"{summary['train_samples']:,} {run.learner.unit} in {summary['train_s']:.0f} s "
         f"({summary['samples_per_s']:.1f} a second), {summary['wall_s']:.0f} s in all, "
@@ -456,7 +468,7 @@ def show(run: Run, summary: dict[str, Any]) -> None:
         if summary["before"] and not others and len(first.metrics) == 1:
             start[first.metrics[0]] = summary["before"]["greedy"]
         title = f"{method} on {', '.join(names)}, seed {run.cfg.seed}"
-        drawn = runlog.draw_curves(run.folder, title, before=start)
+        drawn = draw_curves(run.folder, title, before=start)
         hint = "not drawn, since matplotlib is missing: pip install -e '.[plot]'"
         print(f"{'reward curve' if run.cfg.method in BY_REWARD else 'curves'}: {drawn or hint}")
 
@@ -527,7 +539,7 @@ def profiled(run: Run) -> Iterator[None]:
         run.cfg.train.steps - run.step,
         policy.device,
         DTYPES[run.cfg.model.dtype],
-        profiling.weights_of(policy) if isinstance(policy, Policy) else None,
+        flops.weights_of(policy) if isinstance(policy, Policy) else None,
         run.folder / "trace.json",
     )
     try:

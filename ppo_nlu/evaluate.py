@@ -28,18 +28,18 @@ from ppo_nlu.methods.rollout import Fitted, fit_prompt, longest_prompt, seeded
 from ppo_nlu.model import lora
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.policy import VALUE_HEAD, Policy, check_words, load_policy
-from ppo_nlu.runtime import cli, runlog
-from ppo_nlu.runtime.checkpoint import require_run_dir
+from ppo_nlu.runtime import cli
+from ppo_nlu.runtime.run_folder import require_run_dir
+from ppo_nlu.runtime.summary import peak_memory_mb
 from ppo_nlu.storage.files import (
-    LOCK,
     TEMP,
-    FolderLock,
     atomic_open,
     atomic_write_json,
     make_folder,
-    read_tensors,
-    to_json,
 )
+from ppo_nlu.storage.folders import read_tensors
+from ppo_nlu.storage.locks import LOCK, FolderLock
+from ppo_nlu.storage.sealed import to_json
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, metrics
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
@@ -446,7 +446,7 @@ def main(argv: list[str] | None = None) -> int:
         summary = summarise(cfg, measured) | {
             "method": cfg.method if is_run else method,
             "wall_s": time.perf_counter() - started,
-            "peak_memory_mb": runlog.peak_memory_mb(policy.device),
+            "peak_memory_mb": peak_memory_mb(policy.device),
         }
         atomic_write_json(output / "summary.json", summary)
     if cut := sum(row.cut for one in measured for row in next(iter(one.after.values()))):

@@ -33,7 +33,8 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.methods.encoder import Encoder
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import cli
-from ppo_nlu.storage.files import atomic_open, make_folder, parse_object
+from ppo_nlu.storage.files import atomic_open, make_folder
+from ppo_nlu.storage.sealed import parse_object
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.tasks.metrics import chosen_row

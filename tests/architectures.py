@@ -43,7 +43,7 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.methods import memory
 from ppo_nlu.model import generate, lora
 from ppo_nlu.model.policy import Policy, load_policy
-from ppo_nlu.runtime import profiling
+from ppo_nlu.runtime import flops
 from ppo_nlu.tree.checkpointing import checkpoint_blocks
 
 DOCUMENT = Path(__file__).parents[1] / "ppo_nlu" / "architectures.md"
@@ -323,7 +323,7 @@ def planned(case: Case) -> float:
     cfg = Config(task="sst2", model=ModelConfig(str(case.folder), device="cpu"))
     trained = lora.lora_parameters(case.policy.model)
     memory.plan(case.policy, cfg, trained, case.few.prompts)
-    profiling.weights_of(case.policy)
+    flops.weights_of(case.policy)
     return 0.0
 
 

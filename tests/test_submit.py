@@ -19,7 +19,7 @@ from ppo_nlu import data, evaluate, submit
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
-from ppo_nlu.runtime import checkpoint, cli
+from ppo_nlu.runtime import cli, run_folder
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "glue/rte", "wnli")
@@ -52,8 +52,8 @@ class World:
     def run(self, name: str, *tasks: str, answers: Answers | None = None) -> Path:
         named = f"task: {tasks[0]}" if len(tasks) == 1 else f"tasks: [{', '.join(tasks)}]"
         (self.root / "run.yaml").write_text(named)
-        folder = checkpoint.claim(self.root / name, dump(load_config(self.root / "run.yaml")))
-        checkpoint.release(folder)
+        folder = self.root / name
+        run_folder.claim(folder, dump(load_config(self.root / "run.yaml"))).release()
         (folder / "adapter").mkdir()
         (folder / "adapter" / lora.CONFIG_FILE).write_text("{}")
         for task, given in (answers or {}).items():

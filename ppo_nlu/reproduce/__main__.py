@@ -40,8 +40,9 @@ from ppo_nlu.reproduce.grid import (
     settle,
     with_form,
 )  # fmt: skip
-from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
+from ppo_nlu.runtime import cli
+from ppo_nlu.runtime.stop_request import StopRequest
+from ppo_nlu.storage import files, locks
 from ppo_nlu.tasks import get_task
 
 
@@ -79,7 +80,7 @@ class Runner:
         """0, or 1 where a cell failed, or 130 and 143 where a signal stopped the grid."""
         if kept := self.total - len(self.waiting):
             print(f"{kept} of {self.total} cells are finished and kept", flush=True)
-        with checkpoint.StopRequest() as stop, locked(self.grid.folder) as lock:
+        with StopRequest() as stop, locked(self.grid.folder) as lock:
             try:
                 while (self.waiting or self.running) and not stop:
                     self._start_ready(lock)
@@ -238,8 +239,8 @@ def locked(folder: Path, keep: bool = True) -> Iterator[int | None]:
     """Nobody else runs this grid. The cells inherit the lock, so that one whose grid was killed
     still holds it."""
     try:
-        lock = files.FolderLock(folder)
-    except files.InUse as error:
+        lock = locks.FolderLock(folder)
+    except locks.InUse as error:
         raise UserError(
             f"--output {folder}: this grid, or a cell of it, is still running ({error.holder}); "
             "wait or stop it"

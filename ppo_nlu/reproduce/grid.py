@@ -17,7 +17,7 @@ import yaml
 from ppo_nlu.config import Config, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.reproduce import results
-from ppo_nlu.runtime import checkpoint
+from ppo_nlu.runtime import run_folder
 from ppo_nlu.storage import files
 
 ASSETS = Path(__file__).parents[1] / "assets" / "reproduce"
@@ -316,7 +316,7 @@ def command_of(grid: Grid, cell: Cell) -> tuple[list[str], str]:
         said.append(f"prompt.shots={method.shots}")
         return [*evaluate, config, *said, *grid.overrides, *where], ""
     steps, note = steps_of(grid, cell)
-    if checkpoint.is_run_dir(folder):
+    if run_folder.is_run_dir(folder):
         stored = [str(folder / "config.yaml"), *grid.overrides]
         return [*train, *stored, "--resume", str(folder)], note
     said += [f"train.steps={steps}", "eval.before=false"]

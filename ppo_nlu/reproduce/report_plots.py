@@ -12,7 +12,8 @@ import numpy as np
 
 from ppo_nlu.reproduce.document import Figure
 from ppo_nlu.reproduce.results import METHODS, Results
-from ppo_nlu.runtime.runlog import moving_average, read_metrics
+from ppo_nlu.runtime.curves import moving_average
+from ppo_nlu.runtime.runlog import read_metrics
 from ppo_nlu.tasks import TASKS
 
 BLUE, ORANGE, GREY, INK, TEAL = "#2563eb", "#d97706", "#9ca3af", "#1f2937", "#0d9488"

@@ -28,7 +28,7 @@ from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.head_form import HeadForm, head_form
 from ppo_nlu.model.path_check import choose_path
 from ppo_nlu.model.policy import Policy, load_policy
-from ppo_nlu.runtime import profiling
+from ppo_nlu.runtime import flops
 from ppo_nlu.tree import attention, interface
 from ppo_nlu.tree import plain as plain_path
 
@@ -500,7 +500,7 @@ def test_the_plans_of_memory_and_time_hold_for_any_config(kind: str, tmp_path: P
     cfg = Config(task="sst2", model=ModelConfig(folder))
     plan = memory.plan(policy, cfg, lora.lora_parameters(policy.model), rows(20))
     assert plan.tokens > 0 and "memory plan" in plan.lines()[0]
-    assert profiling.weights_of(policy).blocks > 0
+    assert flops.weights_of(policy).blocks > 0
 
 
 def test_layers_whose_settings_differ(tmp_path: Path) -> None:

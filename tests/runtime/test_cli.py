@@ -81,8 +81,8 @@ def test_a_run_that_was_cut_short_says_how_to_go_on(tmp_path: Path, capsys: Capt
     folder = tmp_path / "a run"
 
     def act() -> int:
-        cli.works_in(folder, f"train --resume '{folder}'")
-        raise MemoryError
+        with cli.works_in(folder, f"train --resume '{folder}'"):
+            raise MemoryError
 
     assert ends(act) == 2
     assert f"go on with: train --resume '{folder}'" in capsys.readouterr().err
@@ -105,8 +105,8 @@ def test_an_unforeseen_error_leaves_its_traceback_in_the_run_folder(
     tmp_path: Path, capsys: Capture, error: BaseException
 ) -> None:
     def act() -> int:
-        cli.works_in(tmp_path, "train --resume run")
-        raise error
+        with cli.works_in(tmp_path, "train --resume run"):
+            raise error
 
     for _ in range(2):  # a resumed run may end the same way
         assert ends(act) == 1

@@ -46,7 +46,8 @@ def _class_sums(
 def _macro_f1(times: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """The mean of all classes' F1, 0 for one that neither occurs nor is predicted."""
     right, predicted, gold, _ = _class_sums(times, kept)
-    return (2 * right / np.maximum(predicted + gold, 1)).mean(axis=1)
+    means: np.ndarray = (2 * right / np.maximum(predicted + gold, 1)).mean(axis=1)
+    return means
 
 
 def _mcc(times: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -87,7 +88,8 @@ def _f1m(times: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """The harmonic mean of the mean precision and the mean recall of all questions."""
     sums = times @ kept
     precision, recall = sums[:, 0] / sums[:, 2], sums[:, 1] / sums[:, 2]
-    return 2 * precision * recall / np.maximum(precision + recall, 1e-300)
+    f1: np.ndarray = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
+    return f1
 
 
 def _keep_parity(rows: Rows) -> np.ndarray:

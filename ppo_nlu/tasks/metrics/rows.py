@@ -81,7 +81,8 @@ class Rows:
     def right(self) -> np.ndarray:
         """Which rows are right, (N,) bool."""
         gold, predicted = self.codes
-        return gold == predicted
+        right: np.ndarray = gold == predicted
+        return right
 
     @property
     def positive(self) -> int:
@@ -120,4 +121,5 @@ class Metric:
 def share(times: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """The first kept figure over the second, each summed; 0 where the second is."""
     sums = times @ kept
-    return sums[:, 0] / np.maximum(sums[:, 1], 1e-300)
+    shares: np.ndarray = sums[:, 0] / np.maximum(sums[:, 1], 1e-300)
+    return shares

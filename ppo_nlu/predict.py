@@ -20,7 +20,7 @@ from typing import Any
 
 from ppo_nlu import data
 from ppo_nlu.config import Config
-from ppo_nlu.data.readers import unreadable
+from ppo_nlu.data.lines import unreadable
 from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import Answer, answer_all, load_trained, require_fit, run_config, shown
 from ppo_nlu.methods.encoder import Encoder

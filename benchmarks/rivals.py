@@ -141,8 +141,8 @@ _LOSS_ARGS = (
 
 @provider("ours", "ppo_loss")
 def our_ppo_loss(inputs: Inputs, module: Any = ops) -> Call:
-    args = [inputs[name] for name in _LOSS_ARGS]
-    return differentiated(inputs, lambda: module.ppo_loss(*args)[:1])
+    named = {name: inputs[name] for name in _LOSS_ARGS}
+    return differentiated(inputs, lambda: module.ppo_loss(**named)[:1])
 
 
 @provider("ours-torch", *LOGPROBS, *LORA, "gae", "ppo_loss", devices=("cuda",))

@@ -44,8 +44,8 @@ from ppo_nlu.tasks import TASKS, Example, TaskSpec, metrics
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.tasks.prompts import answer
-from ppo_nlu.tree import prefix_tree
-from ppo_nlu.tree.prefix_tree import Opening
+from ppo_nlu.tree import prefixes
+from ppo_nlu.tree.prefixes import PrefixCache
 
 DECODES = ("sample", "greedy", "score")
 T = TypeVar("T")
@@ -154,7 +154,7 @@ def _by_decoding(
     prompts: Sequence[Fitted],
     decode: str,
     generator: torch.Generator,
-    opening: Opening | None,
+    opening: PrefixCache | None,
 ) -> list[Answer]:
     drawn = generate(
         policy,
@@ -185,7 +185,7 @@ def label_probabilities(
     spec: TaskSpec,
     prompts: Sequence[Fitted],
     form: str = "judgement",
-    opening: Opening | None = None,
+    opening: PrefixCache | None = None,
 ) -> torch.Tensor:
     """softmax over the labels of log π(` Word </Judgement>` | prompt), (P, K), no length norm.
 
@@ -197,7 +197,7 @@ def label_probabilities(
     replies = [answer(policy.seal(word), form) for word in spec.words]
     for number, prompt in enumerate(prompts):
         whole = [policy.encode(prompt.text + reply) for reply in replies]
-        cut = min(prefix_tree.common(prompt.ids, row) for row in whole)
+        cut = min(prefixes.common(prompt.ids, row) for row in whole)
         heads.append(prompt.ids[:cut])
         answers += [row[cut:] for row in whole]
         owners += [number] * len(whole)
@@ -212,7 +212,7 @@ def _by_score(
     rows: Sequence[Example],
     prompts: Sequence[Fitted],
     form: str,
-    opening: Opening | None,
+    opening: PrefixCache | None,
 ) -> list[Answer]:
     """The likeliest word; for a rating the expectation over its grid."""
     table = label_probabilities(policy, spec, prompts, form, opening).tolist()

@@ -211,6 +211,7 @@ def value_loss(
 
 
 def ppo_loss(
+    *,
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -231,7 +232,8 @@ def ppo_loss(
 
     L = `policy_loss` + c_v · `value_loss` − c_e · mean Hₜ
 
-    Source: arXiv 1707.06347, equation 9.
+    Source: arXiv 1707.06347, equation 9. Arguments go by keyword: of seven tensors of one shape no
+    two can change places.
 
     Args:
         logprobs, values, entropy: (B, R) of the current policy and critic; these get gradients.

@@ -122,9 +122,9 @@ def _taught(
 def _load(cfg: Config) -> Policy:
     """The base with all its weights to train, and no LoRA."""
     model, tokenizer = load_base(cfg.model)
-    reference, limit = measure(model, tokenizer, cfg)
+    loaded, limit = measure(model, tokenizer, cfg)
     policy = Policy(model, tokenizer, ValueHead(1, "linear"), cfg.model)
-    settle(policy, cfg, reference, limit)
+    settle(policy, cfg, loaded, limit)
     model.requires_grad_(True)
     return policy
 

@@ -44,7 +44,7 @@ from ppo_nlu.methods import memory
 from ppo_nlu.model import generate, lora
 from ppo_nlu.model.policy import Policy, load_policy
 from ppo_nlu.runtime import flops
-from ppo_nlu.tree import tree_attention
+from ppo_nlu.tree.checkpointing import checkpoint_blocks
 
 DOCUMENT = Path(__file__).parents[1] / "ppo_nlu" / "architectures.md"
 BOUND = 1e-4  # of log-probabilities, and of gradients in units of the largest, in fp32
@@ -278,7 +278,7 @@ def checkpointed(case: Case) -> float:
     """The same with blocks that are run again in the backward; the policy stays so."""
     if not case.policy.tree:
         return 0.0
-    tree_attention.checkpoint_blocks(case.policy.decoder)
+    checkpoint_blocks(case.policy.decoder)
     return gradient(case)
 
 

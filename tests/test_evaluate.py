@@ -21,7 +21,7 @@ from ppo_nlu.storage import locks
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import answer, render
-from ppo_nlu.tree import prefix_tree
+from ppo_nlu.tree import prefixes
 
 SPEC = get_task("sst2")
 
@@ -109,7 +109,7 @@ def test_what_all_prompts_begin_with_is_run_once_a_window(
     sizes = tiny.sizes_of_passes(monkeypatch)
     found = list(evaluate.answer_all(policy, SPEC, few, rows, decode))
     prompts = [policy.encode(render(SPEC, row.fields)) for row in rows]
-    opening = min(prefix_tree.common(prompts[0], prompt) for prompt in prompts)
+    opening = min(prefixes.common(prompts[0], prompt) for prompt in prompts)
     longest = sorted(map(len, prompts), reverse=True)[:4]  # the first batch
     own = sum(longest) - 4 * opening
     labels = 0 if decode == "greedy" else sizes[1] - own  # their tokens but the last

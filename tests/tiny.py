@@ -25,12 +25,13 @@ from transformers import (
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.methods import rollout
 from ppo_nlu.model import lora, norms
+from ppo_nlu.model.as_loaded import AsLoaded
 from ppo_nlu.model.generate import Generation
-from ppo_nlu.model.load_check import Reference, choose_path
+from ppo_nlu.model.path_check import choose_path
 from ppo_nlu.model.policy import Policy, ValueHead, load_policy
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.prompts import STOP, render
-from ppo_nlu.tree import prefix_tree, tree_attention
+from ppo_nlu.tree import interface, pack
 
 GIVEN = os.environ.get("PPO_NLU_DATA")  # read at import: the tests clear it
 SST2 = get_task("sst2")
@@ -103,13 +104,13 @@ def policy(
     """A policy around a random model; `shaken`: LoRA and value head are not at zero."""
     cfg, words = model_cfg or ModelConfig(), tokenizer(few)
     model = causal_lm(kind, len(words), seed, **changes).requires_grad_(False)
-    reference = Reference.of(model, words, 256)
+    loaded = AsLoaded.of(model, words, 256)
     torch.manual_seed(seed)
     lora.attach(model, lora_cfg or LoraConfig(r=4, alpha=8.0))
     norms.attach(model)
     head = ValueHead(model.config.hidden_size, cfg.value_head, cfg.value_hidden)
     made = Policy(model, words, head, cfg)
-    made.tree = choose_path(made, cfg.path, reference)
+    made.tree = choose_path(made, cfg.path, loaded)
     if shaken:
         shake(made, seed)
     return made
@@ -170,13 +171,13 @@ def close(actual: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
 def sizes_of_passes(patch: pytest.MonkeyPatch) -> list[int]:
     """A list that learns how many tokens each pass through the tree runs."""
     sizes: list[int] = []
-    plain = tree_attention.forward
+    plain = interface.forward
 
     def spy(decoder: nn.Module, ids: Tensor, *rest: Any) -> Tensor:
         sizes.append(len(ids))
         return plain(decoder, ids, *rest)
 
-    patch.setattr(tree_attention, "forward", spy)
+    patch.setattr(interface, "forward", spy)
     return sizes
 
 
@@ -187,7 +188,7 @@ def force(patch: pytest.MonkeyPatch, made: Policy, answers: list[list[int]]) -> 
         owners = [p for p in range(len(prompts)) for _ in range(samples)]
         with torch.no_grad():
             scored = policy.score(prompts, answers, owners, sampling.temperature, values=True)
-        tokens, mask = prefix_tree.pad(answers)
+        tokens, mask = pack.pad(answers)
         return Generation(tokens, mask, scored.logprobs, scored.values, scored.hidden)
 
     patch.setattr(rollout, "generate", generate)

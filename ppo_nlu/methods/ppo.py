@@ -144,21 +144,21 @@ def backward(
         assert torch.equal(mask, scored.mask)
         td0 = ppo.critic_target == "td0"
         loss, metrics = ops.ppo_loss(
-            scored.logprobs,
-            rollout.logprobs[rows, :width],
-            batch.advantages[rows, :width],
-            None if td0 else scored.values,
-            rollout.values[rows, :width],
-            batch.returns[rows, :width],
-            mask,
-            ppo.clip,
-            ppo.clip_high,
-            ppo.dual_clip,
-            ppo.value_clip,
-            ppo.value_coef,
-            count,
-            scored.entropy if bonus else scored.entropy.detach(),  # no gradient of 0
-            ppo.entropy_coef,
+            logprobs=scored.logprobs,
+            old_logprobs=rollout.logprobs[rows, :width],
+            advantages=batch.advantages[rows, :width],
+            values=None if td0 else scored.values,
+            old_values=rollout.values[rows, :width],
+            returns=batch.returns[rows, :width],
+            mask=mask,
+            clip=ppo.clip,
+            clip_high=ppo.clip_high,
+            dual_clip=ppo.dual_clip,
+            value_clip=ppo.value_clip,
+            value_coef=ppo.value_coef,
+            denominator=count,
+            entropy=scored.entropy if bonus else scored.entropy.detach(),  # no gradient of 0
+            entropy_coef=ppo.entropy_coef,
         )
         if td0:
             rewards = batch.rewards[rows, :width]

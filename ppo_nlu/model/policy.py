@@ -16,17 +16,31 @@ from torch import Tensor, nn
 from ppo_nlu import ops
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.errors import UserError, first_line
-from ppo_nlu.model import BUNDLED, load_check, lora, norms
+from ppo_nlu.model import BUNDLED, lora, norms, path_check
+from ppo_nlu.model.as_loaded import AsLoaded
 from ppo_nlu.model.chat import Chat
-from ppo_nlu.model.load_check import Reference, Shape, choose_path
+from ppo_nlu.model.head_form import head_form, head_of
+from ppo_nlu.model.shape import (
+    Shape,
+    context_of,
+    decoder_of,
+    limit_of,
+    shape_of,
+    text_config,
+    windows,
+)
 from ppo_nlu.model.tokens import Codec
 from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import TaskSpec
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, STOP, Message, answer, render
-from ppo_nlu.tree import prefix_tree, tree_attention
+from ppo_nlu.tree import pack, passes
+from ppo_nlu.tree.checkpointing import checkpoint_blocks
 from ppo_nlu.tree.decode_graph import Recorder
-from ppo_nlu.tree.prefix_tree import Cost, Opening, State, Tokens
+from ppo_nlu.tree.pack import Cost
+from ppo_nlu.tree.passes import State
+from ppo_nlu.tree.prefixes import PrefixCache, Tokens
+from ppo_nlu.tree.trim import trim
 
 VALUE_HEAD = "value_head.safetensors"  # beside the adapter
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,13 +80,13 @@ class Policy:
     def __init__(self, model: Any, tokenizer: Any, value_head: ValueHead, cfg: ModelConfig):
         self.model, self.tokenizer, self.value_head = model, tokenizer, value_head
         self.device = next(model.parameters()).device
-        self.decoder: nn.Module = load_check.decoder_of(model)
-        self.head_form = load_check.head_form(model, self.decoder)
-        tree_attention.trim(self.decoder)
+        self.decoder: nn.Module = decoder_of(model)
+        self.head_form = head_form(model, self.decoder)
+        trim(self.decoder)
         self.decoder.warn_if_padding_and_no_attention_mask = _no_warning
         self.detach_value = cfg.detach_value
         self.tree = True  # for rows that no window ends in
-        self.window = min(load_check.windows(self.config), default=None)
+        self.window = min(windows(self.config), default=None)
         self.limit: int | None = None  # of the context, where it is not the model's own
         self.last_pass = Cost(0, 0, 0)
         self.checkpointing = False
@@ -90,13 +104,13 @@ class Policy:
     @property
     def context(self) -> int:
         """The longest sequence that is run, in tokens: what the model was made for, or less."""
-        own = load_check.context_of(self.config)
+        own = context_of(self.config)
         return own if self.limit is None else min(own, self.limit)
 
     @property
     def shape(self) -> Shape:
         """What plans of memory and time are made from."""
-        return load_check.shape_of(self.decoder)
+        return shape_of(self.decoder)
 
     def packs(self, longest: int) -> bool:
         """Whether rows of at most so many tokens take the prefix tree."""
@@ -105,7 +119,7 @@ class Policy:
     @property
     def head(self) -> nn.Linear:
         """The LM head."""
-        return load_check.head_of(self.model)
+        return head_of(self.model)
 
     def chat(self, messages: Sequence[Message], shots: bool = False) -> str:
         """The messages in the model's own chat format, up to where its answer begins; `shots`: the
@@ -145,11 +159,11 @@ class Policy:
         prompts: Sequence[Tokens],
         answers: Sequence[Tokens],
         owners: Sequence[int] | None = None,
-        opening: Opening | None = None,
+        opening: PrefixCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """States that predict the answers' tokens (N, H), row by row, and the mask (B, R)."""
         longest = max(map(len, prompts)) + max(map(len, answers), default=0)
-        tree = prefix_tree.build(prompts, answers, owners, self.packs(longest), opening)
+        tree = pack.build(prompts, answers, owners, self.packs(longest), opening)
         tree = tree.to(self.device)
         self.last_pass = cost = tree.cost
         count = sum(map(len, answers))
@@ -157,14 +171,14 @@ class Policy:
         profiling.count(
             cost.tokens_run, saved, positions=count, pairs=cost.pairs, wanted=cost.wanted
         )
-        flat, _ = prefix_tree.run(self.decoder, tree, self.takes_positions)
+        flat, _ = passes.run(self.decoder, tree, self.takes_positions)
         return flat.index_select(0, tree.positions[tree.mask]), tree.mask
 
     def _grown(
         self, trunk: State, answers: Sequence[Tokens], owners: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """`hidden` of answers behind prompts that were run before, under autograd."""
-        hidden, mask, cost = prefix_tree.grow(self.decoder, trunk, answers, owners)
+        hidden, mask, cost = passes.run_answers(self.decoder, trunk, answers, owners)
         saved = cost.tokens_full - cost.tokens_run
         profiling.count(cost.tokens_run, saved, positions=len(hidden), pairs=cost.pairs)
         before = trunk.tree.cost
@@ -180,7 +194,7 @@ class Policy:
         values: bool = False,
         entropy_grad: bool = False,
         trunk: State | None = None,
-        opening: Opening | None = None,
+        opening: PrefixCache | None = None,
     ) -> Scored:
         """Log-probabilities, entropies and (where asked) values of the answers' tokens.
 
@@ -211,13 +225,13 @@ class Policy:
             critic = unflatten(self.value(hidden), mask)
         return Scored(mask, unflatten(logprobs, mask), unflatten(entropy, mask), critic, hidden)
 
-    def opening(self, prompts: Sequence[Tokens]) -> Opening | None:
+    def opening(self, prompts: Sequence[Tokens]) -> PrefixCache | None:
         """What these prompts begin with, run once for all passes over some of them with today's
         weights; None where that is little, or on the plain path."""
         if not self.tree:
             return None
         with profiling.phase("prefill"):
-            found = prefix_tree.opening_of(self.decoder, prompts, self.window)
+            found = passes.cache_prefix(self.decoder, prompts, self.window)
             if found is not None:
                 n = len(found.tokens)
                 profiling.count(n, -n, pairs=n * (n + 1) // 2, wanted=1)
@@ -254,7 +268,7 @@ class StopDetector:
         listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         many = listed if isinstance(listed, list) else [listed]
         self.eos = {int(i) for i in [*many, tokenizer.eos_token_id] if i is not None}
-        size = load_check.text_config(model).vocab_size
+        size = text_config(model).vocab_size
         pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
         closing = [i for i, piece in enumerate(pieces) if piece is None or STOP[-1] in piece]
         self.may_end = torch.zeros(size, dtype=torch.bool)
@@ -368,14 +382,14 @@ def pick_device(name: str) -> torch.device:
 def load_policy(cfg: Config) -> Policy:
     """The base with fresh LoRA layers (zero at the start) and a fresh value head, from `seed`."""
     model, tokenizer = load_base(cfg.model)
-    reference, limit = measure(model, tokenizer, cfg)
+    loaded, limit = measure(model, tokenizer, cfg)
     torch.manual_seed(cfg.seed)
-    lora.attach(model, cfg.lora, idle=reference.idle)
+    lora.attach(model, cfg.lora, idle=loaded.idle)
     norms.attach(model)
-    width = load_check.head_of(model).in_features
+    width = head_of(model).in_features
     head = ValueHead(width, cfg.model.value_head, cfg.model.value_hidden)
     policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)
-    settle(policy, cfg, reference, limit)
+    settle(policy, cfg, loaded, limit)
     if cfg.init_from:
         # Start from a trained adapter, which as a frozen copy is the reference too.
         lora.load_adapter(model, adapter_folder(cfg.init_from))
@@ -389,24 +403,24 @@ def load_policy(cfg: Config) -> Policy:
                 "to false and lower ppo.micro_batch_size"
             )
         policy.checkpointing = True
-        tree_attention.checkpoint_blocks(policy.decoder)
+        checkpoint_blocks(policy.decoder)
     return policy
 
 
-def measure(model: Any, tokenizer: Any, cfg: Config) -> tuple[Reference, int]:
+def measure(model: Any, tokenizer: Any, cfg: Config) -> tuple[AsLoaded, int]:
     """What the model gives before anything of it is replaced, and where its context ends, which is
     told where it is early."""
     asked = cfg.data.max_prompt_tokens and cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    limit, note = load_check.limit_of(model, asked)
+    limit, note = limit_of(model, asked)
     tell(note)
-    return Reference.of(model, tokenizer, min(limit, asked or limit)), limit
+    return AsLoaded.of(model, tokenizer, min(limit, asked or limit)), limit
 
 
-def settle(policy: Policy, cfg: Config, reference: Reference, limit: int) -> None:
+def settle(policy: Policy, cfg: Config, loaded: AsLoaded, limit: int) -> None:
     """Choose the path, and how long rows may be; a model that neither path runs is a UserError."""
-    policy.tree = choose_path(policy, cfg.model.path, reference)
+    policy.tree = path_check.choose_path(policy, cfg.model.path, loaded)
     policy.limit = limit
-    if policy.tree and load_check.longest_row(policy, reference) is not None:
+    if policy.tree and path_check.longest_row(policy, loaded) is not None:
         policy.limit = policy.window
         tell(f"rows end at {policy.window} tokens, the window of this model's attention")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ppo_nlu import advantages, losses
 from ppo_nlu.errors import UserError
-from ppo_nlu.ops import torch_logprobs, torch_lora
+from ppo_nlu.ops import torch_capped, torch_logprobs, torch_lora
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -128,7 +128,7 @@ def linear_logprobs(
         if trained or lora_a is not None or not softcap > 0:
             raise ValueError("softcap takes a number above 0 and a frozen head without LoRA")
         with without_autocast(hidden):
-            return torch_logprobs.capped_logprobs(
+            return torch_capped.capped_logprobs(
                 hidden, weight, targets.long(), bias, temperature, softcap, entropy_grad
             )
     args = (hidden, weight, targets.long(), bias, float(temperature))
@@ -179,29 +179,14 @@ def gae(
     return advantages.gae(rewards, values, mask, gamma, lam)
 
 
-def ppo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    mask: Tensor,
-    clip: float = 0.2,
-    clip_high: float | None = None,
-    dual_clip: float | None = None,
-    value_clip: float | None = 0.2,
-    value_coef: float = 0.5,
-    denominator: float | Tensor | None = None,
-    entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The whole loss of PPO as in `ppo_nlu.losses.ppo_loss`; on CUDA one launch each way."""
-    args = (logprobs, old_logprobs, advantages, values, old_values, returns, mask)
-    settings = (clip, clip_high, dual_clip, value_clip, value_coef, denominator)
+def ppo_loss(*, logprobs: Tensor, **given: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The whole loss of PPO; on CUDA one launch each way.
+
+    Arguments, loss and metrics are those of `ppo_nlu.losses.ppo_loss`, with its defaults.
+    """
     if choose_backend(logprobs) == "triton":
-        return _launch("ppo_loss", *args, *settings, entropy, entropy_coef)
-    return losses.ppo_loss(*args, *settings, entropy, entropy_coef)
+        return _launch("ppo_loss", logprobs, **given)
+    return losses.ppo_loss(logprobs=logprobs, **given)
 
 
 # ---- which form runs

@@ -1,22 +1,32 @@
 """Log-probabilities in plain torch: the reference form of `ppo_nlu.ops`, and the one for the CPU.
 
 Logits are formed a block at a time (rows by vocabulary entries), in buffers used again for every
-block, and forgotten; of each row only the running softmax statistics stay. With a frozen head
-U = ∂log π/∂h, and on request E = ∂entropy/∂h, are formed in the same pass.
+block, and forgotten; of each row only the statistics of `torch_softmax` stay. With a frozen head
+U = ∂log π/∂h, and on request E = ∂entropy/∂h, are formed in the same pass. Logits with a soft cap
+are in `torch_capped`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_FLOOR = -1e5  # exp(-1e5) is exactly 0 and 0 · -1e5 is 0, where 0 · -inf would be NaN
-_WIDENED = 1 << 20  # weights that are turned to fp32 at a time, which the cache holds
-_CAPPED = 1 << 23  # logits that are in memory at a time where they are soft-capped
+from ppo_nlu.ops.torch_softmax import (
+    FLOOR,
+    RunningSoftmax,
+    accumulator,
+    logits_gradient,
+    part_of,
+    slices,
+    used,
+    wants_grad,
+)
+
+WIDENED = 1 << 20  # weights that are turned to fp32 at a time, which the cache holds
 
 
 def linear_logprobs(
@@ -38,10 +48,10 @@ def linear_logprobs(
         entropy gradient that is asked for comes from recomputed blocks.
     """
     head = (weight, bias, lora_a, lora_b, float(scaling), float(temperature))
-    if not _wants_grad(hidden, weight, bias, lora_a, lora_b):
+    if not wants_grad(hidden, weight, bias, lora_a, lora_b):
         stats, _ = _linear_logprobs_forward(hidden, Head(*head), targets)
         return stats[0], stats[1]
-    if lora_a is None and not _wants_grad(weight, bias):
+    if lora_a is None and not wants_grad(weight, bias):
         return _LinearLogprobsFrozen.apply(hidden, targets, entropy_grad, *head)
     return _LinearLogprobsTrainable.apply(hidden, targets, *head)
 
@@ -52,153 +62,25 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     A product of bf16 matrices would round each logit to 8 bits. Where no gradient is asked for, W
     is widened a block at a time.
     """
-    dtype = _accumulator(hidden.dtype)
-    if hidden.dtype == weight.dtype == dtype or _wants_grad(hidden, weight, bias):
+    dtype = accumulator(hidden.dtype)
+    if hidden.dtype == weight.dtype == dtype or wants_grad(hidden, weight, bias):
         bias = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
     head, chunk = Head(weight, bias, None, None, 1.0, 1.0), hidden.to(dtype)
     out = torch.empty(len(hidden), weight.shape[0], dtype=dtype, device=hidden.device)
-    for entries in _slices(weight.shape[0], _WIDENED // max(weight.shape[1], 1)):
+    for entries in slices(weight.shape[0], WIDENED // max(weight.shape[1], 1)):
         head.logits(chunk, None, entries, out[:, entries])
     return out
-
-
-def capped_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    entropy_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """log π(target) and entropy, (N,) each, of softmax(c tanh((hidden Wᵀ + bias)/c)/τ), c being
-    `softcap`; W is frozen. An entropy gradient is there with `entropy_grad` alone."""
-    args = (hidden, weight, targets, bias, temperature, softcap, entropy_grad)
-    return _CappedLogprobs.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def token_logprobs(
     logits: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """log π(target) and entropy, (N,) each, of logits (N, V) over the temperature."""
-    if _wants_grad(logits):
+    if wants_grad(logits):
         return _TokenLogprobs.apply(logits, targets, temperature)
     stats = _token_logprobs_forward(logits, targets, temperature)
     return stats[0], stats[1]
-
-
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# ---- blocks of logits, and what is kept of a row while they pass
-
-
-class _Softmax:
-    """Of a chunk of rows the running maximum m, Σ exp and Σ z exp over v ≠ y, and the target's z.
-
-    Online softmax: after each block m' = max(m, max z), and what was summed relative to m is scaled
-    by exp(m − m'). With z measured from m, entropy = log Σ exp(z) − Σ z exp(z) / Σ exp(z). The
-    target is left out of the sums: near p_y = 1, log p_y = −log1p(Σ exp(z_v − z_y)) then loses no
-    digit.
-    """
-
-    def __init__(self, targets: Tensor, dtype: torch.dtype) -> None:
-        self.targets = targets
-        self.top = torch.full(targets.shape, -torch.inf, dtype=dtype, device=targets.device)
-        self.others = torch.zeros_like(self.top)
-        self.weighted = torch.zeros_like(self.top)
-        self.at_target = torch.zeros_like(self.top)
-
-    def update(self, z: Tensor, exp: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Take in the logits of entries start, start + 1, …
-
-        `exp` is filled with exp(z − m') and z becomes (z − m') exp(z − m'), the target's entry
-        cleared in both. Returns: m − m' and its exponential, for earlier sums.
-        """
-        top = torch.maximum(self.top, z.amax(1))
-        finite = top.masked_fill(top == -torch.inf, 0.0)
-        column, inside = _columns(self.targets, start, z.shape[1])
-        self.at_target = torch.where(inside, z.gather(1, column)[:, 0], self.at_target)
-        shift = (self.top - finite).clamp_(min=_FLOOR)
-        scale = shift.exp()
-        z.sub_(finite[:, None]).clamp_(min=_FLOOR)
-        torch.exp(z, out=exp)
-        exp.scatter_(1, column, exp.gather(1, column).masked_fill_(inside[:, None], 0.0))
-        z.mul_(exp)
-        self.weighted = (self.weighted + shift * self.others) * scale + z.sum(1)
-        self.others = self.others * scale + exp.sum(1)
-        self.top = top
-        return shift, scale
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """log π(target), entropy, m and log Σ exp(z − m), stacked (4, C); and the last's Σ (C,).
-
-        m and the logarithm stay apart: their sum would lose digits of it where m is large.
-        """
-        below = self.at_target - self.top
-        own = below.exp()
-        total = self.others + own
-        log_total = total.log()
-        logprobs = torch.where(own > 0.5, -(self.others / own).log1p(), below - log_total)
-        self.weighted = self.weighted + below.clamp(min=_FLOOR) * own
-        entropy = log_total - self.weighted / total
-        return torch.stack((logprobs, entropy, self.top, log_total)), total
-
-
-def _columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Each target's column in a block (C, 1), clamped into it, and whether it lies there (C,)."""
-    column = targets - start
-    inside = (column >= 0) & (column < width)
-    return column.clamp_(0, width - 1)[:, None], inside
-
-
-def _dlogits(
-    z: Tensor,
-    start: int,
-    targets: Tensor,
-    stats: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    p: Tensor,
-) -> Tensor:
-    """g (1[v=y] − p_v) − g_ent p_v (log p_v + entropy) for a block of logits z.
-
-    z and p, of its shape, are overwritten; the answer is in one of them.
-
-    The target's 1 − p is formed as −expm1(log p): the difference would cancel where p is near 1.
-    """
-    logprobs, entropy, top, log_total = stats
-    z.sub_(top[:, None]).sub_(log_total[:, None]).clamp_(min=_FLOOR)
-    torch.exp(z, out=p)
-    if grad_entropy is not None:
-        z.add_(entropy[:, None]).mul_(p).mul_(-grad_entropy[:, None])
-    if grad_logprobs is None:
-        return z
-    column, inside = _columns(targets, start, z.shape[1])
-    entry = torch.where(inside, torch.expm1(logprobs), p.gather(1, column)[:, 0])
-    p.scatter_(1, column, entry[:, None]).mul_(-grad_logprobs[:, None])
-    return p if grad_entropy is None else p.add_(z)
-
-
-def _used(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """None for a gradient that is absent, or all zero where looking costs no synchronisation."""
-    if grad is None or (grad.device.type == "cpu" and not grad.any()):
-        return None
-    return grad.to(dtype)
-
-
-def _rows(grad: Tensor | None, part: slice) -> Tensor | None:
-    return None if grad is None else grad[part]
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, length)) for start in range(0, length, max(step, 1)))
 
 
 # ---- linear_logprobs
@@ -242,8 +124,8 @@ class _Blocks:
 
     def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
         most_rows, most_columns = _block_shape(rows, vocab, device)
-        self.rows = list(_slices(rows, most_rows))
-        self.entries = list(_slices(vocab, most_columns))
+        self.rows = list(slices(rows, most_rows))
+        self.entries = list(slices(vocab, most_columns))
         size = min(rows, most_rows) * min(vocab, most_columns)
         self.z, self.exp = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
 
@@ -265,12 +147,12 @@ def _linear_logprobs_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The statistics of each row (4, N), and the directions asked for (0, 1 or 2; N; H):
     U = ∂logprobs/∂hidden and E = ∂entropy/∂hidden."""
-    dtype = _accumulator(hidden.dtype)
+    dtype = accumulator(hidden.dtype)
     stats = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
     out = hidden.new_empty(directions, *hidden.shape) if directions else None
     blocks = _Blocks(hidden.shape[0], head.weight.shape[0], dtype, hidden.device)
     for rows in blocks.rows:
-        chunk, state = hidden[rows].to(dtype), _Softmax(targets[rows], dtype)
+        chunk, state = hidden[rows].to(dtype), RunningSoftmax(targets[rows], dtype)
         low = head.low(chunk)
         pulled = chunk.new_zeros(directions, *chunk.shape)  # Σ exp(z) W over v ≠ y; Σ z exp(z) W
         for entries in blocks.entries:
@@ -296,7 +178,9 @@ def _pull(
         total.mul_(scale[:, None]).addmm_(terms, part)
 
 
-def _finish(pulled: Tensor, own: Tensor, state: _Softmax, stats: Tensor, total: Tensor) -> None:
+def _finish(
+    pulled: Tensor, own: Tensor, state: RunningSoftmax, stats: Tensor, total: Tensor
+) -> None:
     """Turn the sums over v ≠ y into U and E, given W_y (C, H); all relative to the logits.
 
     U = (1 − p_y) W_y − Σ p_v W_v over v ≠ y: nothing cancels where p_y is near 1. With z̄ = Σ p z,
@@ -307,7 +191,7 @@ def _finish(pulled: Tensor, own: Tensor, state: _Softmax, stats: Tensor, total: 
     if len(pulled) == 2:
         mean = state.weighted / total
         p = (state.at_target - top - log_total).exp()
-        spread = (state.at_target - top).clamp(min=_FLOOR) - mean
+        spread = (state.at_target - top).clamp(min=FLOOR) - mean
         pulled[1].addcmul_(pulled[0], mean[:, None], value=-1.0)
         pulled[1].addcmul_(own, (p * spread)[:, None]).neg_()
     pulled[0].addcmul_(own, torch.expm1(logprobs)[:, None]).neg_()
@@ -328,11 +212,11 @@ def _recompute(
         chunk = hidden[rows].to(stats.dtype)
         low = head.low(chunk)
         grad_low = None if low is None else torch.zeros_like(low)
-        own = targets[rows], stats[:, rows], _rows(upstream[0], rows), _rows(upstream[1], rows)
+        own = targets[rows], stats[:, rows], part_of(upstream[0], rows), part_of(upstream[1], rows)
         for entries in blocks.entries:
             z, p = blocks.buffers(len(chunk), entries)
             part = head.logits(chunk, low, entries, z)
-            dz = _dlogits(z, entries.start, *own, p).mul_(1.0 / head.temperature)
+            dz = logits_gradient(z, entries.start, *own, p).mul_(1.0 / head.temperature)
             if grad_hidden is not None:
                 grad_hidden[rows].addmm_(dz, part)
             if grad_weight is not None:
@@ -366,9 +250,9 @@ class _LinearLogprobsFrozen(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
         directions, *again = ctx.saved_tensors
-        dtype = _accumulator(directions.dtype)
+        dtype = accumulator(directions.dtype)
         grad = torch.zeros(directions.shape[1:], dtype=dtype, device=directions.device)
-        upstream = _used(grad_logprobs, dtype), _used(grad_entropy, dtype)
+        upstream = used(grad_logprobs, dtype), used(grad_entropy, dtype)
         for direction, g in zip(directions, upstream, strict=False):
             if g is not None:
                 grad.addcmul_(direction.to(dtype), g[:, None])
@@ -394,7 +278,7 @@ class _LinearLogprobsTrainable(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
         hidden, targets, *tensors, stats = ctx.saved_tensors
-        upstream = _used(grad_logprobs, stats.dtype), _used(grad_entropy, stats.dtype)
+        upstream = used(grad_logprobs, stats.dtype), used(grad_entropy, stats.dtype)
         sources = (hidden, *tensors)
         needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
         grads = [
@@ -409,69 +293,15 @@ class _LinearLogprobsTrainable(torch.autograd.Function):
         return cast[0], None, *cast[1:], None, None
 
 
-# ---- logits with a soft cap
-
-
-class _CappedLogprobs(torch.autograd.Function):
-    """A few rows at a time. With z = c tanh(x/c), dz/dx = 1 − (z/c)², and for a row
-    U = Σᵥ (1[v=y] − pᵥ) dzᵥ/dxᵥ Wᵥ/τ and E = −Σᵥ pᵥ (log pᵥ + entropy) dzᵥ/dxᵥ Wᵥ/τ."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, temperature, softcap, entropy_grad):  # type: ignore[override]
-        dtype = _accumulator(hidden.dtype)
-        count = (2 if entropy_grad else 1) if ctx.needs_input_grad[0] else 0
-        directions = torch.zeros(count, *hidden.shape, dtype=dtype, device=hidden.device)
-        found = torch.empty(2, len(hidden), dtype=dtype, device=hidden.device)
-        for rows in _slices(len(hidden), _CAPPED // max(weight.shape[0], 1)):
-            z = linear_logits(hidden[rows], weight, bias).div_(softcap).tanh_()
-            slope = (1 - z * z).div_(temperature)
-            logp = z.mul_(softcap / temperature).log_softmax(-1)
-            p, own = logp.exp(), targets[rows, None]
-            entropy = -(p * logp).sum(-1)
-            found[:, rows] = torch.stack((logp.gather(1, own)[:, 0], entropy))
-            if count:
-                chosen = (-p).scatter_add_(1, own, torch.ones_like(p[:, :1]))
-                _multiply(chosen.mul_(slope), weight, directions[0, rows])
-            if count == 2:
-                spread = (logp + entropy[:, None]).mul_(p).neg_()
-                _multiply(spread.mul_(slope), weight, directions[1, rows])
-        ctx.save_for_backward(directions)
-        ctx.dtype = hidden.dtype
-        ctx.set_materialize_grads(False)
-        return found[0].clone(), found[1].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
-        (directions,) = ctx.saved_tensors
-        grad = torch.zeros_like(directions[0])
-        grads = _used(grad_logprobs, grad.dtype), _used(grad_entropy, grad.dtype)
-        if grads[1] is not None and len(directions) < 2:
-            raise ValueError("a gradient of the entropy behind a soft cap needs entropy_grad=True")
-        for direction, g in zip(directions, grads, strict=False):
-            if g is not None:
-                grad.addcmul_(direction, g[:, None])
-        return grad.to(ctx.dtype), *(None,) * 6
-
-
-def _multiply(terms: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Add terms (C, V) times W (V, H) to out (C, H), W widened a block at a time."""
-    step = weight.shape[0]
-    if weight.dtype != out.dtype:
-        step = _WIDENED // max(weight.shape[1], 1)
-    for entries in _slices(weight.shape[0], step):
-        out.addmm_(terms[:, entries], weight[entries].to(out.dtype))
-
-
 # ---- token_logprobs
 
 
 def _token_logprobs_forward(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """The statistics of each row (4, N), through fp32 copies of a few rows at a time."""
-    dtype = _accumulator(logits.dtype)
+    dtype = accumulator(logits.dtype)
     stats = torch.empty(4, logits.shape[0], dtype=dtype, device=logits.device)
-    for rows in _slices(*_token_rows(logits)):
-        state = _Softmax(targets[rows], dtype)
+    for rows in slices(*_token_rows(logits)):
+        state = RunningSoftmax(targets[rows], dtype)
         z = logits[rows].to(dtype, copy=True).div_(temperature)
         state.update(z, torch.empty_like(z), 0)
         stats[:, rows], _ = state.result()
@@ -498,13 +328,18 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
         logits, targets, stats = ctx.saved_tensors
         dtype = stats.dtype
-        upstream = _used(grad_logprobs, dtype), _used(grad_entropy, dtype)
+        upstream = used(grad_logprobs, dtype), used(grad_entropy, dtype)
         if all(g is None for g in upstream):
             return torch.zeros_like(logits), None, None
         grad = logits.new_empty(logits.shape)
-        for rows in _slices(*_token_rows(logits)):
+        for rows in slices(*_token_rows(logits)):
             z = logits[rows].to(dtype, copy=True).div_(ctx.temperature)
-            own = targets[rows], stats[:, rows], _rows(upstream[0], rows), _rows(upstream[1], rows)
-            dz = _dlogits(z, 0, *own, torch.empty_like(z))
+            own = (
+                targets[rows],
+                stats[:, rows],
+                part_of(upstream[0], rows),
+                part_of(upstream[1], rows),
+            )
+            dz = logits_gradient(z, 0, *own, torch.empty_like(z))
             grad[rows] = dz.mul_(1.0 / ctx.temperature)
         return grad, None, None

@@ -55,7 +55,7 @@ from ppo_nlu.storage.sealed import read_object, to_json
 from ppo_nlu.tasks import Label, TaskSpec, get_task
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import STOP, answer, render
-from ppo_nlu.tree.prefix_tree import cache_argument, kept_cache
+from ppo_nlu.tree.plain import cache_argument, kept_cache
 
 OPEN = STOP.replace("/", "")
 DESCRIPTION = "Train the bundled tiny language model."

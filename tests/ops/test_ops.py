@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ppo_nlu import losses, ops
-from ppo_nlu.ops import torch_logprobs
+from ppo_nlu.ops import torch_capped, torch_logprobs
 
 
 @pytest.fixture(autouse=True)
@@ -583,8 +583,9 @@ def test_logprobs_behind_a_soft_cap(
     rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """c tanh(z/c) in float64 by autograd; a few rows at a time as with all of them."""
-    monkeypatch.setattr(torch_logprobs, "_CAPPED", 3 * 33)
-    monkeypatch.setattr(torch_logprobs, "_WIDENED", 16 * 5)
+    monkeypatch.setattr(torch_capped, "_CAPPED", 3 * 33)
+    for module in (torch_capped, torch_logprobs):
+        monkeypatch.setattr(module, "WIDENED", 16 * 5)
     hidden = torch.randn(rows, 16, dtype=dtype, requires_grad=True)
     weight, bias = 3 * torch.randn(33, 16, dtype=dtype), torch.randn(33, dtype=dtype)
     targets = torch.randint(0, 33, (rows,))

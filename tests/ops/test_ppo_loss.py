@@ -24,16 +24,20 @@ def inputs(rows: int, width: int, seed: int = 0) -> tuple[dict[str, Tensor], Ten
     return padded, mask.to(DEVICE)
 
 
-def ordered(data: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    names = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns")
-    return tuple(data[name] for name in names)
+def without(data: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: t for name, t in data.items() if name not in names}
+
+
+def of_the_policy(data: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """What the loss takes where there is no critic."""
+    return without(data, "entropy") | dict.fromkeys(("values", "old_values", "returns"))
 
 
 def run(function, data: dict[str, Tensor], mask: Tensor, dtype: torch.dtype, **settings):
     """Loss, metrics and the gradients of what trains, of 0.7 times the loss."""
     data = {name: t.to(dtype) for name, t in data.items()}
     leaves = [data[name].requires_grad_() for name in TRAINED]
-    loss, metrics = function(*ordered(data), mask, entropy=data["entropy"], **settings)
+    loss, metrics = function(mask=mask, **data, **settings)
     return loss, metrics, torch.autograd.grad(0.7 * loss, leaves)
 
 
@@ -48,19 +52,27 @@ def test_the_torch_form_is_the_sum_of_its_parts() -> None:
     data, mask = inputs(5, 7)
     data = {name: t.cpu() for name, t in data.items()}
     mask = mask.cpu()
-    policy, _ = losses.policy_loss(*ordered(data)[:3], mask, 0.1)
-    critic, _ = losses.value_loss(*ordered(data)[3:], mask, 0.3)
+    surrogate = (data[name] for name in ("logprobs", "old_logprobs", "advantages"))
+    policy, _ = losses.policy_loss(*surrogate, mask, 0.1)
+    critic, _ = losses.value_loss(data["values"], data["old_values"], data["returns"], mask, 0.3)
     bonus = losses.masked_mean(data["entropy"], mask)
     loss, metrics = losses.ppo_loss(
-        *ordered(data), mask, 0.1, value_clip=0.3, value_coef=0.8, entropy=data["entropy"],
-        entropy_coef=0.05,
-    )  # fmt: skip
+        **data, mask=mask, clip=0.1, value_clip=0.3, value_coef=0.8, entropy_coef=0.05
+    )
     torch.testing.assert_close(loss, policy + 0.8 * critic - 0.05 * bonus)
     ratio = (data["logprobs"] - data["old_logprobs"])[mask].exp()
     torch.testing.assert_close(metrics["policy/ratio_gap"], (ratio - 1).abs().max())
-    alone, metrics = losses.ppo_loss(*ordered(data)[:3], None, None, None, mask, 0.1)
+    alone, metrics = losses.ppo_loss(**of_the_policy(data), mask=mask, clip=0.1)
     torch.testing.assert_close(alone, policy)
     assert not any(name.startswith("value/") for name in metrics)
+
+
+@pytest.mark.parametrize("function", [losses.ppo_loss, ops.ppo_loss])
+def test_tensors_go_by_name_so_that_no_two_change_places(function) -> None:
+    data, mask = inputs(2, 3)
+    names = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns")
+    with pytest.raises(TypeError, match="positional"):
+        function(*(data[name] for name in names), mask)
 
 
 class KernelCases:
@@ -106,7 +118,7 @@ class KernelCases:
         for name in ("logprobs", "values"):
             data, mask = inputs(3, 4, seed=1)
             data[name][mask] = torch.nan
-            loss, _ = ops.ppo_loss(*ordered(data), mask)
+            loss, _ = ops.ppo_loss(**without(data, "entropy"), mask=mask)
             assert loss.isnan()
 
     def test_a_huge_log_ratio_is_bounded(self) -> None:
@@ -123,10 +135,11 @@ class KernelCases:
 
     def test_no_tokens(self) -> None:
         empty = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
-        loss, _ = ops.ppo_loss(*[empty] * 6, empty.bool())
+        nothing = dict.fromkeys(without(inputs(1, 1)[0], "entropy"), empty)
+        loss, _ = ops.ppo_loss(**nothing, mask=empty.bool())
         assert loss == 0
         data, mask = inputs(2, 3)
-        loss, _ = ops.ppo_loss(*ordered(data), torch.zeros_like(mask))
+        loss, _ = ops.ppo_loss(**without(data, "entropy"), mask=torch.zeros_like(mask))
         assert loss == 0
 
     @pytest.mark.parametrize("denominator", [None, 50.0, "tensor"])
@@ -149,9 +162,8 @@ class KernelCases:
 
     def test_without_a_critic(self) -> None:
         data, mask = inputs(4, 5)
-        three = ordered(data)[:3]
-        ours, metrics = ops.ppo_loss(*three, None, None, None, mask)
-        exact, names = losses.ppo_loss(*three, None, None, None, mask)
+        ours, metrics = ops.ppo_loss(**of_the_policy(data), mask=mask)
+        exact, names = losses.ppo_loss(**of_the_policy(data), mask=mask)
         torch.testing.assert_close(ours, exact, rtol=2e-6, atol=1e-6)
         assert metrics.keys() == names.keys()
 
@@ -168,5 +180,6 @@ if RUNS_KERNELS:
     TestKernels = KernelCases
 else:
 
+    @pytest.mark.slow
     def test_the_kernels_in_the_interpreter() -> None:
         run_interpreted(__file__, "TestKernels")

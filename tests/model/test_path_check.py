@@ -22,12 +22,15 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import answer_all, label_probabilities
 from ppo_nlu.methods import memory
 from ppo_nlu.methods.rollout import fit_prompt
-from ppo_nlu.model import load_check, lora, norms
+from ppo_nlu.model import lora, norms, path_check, shape
+from ppo_nlu.model.as_loaded import AsLoaded
 from ppo_nlu.model.generate import Sampling, generate
-from ppo_nlu.model.load_check import HeadForm, Reference, choose_path, head_form
+from ppo_nlu.model.head_form import HeadForm, head_form
+from ppo_nlu.model.path_check import choose_path
 from ppo_nlu.model.policy import Policy, load_policy
 from ppo_nlu.runtime import flops
-from ppo_nlu.tree import prefix_tree, tree_attention
+from ppo_nlu.tree import attention, interface
+from ppo_nlu.tree import plain as plain_path
 
 SMALL = {
     "vocab_size": tiny.VOCAB,
@@ -260,9 +263,9 @@ def test_rows_end_at_a_window_that_the_plain_path_gets_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tmp_path, "mistral", sliding_window=64)
-    step = prefix_tree.PlainCache.step
+    step = plain_path.PlainCache.step
     monkeypatch.setattr(
-        prefix_tree.PlainCache, "step", lambda s, d, token, place: step(s, d, token, place + 1)
+        plain_path.PlainCache, "step", lambda s, d, token, place: step(s, d, token, place + 1)
     )
     policy = loaded(folder)
     assert policy.tree and policy.context == 64
@@ -272,8 +275,8 @@ def test_rows_end_at_a_window_that_the_plain_path_gets_wrong(
 # ---- which path ------------------------------------------------------------------------------
 
 
-def of(policy: Policy) -> Reference:
-    return Reference.of(policy.model, policy.tokenizer, 256)
+def of(policy: Policy) -> AsLoaded:
+    return AsLoaded.of(policy.model, policy.tokenizer, 256)
 
 
 @pytest.mark.parametrize("off", [0.0005, 0.01, 0.3])
@@ -282,19 +285,19 @@ def test_a_path_that_is_a_little_off_is_not_taken(
 ) -> None:
     """In fp32 nothing but rounding may lie between the paths: 1e-4 of logits of a few units."""
     policy = tiny.policy(shaken=False)
-    reference = of(policy)
-    run, plain = tree_attention.forward, prefix_tree.forward
-    monkeypatch.setattr(tree_attention, "forward", lambda *a: run(*a) * (1 + off))
-    assert choose_path(policy, "auto", reference) is False
+    as_loaded = of(policy)
+    run, plain = interface.forward, plain_path.forward
+    monkeypatch.setattr(interface, "forward", lambda *a: run(*a) * (1 + off))
+    assert choose_path(policy, "auto", as_loaded) is False
 
     def scaled(*args: Any) -> Any:
         out = plain(*args)
         out.last_hidden_state = out.last_hidden_state * (1 + off)
         return out
 
-    monkeypatch.setattr(prefix_tree, "forward", scaled)
+    monkeypatch.setattr(plain_path, "forward", scaled)
     with pytest.raises(UserError, match="llama gives other logits behind padding"):
-        choose_path(policy, "auto", reference)
+        choose_path(policy, "auto", as_loaded)
 
 
 def test_in_bf16_small_mistakes_are_seen_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,21 +305,21 @@ def test_in_bf16_small_mistakes_are_seen_too(monkeypatch: pytest.MonkeyPatch) ->
     the first layers are compared in fp32."""
     model = tiny.causal_lm("llama").to(torch.bfloat16).requires_grad_(False)
     words = tiny.tokenizer()
-    reference = Reference.of(model, words, 256)
+    as_loaded = AsLoaded.of(model, words, 256)
     lora.attach(model, LoraConfig(r=4))
     policy = tiny.Policy(model, words, tiny.ValueHead(32), ModelConfig())
     before = {name: p.clone() for name, p in model.named_parameters()}
-    assert choose_path(policy, "auto", reference) is True
+    assert choose_path(policy, "auto", as_loaded) is True
     for name, parameter in model.named_parameters():  # what was fp32 for the check is so no more
         assert parameter.dtype == before[name].dtype and torch.equal(parameter, before[name])
     assert len(policy.decoder.layers) == 2
-    merge = tree_attention._merge_into
+    merge = attention._merge_into
 
     def heavier(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> None:
         merge(out, lse, more, norm + 0.1)
 
-    monkeypatch.setattr(tree_attention, "_merge_into", heavier)
-    assert choose_path(policy, "auto", reference) is False
+    monkeypatch.setattr(attention, "_merge_into", heavier)
+    assert choose_path(policy, "auto", as_loaded) is False
 
 
 def test_the_unmodified_model_is_the_measure(
@@ -345,12 +348,12 @@ def test_decoding_on_the_plain_path_is_checked(
     policy = loaded(folder)
     assert not policy.tree
     assert_right(policy, plain(folder), 40)
-    step = prefix_tree.PlainCache.step
+    step = plain_path.PlainCache.step
 
     def off(self: Any, decoder: Any, token: Tensor, place: Any) -> Tensor:
         return step(self, decoder, token.flip(0), place)
 
-    monkeypatch.setattr(prefix_tree.PlainCache, "step", off)
+    monkeypatch.setattr(plain_path.PlainCache, "step", off)
     with pytest.raises(UserError, match="mpt gives other logits behind tokens that were run befo"):
         loaded(folder)
 
@@ -363,7 +366,7 @@ def test_what_raises_in_a_batch_is_not_supported(
     def broken(*args: Any) -> None:
         raise AttributeError("'State' object has no attribute 'keys'\nmore")
 
-    monkeypatch.setattr(prefix_tree.PlainCache, "keep", broken)
+    monkeypatch.setattr(plain_path.PlainCache, "keep", broken)
     line = "mpt cannot be run in batches (AttributeError: 'State' object has no attribute 'keys')"
     with pytest.raises(UserError) as caught:
         loaded(folder)
@@ -377,7 +380,7 @@ def test_running_out_of_memory_is_not_the_architectures_fault(
         raise torch.cuda.OutOfMemoryError("no room")
 
     folder = saved(tmp_path, "llama")
-    monkeypatch.setattr(tree_attention, "forward", full)
+    monkeypatch.setattr(interface, "forward", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         loaded(folder)
 
@@ -463,20 +466,20 @@ def test_gpt2_does_not_look_for_padding(monkeypatch: pytest.MonkeyPatch) -> None
     policy.score(rows(20), ANSWERS, OWNERS)
 
 
-def test_the_reference_is_of_rows_that_can_be_reached() -> None:
+def test_only_rows_that_can_be_reached_are_run() -> None:
     model, words = tiny.causal_lm("mistral", sliding_window=64), tiny.tokenizer()
-    assert len(Reference.of(model, words, 256).far) == 1
-    assert len(Reference.of(model, words, 64).far) == 0
-    assert load_check.windows(model.config) == [64]
+    assert len(AsLoaded.of(model, words, 256).far) == 1
+    assert len(AsLoaded.of(model, words, 64).far) == 0
+    assert shape.windows(model.config) == [64]
 
 
 def test_how_far_logits_may_be_apart_in_low_precision() -> None:
     """A tenth of their spread, which is 1 here: logits of -1 and 1 about their mean of 5."""
     wanted = torch.tensor([[4.0, 6.0, 4.0, 6.0]]).repeat(3, 1)
     sign = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
-    assert load_check._near(wanted + 0.099 * sign, wanted, exact=False)
-    assert not load_check._near(wanted + 0.101 * sign, wanted, exact=False)
-    assert not load_check._near(wanted * float("nan"), wanted, exact=False)
+    assert path_check._near(wanted + 0.099 * sign, wanted, exact=False)
+    assert not path_check._near(wanted + 0.101 * sign, wanted, exact=False)
+    assert not path_check._near(wanted * float("nan"), wanted, exact=False)
 
 
 # ---- models that are odd in other ways -------------------------------------------------------
@@ -506,8 +509,8 @@ def test_layers_whose_settings_differ(tmp_path: Path) -> None:
     config.per_layer_config = {0: {"sliding_window": 16}, 1: {"sliding_window": 100}}
     with pytest.raises(Exception, match="sliding_window"):
         _ = config.sliding_window
-    assert load_check.windows(config) == [16, 100]
-    assert load_check.context_of(config) == 256
+    assert shape.windows(config) == [16, 100]
+    assert shape.context_of(config) == 256
 
 
 def test_damaged_base_weights_are_told_as_such(tmp_path: Path) -> None:

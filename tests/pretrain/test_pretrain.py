@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from ppo_nlu.pretrain import __main__ as pretrain
+from ppo_nlu.pretrain import corpus, lessons, results, scores
+from ppo_nlu.pretrain.config import EvalConfig, SeenConfig
+from ppo_nlu.pretrain.tokenizer import LABEL_WORDS, load_tokenizer
 from ppo_nlu.runtime import cli
 from ppo_nlu.tasks import get_task
 from ppo_nlu.tasks.answers import parse
@@ -28,7 +31,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return pretrain.load_tokenizer(ASSETS)
+    return load_tokenizer(ASSETS)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_both_tokenizers_agree_and_lose_nothing(tokenizer: Any, pieces: Any, tex
 def test_both_tokenizers_agree_on_real_sentences(
     tokenizer: Any, pieces: Any, real_data: Path
 ) -> None:
-    rows = pretrain.table(real_data / "glue" / "SST-2" / "dev.tsv")
+    rows = corpus.table(real_data / "glue" / "SST-2" / "dev.tsv")
     for row in random.Random(0).sample(rows, 200):
         text = row["sentence"]
         ids = tokenizer(text)["input_ids"][1:]
@@ -60,7 +63,7 @@ def test_both_tokenizers_agree_on_real_sentences(
         assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("word", pretrain.LABEL_WORDS)
+@pytest.mark.parametrize("word", LABEL_WORDS)
 def test_an_answer_is_two_tokens_behind_the_ids_of_its_prompt(tokenizer: Any, word: str) -> None:
     head = tokenizer(prompt_of(TEXTS[0]))["input_ids"]
     whole = tokenizer(prompt_of(TEXTS[0]) + answer(word))["input_ids"]
@@ -87,20 +90,20 @@ def test_assets_are_small_and_load_as_float32(tokenizer: Any) -> None:
 
 def test_the_base_knows_the_form_and_is_weak(tokenizer: Any, real_data: Path) -> None:
     """200 rows: the issue's 55-65 % with three standard errors (10 points) of room."""
-    rows = pretrain.rows_of(SST2, pretrain.table(real_data / "glue" / "SST-2" / "dev.tsv"))
+    rows = lessons.rows_of(SST2, corpus.table(real_data / "glue" / "SST-2" / "dev.tsv"))
     rows = random.Random(0).sample(rows, 200)
-    scores = pretrain.label_scores(pretrain.load_model(ASSETS), tokenizer, rows, 64)
-    assert scores.exp().sum(1).mean() > 0.95  # the two well-formed answers, nothing else
-    assert 0.50 < pretrain.expected_accuracy(scores, rows) < 0.70
+    found = scores.label_scores(results.load_model(ASSETS), tokenizer, rows, 64)
+    assert found.exp().sum(1).mean() > 0.95  # the two well-formed answers, nothing else
+    assert 0.50 < scores.expected_accuracy(found, rows) < 0.70
 
 
 def test_the_list_of_seen_labels_is_normalised_closed_and_small(real_data: Path) -> None:
     seen = set((ASSETS / "seen_labels.txt").read_text(encoding="utf-8").splitlines())
-    rows = pretrain.table(real_data / "glue" / "SST-2" / "train.tsv")
-    keys = {pretrain.normalise(row["sentence"]) for row in rows}
+    rows = corpus.table(real_data / "glue" / "SST-2" / "train.tsv")
+    keys = {corpus.normalise(row["sentence"]) for row in rows}
     assert seen and seen <= keys
-    assert pretrain.closure(seen, keys) == seen
-    assert sum(pretrain.normalise(row["sentence"]) in seen for row in rows) < 0.55 * len(rows)
+    assert corpus.closure(seen, keys) == seen
+    assert sum(corpus.normalise(row["sentence"]) in seen for row in rows) < 0.55 * len(rows)
 
 
 def test_the_card_names_its_scores() -> None:
@@ -113,7 +116,7 @@ def test_the_card_names_its_scores() -> None:
 
 
 def test_filter_finds_a_sentence_in_other_clothes() -> None:
-    leaks = pretrain.LeakFilter(["It 's a charming and often affecting journey .", "so-so ."])
+    leaks = corpus.LeakFilter(["It 's a charming and often affecting journey .", "so-so ."])
     assert leaks.hits("it's a charming, and often affecting journey")
     assert leaks.hits("Critics say: It's a charming and often affecting journey. Others do not.")
     assert leaks.hits("first line\nSo-so!")  # a short one counts as a whole line
@@ -124,7 +127,7 @@ def test_filter_finds_a_sentence_in_other_clothes() -> None:
 
 def test_filter_looks_at_every_sentence_with_the_same_opening() -> None:
     opening = "the same opening words of two sentences "
-    leaks = pretrain.LeakFilter([opening + "one", opening + "two"])
+    leaks = corpus.LeakFilter([opening + "one", opening + "two"])
     assert leaks.hits(opening + "one") and leaks.hits(opening + "two")
     assert not leaks.hits(opening + "six")
 
@@ -132,13 +135,13 @@ def test_filter_looks_at_every_sentence_with_the_same_opening() -> None:
 def test_no_dev_or_test_sentence_is_left_in_the_film_texts(real_data: Path) -> None:
     """By a slower road than the filter's: every sentence is searched in the text as a whole."""
     folder = real_data / "glue" / "SST-2"
-    read = {name: pretrain.table(folder / f"{name}.tsv") for name in ("train", "dev", "test")}
+    read = {name: corpus.table(folder / f"{name}.tsv") for name in ("train", "dev", "test")}
     needles = [row["sentence"] for name in ("dev", "test") for row in read[name]]
-    texts = pretrain.LeakFilter(needles).keep(row["sentence"] for row in read["train"])
+    texts = corpus.LeakFilter(needles).keep(row["sentence"] for row in read["train"])
     assert 10 <= len(read["train"]) - len(texts) < 100  # 15 phrases are known to be equal
-    lines = [pretrain.squash(text) for text in texts]
+    lines = [corpus.squash(text) for text in texts]
     hay = "\n".join(lines)
-    for key in map(pretrain.squash, needles):
+    for key in map(corpus.squash, needles):
         assert key not in hay if len(key) >= 16 else f"\n{key}\n" not in f"\n{hay}\n"
 
 
@@ -147,13 +150,13 @@ def test_no_dev_or_test_sentence_is_left_in_the_film_texts(real_data: Path) -> N
 
 def test_sentences_are_the_maximal_phrases() -> None:
     keys = ["a good film", "good film", "good", "good films", "a film", "film"]
-    assert pretrain.sentences_of(keys) == ["a film", "a good film", "good films"]
+    assert corpus.sentences_of(keys) == ["a film", "a good film", "good films"]
 
 
 def test_closure_takes_every_run_of_words_inside_a_sentence() -> None:
     """Of "a good film": all but "a film" (no run of its words) and "a go" (half a word)."""
     keys = ["a good film", "good film", "good", "film", "a film", "a go", "a good film indeed"]
-    assert pretrain.closure(["a good film"], keys) == {"a good film", "good film", "good", "film"}
+    assert corpus.closure(["a good film"], keys) == {"a good film", "good film", "good", "film"}
 
 
 def test_a_phrase_shared_with_a_held_out_sentence_is_not_trained_on() -> None:
@@ -161,13 +164,13 @@ def test_a_phrase_shared_with_a_held_out_sentence_is_not_trained_on() -> None:
         {"sentence": f"{adjective} film number{i} ", "label": str(i % 2)}
         for i, adjective in enumerate(["good", "bad"] * 5)
     ] + [{"sentence": "good ", "label": "1"}, {"sentence": "Good", "label": "1"}]
-    split = pretrain.split_labels(rows, pretrain.SeenConfig(0.5, 0.3), seed=0)
+    split = corpus.split_labels(rows, SeenConfig(0.5, 0.3), seed=0)
     trained, held = {key for key, _ in split.seen}, {key for key, _ in split.heldout}
     assert not trained & held
     assert len(split.heldout_sentences) == 3
     assert ("good" in held) == any(key.startswith("good") for key in split.heldout_sentences)
-    in_list = pretrain.seen_keys(split)
-    assert split.excluded_rows == sum(pretrain.normalise(r["sentence"]) in in_list for r in rows)
+    in_list = corpus.seen_keys(split)
+    assert split.excluded_rows == sum(corpus.normalise(r["sentence"]) in in_list for r in rows)
 
 
 # ------------------------------------------------------------------------------- whole program
@@ -204,14 +207,14 @@ def test_smoke_run_makes_a_loadable_model_and_resumes(
 ) -> None:
     output = tmp_path / "out"
     assert smoke(made_up, output) == 0
-    model = pretrain.load_model(output / "model")
-    tokenizer = pretrain.load_tokenizer(output / "model")
-    row = pretrain.rows_of(SST2, [{"sentence": "a warm evening", "label": "1"}])
-    text = pretrain.respond(model, tokenizer, row, pretrain.EvalConfig(max_new_tokens=4), None)[0]
+    model = results.load_model(output / "model")
+    tokenizer = load_tokenizer(output / "model")
+    row = lessons.rows_of(SST2, [{"sentence": "a warm evening", "label": "1"}])
+    text = scores.respond(model, tokenizer, row, EvalConfig(max_new_tokens=4), None)[0]
     assert parse(SST2, text) in (None, "Positive", "Negative")
     assert "Zero-shot" in (output / "model" / "README.md").read_text()
     seen = (output / "model" / "seen_labels.txt").read_text().splitlines()
-    assert seen and all(line == pretrain.normalise(line) for line in seen)
+    assert seen and all(line == corpus.normalise(line) for line in seen)
 
     weights = (output / "model" / "model.safetensors").read_bytes()
     pretrained = (output / "stages" / "pretrained.safetensors").stat().st_mtime_ns

@@ -1,0 +1,277 @@
+"""The stages of training, one after the other: pretrain, recall, rate, instruct."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ppo_nlu.pretrain.config import (
+    InstructConfig,
+    ModelConfig,
+    PretrainConfig,
+    RatingConfig,
+    RecallConfig,
+)
+from ppo_nlu.pretrain.corpus import Corpus, Split
+from ppo_nlu.pretrain.lessons import RATING, RECALL, Material, Row, rows_of_pairs
+from ppo_nlu.pretrain.scores import (
+    answer_logprobs,
+    common_prefix,
+    expected_accuracy,
+    label_scores,
+    score_accuracy,
+    shared_cache,
+)
+from ppo_nlu.tasks.prompts import render
+from ppo_nlu.tree.prefix_tree import cache_argument
+
+
+def new_model(cfg: ModelConfig, tokenizer: Any) -> Any:
+    """A Llama with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.hidden,
+        intermediate_size=cfg.ffn,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.heads,
+        max_position_embeddings=cfg.context,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def optimizer_for(model: Any, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; norms are not decayed."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def cosine(step: int, steps: int, warmup: float) -> float:
+    """The factor on the learning rate: linear warm-up, then a cosine down to a tenth."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise))
+
+
+def update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """One optimizer step with clipped gradients."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def pack(corpus: Corpus, tokenizer: Any, cfg: PretrainConfig, seed: int) -> Tensor:
+    """All texts in a shuffled stream, each between <s> and </s>, cut to rows: (N, length)."""
+    length = cfg.length
+    documents: list[list[int]] = []
+    for name, texts in corpus.texts.items():
+        ids = tokenizer(texts)["input_ids"]
+        documents += [row + [tokenizer.eos_token_id] for row in ids] * corpus.passes.get(name, 1)
+    random.Random(seed).shuffle(documents)
+    stream = torch.tensor([token for document in documents for token in document])
+    rows = stream[: len(stream) // length * length].view(-1, length)
+    return rows[: cfg.max_tokens // length] if cfg.max_tokens else rows
+
+
+def pretrain(model: Any, rows: Tensor, cfg: PretrainConfig) -> float:
+    """Causal pretraining; the mean loss of the last tenth of the steps."""
+    batches = rows.split(cfg.batch_size)
+    optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
+    model.train()
+    losses = []
+    bar = tqdm(batches, desc="pretrain", unit="step", mininterval=5)
+    for step, batch in enumerate(bar):
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        update(model, optimizer, loss, cfg.lr * cosine(step, len(batches), cfg.warmup))
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Matrix products in a lower precision while the weights stay float32; put back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def last_hidden(model: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
+    """The last hidden state of each prompt, (B, H); the opening they share is run once."""
+    rows = tokenizer(prompts)["input_ids"]
+    shared = max(1, common_prefix(rows))
+    rests = [row[shared:] for row in rows]
+    longest = max(map(len, rests))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rests])
+    cache = shared_cache(model, rows[0][:shared], len(rows))
+    before = {cache_argument(model.model): cache}
+    hidden = model.model(input_ids=ids, use_cache=True, **before).last_hidden_state
+    return hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rests])]
+
+
+def word_targets(tokenizer: Any, texts: list[str], weight: Tensor) -> Tensor:
+    """For each text a distribution over the pieces: its own, the rare ones more, (B, V)."""
+    target = torch.zeros(len(texts), len(weight))
+    rows = tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
+    for row, ids in zip(target, rows, strict=True):
+        row[ids] = weight[ids]
+    return target / target.sum(1, keepdim=True)
+
+
+def recall(model: Any, tokenizer: Any, corpus: Corpus, cfg: RecallConfig, seed: int) -> float:
+    """Teach the place of the answer to gather the words of the text before it.
+
+    Causal pretraining on a few million tokens gives a two-layer model no reason to look at a whole
+    text from one place; a judgement has to. The mean loss of the last tenth, less its least value.
+    """
+    rng = random.Random(seed)
+    texts = [t for name in corpus.passes for t in corpus.texts[name] if 3 < len(t.split()) < 60]
+    counts = torch.bincount(
+        torch.tensor([i for row in tokenizer(texts)["input_ids"] for i in row]),
+        minlength=len(tokenizer),
+    )
+    weight = cfg.rare / (cfg.rare + counts / counts.sum())
+    optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
+    model.train()
+    losses = []
+    bar = tqdm(range(cfg.steps), desc="recall", unit="step", mininterval=5)
+    for step in bar:
+        batch = rng.sample(texts, min(cfg.batch_size, len(texts)))
+        target = word_targets(tokenizer, batch, weight)
+        hidden = last_hidden(model, tokenizer, [render(RECALL, {"sentence": t}) for t in batch])
+        loss = F.cross_entropy(model.lm_head(hidden), target)
+        update(model, optimizer, loss, cfg.lr * cosine(step, cfg.steps, cfg.warmup))
+        losses.append(loss.item() - torch.special.entr(target).sum(1).mean().item())
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
+    tail = losses[-max(1, cfg.steps // 10) :]
+    return sum(tail) / len(tail)
+
+
+def balanced(rows: list[Row], rng: random.Random) -> Iterator[Row]:
+    """The rows of a task for ever, its words in turn, each word's rows in a new order each time."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.word, []).append(row)
+
+    def endless(group: list[Row]) -> Iterator[Row]:
+        while True:
+            yield from rng.sample(group, len(group))
+
+    yield from chain.from_iterable(zip(*map(endless, groups.values()), strict=True))
+
+
+@dataclass(frozen=True)
+class Rated:
+    """How the rating stage went; the accuracy is in its own form."""
+
+    rows: int
+    prompts: int
+    heldout_score: float
+
+
+def drop_words(text: str, share: float, rng: random.Random) -> str:
+    """The text without a random share of its words; whole where none would be left."""
+    words = text.split()
+    return " ".join([word for word in words if rng.random() >= share] or words)
+
+
+def rate(model: Any, tokenizer: Any, split: Split, cfg: RatingConfig, seed: int) -> Rated:
+    """Learn from rated reviews what makes one favourable, in words that no task of ours uses."""
+    rng = random.Random(seed)
+    pairs = [pair for pair in split.seen if len(pair[0].split()) >= cfg.min_words]
+    rows = rows_of_pairs(RATING, pairs)
+    text_of = dict(zip((row.prompt for row in rows), (text for text, _ in pairs), strict=True))
+    source = balanced(rows, rng)
+    optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
+    model.train()
+    bar = tqdm(range(cfg.steps), desc="rating", unit="step", mininterval=5)
+    for step in bar:
+        batch = list(islice(source, cfg.batch_size))
+        texts = [drop_words(text_of[row.prompt], cfg.drop, rng) for row in batch]
+        prompts = [render(RATING, {"sentence": text}) for text in texts]
+        loss = -answer_logprobs(model, tokenizer, prompts, [row.word for row in batch]).mean()
+        update(model, optimizer, loss, cfg.lr * cosine(step, cfg.steps, cfg.warmup))
+        bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
+    whole = set(split.heldout_sentences)
+    heldout = rows_of_pairs(RATING, [pair for pair in split.heldout if pair[0] in whole])
+    scores = label_scores(model, tokenizer, heldout, 64)
+    return Rated(len(rows), cfg.steps * cfg.batch_size, score_accuracy(scores, heldout))
+
+
+@dataclass(frozen=True)
+class Instructed:
+    """How the instruction stage went."""
+
+    steps: int
+    sst2_rows: int
+    neutral_rows: int
+    rating_rows: int
+    other_rows: int
+    heldout_expected: float
+    heldout_score: float
+
+
+def instruct(model: Any, tokenizer: Any, m: Material, cfg: InstructConfig, seed: int) -> Instructed:
+    """Teach the form, loss on the answer alone, until the held-out sentences reach `stop_at`."""
+    rng = random.Random(seed)
+    optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
+    own, neutral = [balanced(m.seen, rng)], [balanced(m.neutral, rng)] if m.neutral else []
+    names = sorted({row.spec.name for row in m.others})
+    other = [balanced([row for row in m.others if row.spec.name == n], rng) for n in names]
+    rating = [balanced(rows_of_pairs(RATING, m.split.seen), rng)]
+    kinds = [own, neutral or own, rating, other or own]
+    shares = [cfg.sst2_share, cfg.neutral_share, cfg.rating_share]
+    shares.append(max(0.0, 1.0 - sum(shares)))
+    rise = max(1, round(cfg.warmup * cfg.max_steps))
+    expected, score, steps = 0.0, 0.0, [0, 0, 0, 0]
+    bar = tqdm(range(1, cfg.max_steps + 1), desc="instruct", unit="step", mininterval=5)
+    for step in bar:  # one task a step, so that its opening is run once
+        kind = rng.choices(range(4), shares)[0]
+        steps[kind] += 1
+        batch = list(islice(rng.choice(kinds[kind]), cfg.batch_size))
+        model.train()
+        prompts, words = [row.prompt for row in batch], [row.word for row in batch]
+        loss = -answer_logprobs(model, tokenizer, prompts, words).mean()
+        update(model, optimizer, loss, cfg.lr * min(1.0, step / rise))
+        if step % cfg.check_every == 0 or step == cfg.max_steps:
+            scores = label_scores(model, tokenizer, m.heldout, 64)
+            expected = expected_accuracy(scores, m.heldout)
+            score = score_accuracy(scores, m.heldout)
+            bar.set_postfix(heldout=f"{expected:.3f}", score=f"{score:.3f}", loss=f"{loss:.2f}")
+            if expected >= cfg.stop_at:
+                break
+    bar.close()
+    rows = [count * cfg.batch_size for count in steps]
+    return Instructed(step, rows[0], rows[1], rows[2], rows[3], expected, score)

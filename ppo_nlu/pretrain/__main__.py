@@ -91,7 +91,7 @@ def run(cfg: TinyConfig, folder: Path, again: str | None, command: str) -> dict[
     load_stage(model, files["recall"])
     if not files["rating"].is_file():
         with stages.matmul_precision(cfg.pretrain.matmul_precision):
-            rated = stages.rate(model, tokenizer, material.split, cfg.rating, cfg.seed)
+            rated = stages.rate(model, tokenizer, material, cfg.rating, cfg.seed)
         facts.put("rating", asdict(rated))
         save_stage(model, files["rating"])
         files["instruct"].unlink(missing_ok=True)

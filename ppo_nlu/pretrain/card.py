@@ -74,7 +74,7 @@ def model_card(
         "neutral": f"{taught['neutral_rows']:,}",
         "rated": f"{taught['rating_rows']:,}",
         "other": f"{taught['other_rows']:,}",
-        "tasks": ", ".join(sorted({row.spec.title for row in m.others})) or "none",
+        "tasks": ", ".join(sorted(lesson.spec.title for lesson in m.others)) or "none",
         "stop_at": cfg.instruct.stop_at,
         "reached": f"{taught['heldout_expected']:.3f}",
         "corpus": corpus_table(m.corpus),

@@ -6,19 +6,18 @@ takes all phrases along that are a run of words inside it, and the held-out ones
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ppo_nlu.data import normalise
+from ppo_nlu.data.readers import read_split
 from ppo_nlu.errors import UserError
 from ppo_nlu.pretrain.config import DataConfig, SeenConfig, TinyConfig
+from ppo_nlu.tasks import Example, TaskSpec, get_task
 
 
 def data_root(cfg: TinyConfig) -> Path:
@@ -32,71 +31,49 @@ def data_root(cfg: TinyConfig) -> Path:
     raise UserError(f"data.path: {place} holds no glue/SST-2/train.tsv; give the folder above glue")
 
 
-def open_text(path: Path) -> io.StringIO:
-    """The text of a file, gzipped or not, without a byte order mark."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return io.StringIO(raw.decode("utf-8-sig"), newline="")
-
-
-def table(path: Path, names: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """The rows of a tab-separated file by column name; quotes mean nothing."""
-    lines = [line.rstrip("\r\n").split("\t") for line in open_text(path)]
-    header, body = (list(names), lines) if names else (lines[0], lines[1:])
-    return [dict(zip(header, row, strict=False)) for row in body if len(row) >= len(header)]
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file."""
-    return [json.loads(line) for line in open_text(path) if line.strip()]
-
-
-def columns(rows: Iterable[dict[str, Any]], *names: str) -> list[str]:
-    """One text for each row: the named columns, a line each."""
-    return ["\n".join(str(row[name]).strip() for name in names) for row in rows]
-
-
-# Train parts only, and never a label: (name, file, columns).
-TEXT_TABLES = (
-    ("AG News", "extra/AG_News/train.subset10k.tsv.gz", ("sentence",)),
-    ("SNLI", "extra/SNLI/train.subset10k.tsv.gz", ("sentence1", "sentence2")),
-    ("MNLI", "glue/MNLI/train.subset10k.tsv.gz", ("sentence1", "sentence2")),
-    ("QNLI", "glue/QNLI/train.subset10k.tsv.gz", ("question", "sentence")),
-    ("QQP", "glue/QQP/train.subset9k.tsv.gz", ("question1", "question2")),
-    ("MRPC", "glue/MRPC/train.tsv", ("#1 String", "#2 String")),
-    ("STS-B", "glue/STS-B/train.tsv", ("sentence1", "sentence2")),
-    ("RTE", "glue/RTE/train.tsv", ("sentence1", "sentence2")),
+# Parts of train sets, and never a label: what the card calls them, task, file, fields.
+TEXTS = (
+    ("AG News", "ag_news", "extra/AG_News/train.subset10k.tsv.gz", ("sentence",)),
+    ("SNLI", "snli", "extra/SNLI/train.subset10k.tsv.gz", ("premise", "hypothesis")),
+    ("MNLI", "mnli", "glue/MNLI/train.subset10k.tsv.gz", ("premise", "hypothesis")),
+    ("QNLI", "qnli", "glue/QNLI/train.subset10k.tsv.gz", ("question", "sentence")),
+    ("QQP", "qqp", "glue/QQP/train.subset9k.tsv.gz", ("question1", "question2")),
+    ("MRPC", "mrpc", "glue/MRPC/train.tsv", ("sentence1", "sentence2")),
+    ("STS-B", "stsb", "glue/STS-B/train.tsv", ("sentence1", "sentence2")),
+    ("RTE", "glue/rte", "glue/RTE/train.tsv", ("premise", "hypothesis")),
+    ("WiC", "wic", "superglue/WiC/train.jsonl", ("sentence1", "sentence2")),
+    ("CB", "cb", "superglue/CB/train.jsonl", ("premise", "hypothesis")),
+    ("COPA", "copa", "superglue/COPA/train.jsonl", ("premise", "choice1", "choice2")),
+    ("BoolQ", "boolq", "superglue/BoolQ/train.fewglue64.jsonl", ("passage", "question")),
+    ("CoLA (acceptable)", "cola", "glue/CoLA/train.tsv", ("sentence",)),
+    ("MultiRC", "multirc", "superglue/MultiRC/train.jsonl.gz", ("passage",)),
 )
-TEXT_JSON = (
-    ("WiC", "superglue/WiC/train.jsonl", ("sentence1", "sentence2")),
-    ("CB", "superglue/CB/train.jsonl", ("premise", "hypothesis")),
-    ("COPA", "superglue/COPA/train.jsonl", ("premise", "choice1", "choice2")),
-    ("BoolQ", "superglue/BoolQ/train.fewglue64.jsonl", ("passage", "question")),
-)
-COLA_COLUMNS = ("source", "label", "mark", "sentence")
+
+
+def train_rows(spec: TaskSpec, path: Path) -> list[Example]:
+    """The rows of a file of the task; none where the file is not there."""
+    return read_split(spec, "train", path).examples if path.is_file() else []
+
+
+def texts_of(rows: Iterable[Example], fields: Sequence[str]) -> list[str]:
+    """The fields of each row, a line each."""
+    return ["\n".join(row.fields[name].strip() for name in fields) for row in rows]
 
 
 def general_texts(root: Path) -> dict[str, list[str]]:
     """Texts of the train parts of other sets, by name; a set that is not there is left out."""
     found: dict[str, list[str]] = {}
-    for name, file, names in TEXT_TABLES:
-        if (root / file).is_file():
-            found[name] = columns(table(root / file), *names)
-    for name, file, keys in TEXT_JSON:
-        if (root / file).is_file():
-            found[name] = columns(json_lines(root / file), *keys)
-    cola = root / "glue/CoLA/train.tsv"
-    if cola.is_file():
-        rows = [row for row in table(cola, COLA_COLUMNS) if row["label"] == "1"]
-        found["CoLA (acceptable)"] = columns(rows, "sentence")
-    multirc = root / "superglue/MultiRC/train.jsonl.gz"
-    if multirc.is_file():
-        found["MultiRC"] = [row["passage"]["text"].strip() for row in json_lines(multirc)]
+    for name, task, file, fields in TEXTS:
+        spec = get_task(task)
+        rows = train_rows(spec, root / file)
+        if task == "cola":  # the other sentences are no English
+            rows = [row for row in rows if row.label == spec.word_of("1")]
+        texts = texts_of(rows, fields)
+        if task == "multirc":  # a row is an answer, and a passage has many
+            texts = list(dict.fromkeys(texts))
+        if texts:
+            found[name] = texts
     return found
-
-
-def normalise(text: str) -> str:
-    """The key by which rows are matched to the list of seen labels."""
-    return " ".join(text.lower().split())
 
 
 def squash(text: str) -> str:
@@ -160,7 +137,7 @@ def closure(sentences: Iterable[str], keys: Iterable[str]) -> set[str]:
 
 @dataclass(frozen=True)
 class Split:
-    """SST-2 train, cut by sentence: (phrase, label value) rows."""
+    """SST-2 train, cut by sentence: (phrase, label word) rows."""
 
     seen: list[tuple[str, str]]
     heldout: list[tuple[str, str]]
@@ -170,10 +147,17 @@ class Split:
     total_rows: int
     excluded_rows: int
 
+    @property
+    def heldout_pairs(self) -> list[tuple[str, str]]:
+        """The held-out rows that are whole sentences."""
+        whole = set(self.heldout_sentences)
+        return [pair for pair in self.heldout if pair[0] in whole]
 
-def split_labels(rows: list[dict[str, str]], cfg: SeenConfig, seed: int) -> Split:
+
+def split_labels(rows: Sequence[Example], cfg: SeenConfig, seed: int) -> Split:
     """Choose the sentences whose labels the model may see, with all their sub-phrases."""
-    labels = {normalise(row["sentence"]): row["label"] for row in rows}
+    keys = [normalise(row.fields["sentence"]) for row in rows]
+    labels = {key: str(row.label) for key, row in zip(keys, rows, strict=True)}
     sentences = sentences_of(labels)
     order = random.Random(seed).sample(sentences, len(sentences))
     cut = round(cfg.train_share * len(order))
@@ -187,7 +171,7 @@ def split_labels(rows: list[dict[str, str]], cfg: SeenConfig, seed: int) -> Spli
         sentences=sentences,
         phrases=sorted(set(labels) - set(sentences)),
         total_rows=len(rows),
-        excluded_rows=sum(normalise(row["sentence"]) in seen | held for row in rows),
+        excluded_rows=sum(key in seen or key in held for key in keys),
     )
 
 
@@ -210,9 +194,8 @@ def build_corpus(root: Path, split: Split, leaks: LeakFilter, cfg: DataConfig) -
     long = [text for text in split.phrases if len(text.split()) >= cfg.phrase_min_words]
     texts = {"SST-2 train sentences": split.sentences, "SST-2 train phrases": long}
     passes = dict(zip(texts, (cfg.sentence_passes, cfg.phrase_passes), strict=True))
-    film = root / "extra/MR/train.no_sst2_devtest.tsv.gz"
-    if film.is_file():
-        texts["MR"] = columns(table(film), "sentence")
+    if film := train_rows(get_task("mr"), root / "extra/MR/train.no_sst2_devtest.tsv.gz"):
+        texts["MR"] = texts_of(film, ("sentence",))
         passes["MR"] = cfg.sentence_passes
     texts |= general_texts(root)
     held = set(split.heldout_sentences) | {key for key, _ in split.heldout}

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ppo_nlu.config import DataConfig
+from ppo_nlu.data import load_split
 from ppo_nlu.errors import UserError
 from ppo_nlu.pretrain.config import TinyConfig
 from ppo_nlu.pretrain.corpus import (
@@ -16,9 +18,9 @@ from ppo_nlu.pretrain.corpus import (
     build_corpus,
     data_root,
     split_labels,
-    table,
+    train_rows,
 )
-from ppo_nlu.tasks import Label, TaskSpec, get_task
+from ppo_nlu.tasks import Example, Label, TaskSpec, get_task
 from ppo_nlu.tasks.prompts import render
 
 TOPIC = TaskSpec(
@@ -93,40 +95,41 @@ OTHER_TASKS = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One prompt of the instruction stage with its gold word."""
+class Lesson:
+    """The rows of one task, each with its right word."""
 
     spec: TaskSpec
-    prompt: str
-    word: str
+    rows: list[Example]
+
+    def prompts(self) -> list[str]:
+        """What the rows ask."""
+        return [render(self.spec, row.fields) for row in self.rows]
 
 
-def rows_of(spec: TaskSpec, table_rows: Iterable[dict[str, str]]) -> list[Row]:
-    """The rows with a known label, rendered."""
+def lesson(spec: TaskSpec, pairs: Iterable[tuple[str, str]]) -> Lesson:
+    """The lesson of (sentence, word) pairs."""
+    rows = [Example("", {"sentence": text}, word, spec.name) for text, word in pairs]
+    return Lesson(spec, rows)
+
+
+def rating(spec: TaskSpec, pairs: Iterable[tuple[str, str]]) -> Lesson:
+    """The same pairs as rated reviews, in words that no task of ours uses."""
+    words = {label.word: RATING.word_of(label.value) for label in spec.labels}
+    return lesson(RATING, ((text, str(words[word])) for text, word in pairs))
+
+
+def other_lessons(root: Path, leaks: LeakFilter, limit: int, rng: random.Random) -> list[Lesson]:
+    """The other tasks, at most `limit` rows of each, from their train parts."""
     found = []
-    for row in table_rows:
-        word = spec.word_of(row[spec.label_column])
-        if word is not None:
-            found.append(Row(spec, render(spec, row), word))
-    return found
-
-
-def rows_of_pairs(spec: TaskSpec, pairs: Iterable[tuple[str, str]]) -> list[Row]:
-    """(phrase, label) pairs as prompts."""
-    return rows_of(spec, ({"sentence": key, spec.label_column: label} for key, label in pairs))
-
-
-def other_rows(root: Path, leaks: LeakFilter, limit: int, rng: random.Random) -> list[Row]:
-    """Prompts of the other tasks, at most `limit` of each, from their train parts."""
-    found: list[Row] = []
     for spec, file in OTHER_TASKS:
-        if (root / file).is_file():
-            rows = [r for r in rows_of(spec, table(root / file)) if not leaks.hits(r.prompt)]
-            found += rng.sample(rows, min(limit, len(rows)))
+        rows = train_rows(spec, root / file)
+        rows = [row for row in rows if not leaks.hits(render(spec, row.fields))]
+        if chosen := rng.sample(rows, min(limit, len(rows))):
+            found.append(Lesson(spec, chosen))
     return found
 
 
-def neutral_rows(spec: TaskSpec, corpus: Corpus, limit: int, rng: random.Random) -> list[Row]:
+def neutral_lesson(spec: TaskSpec, corpus: Corpus, limit: int, rng: random.Random) -> Lesson:
     """Texts without an opinion in the task's own form, each with every label word.
 
     They teach which words answer, and that without evidence all are equally likely.
@@ -139,43 +142,40 @@ def neutral_rows(spec: TaskSpec, corpus: Corpus, limit: int, rng: random.Random)
     ]
     short = sorted({line for line in lines if 3 < len(line.split()) < 30})
     chosen = rng.sample(short, min(limit, len(short)))
-    prompts = [render(spec, {"sentence": line}) for line in chosen]
-    return [Row(spec, prompt, word) for prompt in prompts for word in spec.words]
+    return lesson(spec, ((line, word) for line in chosen for word in spec.words))
 
 
 @dataclass(frozen=True)
 class Material:
     """Everything that the stages read: nothing forbidden is in it but the dev rows, for scoring."""
 
-    spec: TaskSpec
     corpus: Corpus
     split: Split
-    seen: list[Row]
-    others: list[Row]
-    neutral: list[Row]
-    heldout: list[Row]
-    dev: list[Row]
+    own: Lesson
+    others: list[Lesson]
+    neutral: Lesson
+    heldout: Lesson
+    dev: Lesson
 
 
 def gather(cfg: TinyConfig) -> Material:
     """Read the data, choose the seen labels, and drop what must not be seen."""
     spec, root = get_task(cfg.task), data_root(cfg)
-    folder = root / spec.benchmark / spec.folder
-    read = {name: table(folder / files[0]) for name, files in spec.files.items()}
-    leaks = LeakFilter(row["sentence"] for name in ("dev", "test") for row in read[name])
-    split = split_labels(read["train"], cfg.seen, cfg.seed)
-    whole = set(split.heldout_sentences)
-    rng = random.Random(cfg.seed)
+    place = DataConfig(path=str(root))
+    train, dev, test = (load_split(spec, name, place).examples for name in ("train", "dev", "test"))
+    leaks = LeakFilter(row.fields["sentence"] for row in (*dev, *test))
+    split = split_labels(train, cfg.seen, cfg.seed)
     if not (split.seen and split.heldout_sentences):
         raise UserError("seen.train_share, seen.heldout_share: no sentence chosen; raise them")
+    rng = random.Random(cfg.seed)
     corpus = build_corpus(root, split, leaks, cfg.data)
+    limit = cfg.instruct.rows_per_task
     return Material(
-        spec=spec,
         corpus=corpus,
         split=split,
-        seen=rows_of_pairs(spec, [pair for pair in split.seen if not leaks.hits(pair[0])]),
-        others=other_rows(root, leaks, cfg.instruct.rows_per_task, rng),
-        neutral=neutral_rows(spec, corpus, cfg.instruct.rows_per_task, rng),
-        heldout=rows_of_pairs(spec, [pair for pair in split.heldout if pair[0] in whole]),
-        dev=rows_of(spec, read["dev"]),
+        own=lesson(spec, (pair for pair in split.seen if not leaks.hits(pair[0]))),
+        others=other_lessons(root, leaks, limit, rng),
+        neutral=neutral_lesson(spec, corpus, limit, rng),
+        heldout=lesson(spec, split.heldout_pairs),
+        dev=Lesson(spec, dev),
     )

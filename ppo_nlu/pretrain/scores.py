@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppo_nlu.pretrain.config import EvalConfig
-from ppo_nlu.pretrain.lessons import Row
+from ppo_nlu.pretrain.lessons import Lesson
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import answer
 from ppo_nlu.tree.prefix_tree import cache_argument, kept_cache
@@ -57,29 +57,35 @@ def answer_logprobs(model: Any, tokenizer: Any, prompts: list[str], words: list[
 
 
 @torch.no_grad()
-def label_scores(model: Any, tokenizer: Any, rows: list[Row], batch_size: int) -> Tensor:
+def label_scores(model: Any, tokenizer: Any, lesson: Lesson, batch_size: int) -> Tensor:
     """log P of every label's whole answer: (rows, labels)."""
     model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    scores = torch.zeros(len(rows), len(rows[0].spec.words))
+    asked = lesson.prompts()
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
+    scores = torch.zeros(len(asked), len(lesson.spec.words))
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
-        prompts = [rows[i].prompt for i in index]
-        for k, word in enumerate(rows[0].spec.words):
+        prompts = [asked[i] for i in index]
+        for k, word in enumerate(lesson.spec.words):
             words = [word] * len(index)
             scores[index, k] = answer_logprobs(model, tokenizer, prompts, words)
     return scores
 
 
-def expected_accuracy(scores: Tensor, rows: list[Row]) -> float:
+def gold_index(lesson: Lesson) -> Tensor:
+    """The place of each row's right word among the task's."""
+    return torch.tensor([lesson.spec.words.index(str(row.label)) for row in lesson.rows])
+
+
+def expected_accuracy(scores: Tensor, lesson: Lesson) -> float:
     """The mean probability of the right answer: what one sample a row scores on average."""
-    gold = torch.tensor([row.spec.words.index(row.word) for row in rows])
+    gold = gold_index(lesson)
     return scores.gather(1, gold[:, None]).exp().mean().item()
 
 
-def score_accuracy(scores: Tensor, rows: list[Row]) -> float:
+def score_accuracy(scores: Tensor, lesson: Lesson) -> float:
     """Accuracy of the likelier label."""
-    gold = torch.tensor([row.spec.words.index(row.word) for row in rows])
+    gold = gold_index(lesson)
     return (scores.argmax(1) == gold).float().mean().item()
 
 
@@ -99,11 +105,11 @@ class Scores:
 
 @torch.no_grad()
 def respond(
-    model: Any, tokenizer: Any, rows: list[Row], cfg: EvalConfig, rng: torch.Generator | None
+    model: Any, tokenizer: Any, lesson: Lesson, cfg: EvalConfig, rng: torch.Generator | None
 ) -> list[str]:
     """One response to each prompt; sampled at temperature 1 with `rng`, greedy without."""
     model.eval()
-    prompts = tokenizer([row.prompt for row in rows])["input_ids"]
+    prompts = tokenizer(lesson.prompts())["input_ids"]
     groups: dict[int, list[int]] = {}
     for i, ids in enumerate(prompts):  # equal lengths together: no padding
         groups.setdefault(len(ids), []).append(i)
@@ -124,12 +130,12 @@ def respond(
     return texts
 
 
-def evaluate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvalConfig, seed: int) -> Scores:
+def evaluate(model: Any, tokenizer: Any, lesson: Lesson, cfg: EvalConfig, seed: int) -> Scores:
     """Sampled, greedy and label-scoring accuracy, and the share of samples without an answer."""
-    spec, gold = rows[0].spec, [row.word for row in rows]
+    spec, gold = lesson.spec, [row.label for row in lesson.rows]
 
     def words(rng: torch.Generator | None) -> list[str | None]:
-        return [parse(spec, text) for text in respond(model, tokenizer, rows, cfg, rng)]
+        return [parse(spec, text) for text in respond(model, tokenizer, lesson, cfg, rng)]
 
     def right(found: list[str | None]) -> float:
         return sum(a == b for a, b in zip(found, gold, strict=True)) / len(gold)
@@ -137,14 +143,14 @@ def evaluate(model: Any, tokenizer: Any, rows: list[Row], cfg: EvalConfig, seed:
     rng = torch.Generator().manual_seed(seed)
     runs = [words(rng) for _ in range(cfg.samples)]
     drawn = [word for run in runs for word in run]
-    scores = label_scores(model, tokenizer, rows, cfg.batch_size)
+    scores = label_scores(model, tokenizer, lesson, cfg.batch_size)
     return Scores(
-        rows=len(rows),
+        rows=len(gold),
         sampled=sum(map(right, runs)) / len(runs),
         sampled_runs=[right(run) for run in runs],
         greedy=right(words(None)),
-        score=score_accuracy(scores, rows),
-        expected=expected_accuracy(scores, rows),
+        score=score_accuracy(scores, lesson),
+        expected=expected_accuracy(scores, lesson),
         unparsed=drawn.count(None) / len(drawn),
         first_word_share=drawn.count(spec.words[0]) / len(drawn),
     )

@@ -22,8 +22,8 @@ from ppo_nlu.pretrain.config import (
     RatingConfig,
     RecallConfig,
 )
-from ppo_nlu.pretrain.corpus import Corpus, Split
-from ppo_nlu.pretrain.lessons import RATING, RECALL, Material, Row, rows_of_pairs
+from ppo_nlu.pretrain.corpus import Corpus
+from ppo_nlu.pretrain.lessons import RECALL, Lesson, Material, rating
 from ppo_nlu.pretrain.scores import (
     answer_logprobs,
     common_prefix,
@@ -32,6 +32,7 @@ from ppo_nlu.pretrain.scores import (
     score_accuracy,
     shared_cache,
 )
+from ppo_nlu.tasks import Example
 from ppo_nlu.tasks.prompts import render
 from ppo_nlu.tree.prefix_tree import cache_argument
 
@@ -179,13 +180,13 @@ def recall(model: Any, tokenizer: Any, corpus: Corpus, cfg: RecallConfig, seed: 
     return sum(tail) / len(tail)
 
 
-def balanced(rows: list[Row], rng: random.Random) -> Iterator[Row]:
+def balanced(lesson: Lesson, rng: random.Random) -> Iterator[Example]:
     """The rows of a task for ever, its words in turn, each word's rows in a new order each time."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.word, []).append(row)
+    groups: dict[str | None, list[Example]] = {}
+    for row in lesson.rows:
+        groups.setdefault(row.label, []).append(row)
 
-    def endless(group: list[Row]) -> Iterator[Row]:
+    def endless(group: list[Example]) -> Iterator[Example]:
         while True:
             yield from rng.sample(group, len(group))
 
@@ -207,27 +208,25 @@ def drop_words(text: str, share: float, rng: random.Random) -> str:
     return " ".join([word for word in words if rng.random() >= share] or words)
 
 
-def rate(model: Any, tokenizer: Any, split: Split, cfg: RatingConfig, seed: int) -> Rated:
+def rate(model: Any, tokenizer: Any, m: Material, cfg: RatingConfig, seed: int) -> Rated:
     """Learn from rated reviews what makes one favourable, in words that no task of ours uses."""
     rng = random.Random(seed)
-    pairs = [pair for pair in split.seen if len(pair[0].split()) >= cfg.min_words]
-    rows = rows_of_pairs(RATING, pairs)
-    text_of = dict(zip((row.prompt for row in rows), (text for text, _ in pairs), strict=True))
-    source = balanced(rows, rng)
+    seen = [pair for pair in m.split.seen if len(pair[0].split()) >= cfg.min_words]
+    lesson = rating(m.own.spec, seen)
+    source = balanced(lesson, rng)
     optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
     model.train()
     bar = tqdm(range(cfg.steps), desc="rating", unit="step", mininterval=5)
     for step in bar:
         batch = list(islice(source, cfg.batch_size))
-        texts = [drop_words(text_of[row.prompt], cfg.drop, rng) for row in batch]
-        prompts = [render(RATING, {"sentence": text}) for text in texts]
-        loss = -answer_logprobs(model, tokenizer, prompts, [row.word for row in batch]).mean()
+        texts = [drop_words(row.fields["sentence"], cfg.drop, rng) for row in batch]
+        prompts = [render(lesson.spec, {"sentence": text}) for text in texts]
+        loss = -answer_logprobs(model, tokenizer, prompts, [str(r.label) for r in batch]).mean()
         update(model, optimizer, loss, cfg.lr * cosine(step, cfg.steps, cfg.warmup))
         bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
-    whole = set(split.heldout_sentences)
-    heldout = rows_of_pairs(RATING, [pair for pair in split.heldout if pair[0] in whole])
+    heldout = rating(m.own.spec, m.split.heldout_pairs)
     scores = label_scores(model, tokenizer, heldout, 64)
-    return Rated(len(rows), cfg.steps * cfg.batch_size, score_accuracy(scores, heldout))
+    return Rated(len(seen), cfg.steps * cfg.batch_size, score_accuracy(scores, heldout))
 
 
 @dataclass(frozen=True)
@@ -247,11 +246,14 @@ def instruct(model: Any, tokenizer: Any, m: Material, cfg: InstructConfig, seed:
     """Teach the form, loss on the answer alone, until the held-out sentences reach `stop_at`."""
     rng = random.Random(seed)
     optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
-    own, neutral = [balanced(m.seen, rng)], [balanced(m.neutral, rng)] if m.neutral else []
-    names = sorted({row.spec.name for row in m.others})
-    other = [balanced([row for row in m.others if row.spec.name == n], rng) for n in names]
-    rating = [balanced(rows_of_pairs(RATING, m.split.seen), rng)]
-    kinds = [own, neutral or own, rating, other or own]
+    own = [m.own]
+    neutral = [m.neutral] if m.neutral.rows else own
+    rated = [rating(m.own.spec, m.split.seen)]
+    other = sorted(m.others, key=lambda lesson: lesson.spec.name) or own
+    kinds = [
+        [(lesson.spec, balanced(lesson, rng)) for lesson in kind]
+        for kind in (own, neutral, rated, other)
+    ]
     shares = [cfg.sst2_share, cfg.neutral_share, cfg.rating_share]
     shares.append(max(0.0, 1.0 - sum(shares)))
     rise = max(1, round(cfg.warmup * cfg.max_steps))
@@ -260,9 +262,10 @@ def instruct(model: Any, tokenizer: Any, m: Material, cfg: InstructConfig, seed:
     for step in bar:  # one task a step, so that its opening is run once
         kind = rng.choices(range(4), shares)[0]
         steps[kind] += 1
-        batch = list(islice(rng.choice(kinds[kind]), cfg.batch_size))
+        spec, source = rng.choice(kinds[kind])
+        batch = list(islice(source, cfg.batch_size))
         model.train()
-        prompts, words = [row.prompt for row in batch], [row.word for row in batch]
+        prompts, words = [render(spec, r.fields) for r in batch], [str(r.label) for r in batch]
         loss = -answer_logprobs(model, tokenizer, prompts, words).mean()
         update(model, optimizer, loss, cfg.lr * min(1.0, step / rise))
         if step % cfg.check_every == 0 or step == cfg.max_steps:

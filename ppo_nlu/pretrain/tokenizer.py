@@ -111,8 +111,8 @@ def tokenizer_lines(m: Material, cfg: TokenizerConfig) -> Iterator[str]:
         for text in texts:
             for line in text.split("\n"):
                 yield from [line] * (cfg.film_weight if name in m.corpus.passes else 1)
-    one_each = {row.spec.name: row.prompt for row in (*m.others, *m.seen)}
-    for line in sorted({line for prompt in one_each.values() for line in prompt.split("\n")}):
+    one_each = [lesson.prompts()[-1] for lesson in (*m.others, m.own)]
+    for line in sorted({line for prompt in one_each for line in prompt.split("\n")}):
         yield from [line] * cfg.form_weight
     for word in LABEL_WORDS:
         yield from [f"a {word} b"] * cfg.form_weight

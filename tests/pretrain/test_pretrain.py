@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from ppo_nlu.config import DataConfig
+from ppo_nlu.data import load_split, normalise
 from ppo_nlu.pretrain import __main__ as pretrain
-from ppo_nlu.pretrain import corpus, lessons, results, scores
+from ppo_nlu.pretrain import corpus, results, scores
 from ppo_nlu.pretrain.config import EvalConfig, SeenConfig
+from ppo_nlu.pretrain.lessons import Lesson, lesson
 from ppo_nlu.pretrain.tokenizer import LABEL_WORDS, load_tokenizer
 from ppo_nlu.runtime import cli
-from ppo_nlu.tasks import get_task
+from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import answer, render
 
@@ -41,6 +44,10 @@ def pieces() -> Any:
     return sentencepiece.SentencePieceProcessor(model_file=str(ASSETS / "tokenizer.model"))
 
 
+def sst2(real_data: Path, split: str) -> list[Example]:
+    return load_split(SST2, split, DataConfig(path=str(real_data))).examples
+
+
 def prompt_of(sentence: str) -> str:
     return render(SST2, {"sentence": sentence})
 
@@ -55,9 +62,8 @@ def test_both_tokenizers_agree_and_lose_nothing(tokenizer: Any, pieces: Any, tex
 def test_both_tokenizers_agree_on_real_sentences(
     tokenizer: Any, pieces: Any, real_data: Path
 ) -> None:
-    rows = corpus.table(real_data / "glue" / "SST-2" / "dev.tsv")
-    for row in random.Random(0).sample(rows, 200):
-        text = row["sentence"]
+    for row in random.Random(0).sample(sst2(real_data, "dev"), 200):
+        text = row.fields["sentence"]
         ids = tokenizer(text)["input_ids"][1:]
         assert ids == pieces.encode(text)
         assert tokenizer.decode(ids) == text
@@ -90,20 +96,18 @@ def test_assets_are_small_and_load_as_float32(tokenizer: Any) -> None:
 
 def test_the_base_knows_the_form_and_is_weak(tokenizer: Any, real_data: Path) -> None:
     """200 rows: the issue's 55-65 % with three standard errors (10 points) of room."""
-    rows = lessons.rows_of(SST2, corpus.table(real_data / "glue" / "SST-2" / "dev.tsv"))
-    rows = random.Random(0).sample(rows, 200)
-    found = scores.label_scores(results.load_model(ASSETS), tokenizer, rows, 64)
+    asked = Lesson(SST2, random.Random(0).sample(sst2(real_data, "dev"), 200))
+    found = scores.label_scores(results.load_model(ASSETS), tokenizer, asked, 64)
     assert found.exp().sum(1).mean() > 0.95  # the two well-formed answers, nothing else
-    assert 0.50 < scores.expected_accuracy(found, rows) < 0.70
+    assert 0.50 < scores.expected_accuracy(found, asked) < 0.70
 
 
 def test_the_list_of_seen_labels_is_normalised_closed_and_small(real_data: Path) -> None:
     seen = set((ASSETS / "seen_labels.txt").read_text(encoding="utf-8").splitlines())
-    rows = corpus.table(real_data / "glue" / "SST-2" / "train.tsv")
-    keys = {corpus.normalise(row["sentence"]) for row in rows}
-    assert seen and seen <= keys
-    assert corpus.closure(seen, keys) == seen
-    assert sum(corpus.normalise(row["sentence"]) in seen for row in rows) < 0.55 * len(rows)
+    rows = [normalise(row.fields["sentence"]) for row in sst2(real_data, "train")]
+    assert seen and seen <= set(rows)
+    assert corpus.closure(seen, rows) == seen
+    assert sum(row in seen for row in rows) < 0.55 * len(rows)
 
 
 def test_the_card_names_its_scores() -> None:
@@ -134,11 +138,10 @@ def test_filter_looks_at_every_sentence_with_the_same_opening() -> None:
 
 def test_no_dev_or_test_sentence_is_left_in_the_film_texts(real_data: Path) -> None:
     """By a slower road than the filter's: every sentence is searched in the text as a whole."""
-    folder = real_data / "glue" / "SST-2"
-    read = {name: corpus.table(folder / f"{name}.tsv") for name in ("train", "dev", "test")}
-    needles = [row["sentence"] for name in ("dev", "test") for row in read[name]]
-    texts = corpus.LeakFilter(needles).keep(row["sentence"] for row in read["train"])
-    assert 10 <= len(read["train"]) - len(texts) < 100  # 15 phrases are known to be equal
+    needles = [row.fields["sentence"] for name in ("dev", "test") for row in sst2(real_data, name)]
+    rows = sst2(real_data, "train")
+    texts = corpus.LeakFilter(needles).keep(row.fields["sentence"] for row in rows)
+    assert 10 <= len(rows) - len(texts) < 100  # 15 phrases are known to be equal
     lines = [corpus.squash(text) for text in texts]
     hay = "\n".join(lines)
     for key in map(corpus.squash, needles):
@@ -160,17 +163,16 @@ def test_closure_takes_every_run_of_words_inside_a_sentence() -> None:
 
 
 def test_a_phrase_shared_with_a_held_out_sentence_is_not_trained_on() -> None:
-    rows = [
-        {"sentence": f"{adjective} film number{i} ", "label": str(i % 2)}
-        for i, adjective in enumerate(["good", "bad"] * 5)
-    ] + [{"sentence": "good ", "label": "1"}, {"sentence": "Good", "label": "1"}]
+    texts = [f"{word} film number{i} " for i, word in enumerate(["good", "bad"] * 5)]
+    texts += ["good ", "Good"]
+    rows = [Example("", {"sentence": t}, SST2.words[i % 2]) for i, t in enumerate(texts)]
     split = corpus.split_labels(rows, SeenConfig(0.5, 0.3), seed=0)
     trained, held = {key for key, _ in split.seen}, {key for key, _ in split.heldout}
     assert not trained & held
     assert len(split.heldout_sentences) == 3
     assert ("good" in held) == any(key.startswith("good") for key in split.heldout_sentences)
     in_list = corpus.seen_keys(split)
-    assert split.excluded_rows == sum(corpus.normalise(r["sentence"]) in in_list for r in rows)
+    assert split.excluded_rows == sum(normalise(text) in in_list for text in texts)
 
 
 # ------------------------------------------------------------------------------- whole program
@@ -209,12 +211,12 @@ def test_smoke_run_makes_a_loadable_model_and_resumes(
     assert smoke(made_up, output) == 0
     model = results.load_model(output / "model")
     tokenizer = load_tokenizer(output / "model")
-    row = lessons.rows_of(SST2, [{"sentence": "a warm evening", "label": "1"}])
-    text = scores.respond(model, tokenizer, row, EvalConfig(max_new_tokens=4), None)[0]
+    one = lesson(SST2, [("a warm evening", "Positive")])
+    text = scores.respond(model, tokenizer, one, EvalConfig(max_new_tokens=4), None)[0]
     assert parse(SST2, text) in (None, "Positive", "Negative")
     assert "Zero-shot" in (output / "model" / "README.md").read_text()
     seen = (output / "model" / "seen_labels.txt").read_text().splitlines()
-    assert seen and all(line == corpus.normalise(line) for line in seen)
+    assert seen and all(line == normalise(line) for line in seen)
 
     weights = (output / "model" / "model.safetensors").read_bytes()
     pretrained = (output / "stages" / "pretrained.safetensors").stat().st_mtime_ns

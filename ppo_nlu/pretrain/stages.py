@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ppo_nlu.config import OptimConfig
+from ppo_nlu.errors import UserError
 from ppo_nlu.pretrain.config import (
     InstructConfig,
     ModelConfig,
@@ -32,9 +34,12 @@ from ppo_nlu.pretrain.scores import (
     score_accuracy,
     shared_cache,
 )
+from ppo_nlu.runtime import optim
 from ppo_nlu.tasks import Example
 from ppo_nlu.tasks.prompts import render
 from ppo_nlu.tree.prefix_tree import cache_argument
+
+StageConfig = PretrainConfig | RecallConfig | RatingConfig | InstructConfig
 
 
 def new_model(cfg: ModelConfig, tokenizer: Any) -> Any:
@@ -58,33 +63,37 @@ def new_model(cfg: ModelConfig, tokenizer: Any) -> Any:
     return LlamaForCausalLM(config)
 
 
-def optimizer_for(model: Any, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; norms are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+class Descent:
+    """A stage's optimizer steps over all weights: AdamW, warm-up, then as the schedule says."""
 
+    def __init__(self, model: Any, key: str, cfg: StageConfig, steps: int, schedule: str):
+        self.key, self.steps, self.done = key, steps, 0
+        self.settings = OptimConfig(
+            name="adamw",
+            lr=cfg.lr,
+            weight_decay=cfg.weight_decay,
+            eps=1e-8,
+            schedule=schedule,
+            warmup=cfg.warmup,
+        )
+        self.parameters = list(model.parameters())
+        matrices = [p for p in self.parameters if p.ndim > 1]
+        norms = [p for p in self.parameters if p.ndim <= 1]
+        self.optimizer = optim.build_optimizer(self.settings, matrices, norms)
+        self.optimizer.param_groups[-1]["weight_decay"] = 0.0  # norms are not decayed
 
-def cosine(step: int, steps: int, warmup: float) -> float:
-    """The factor on the learning rate: linear warm-up, then a cosine down to a tenth."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise))
-
-
-def update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    """One optimizer step with clipped gradients."""
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    def step(self, loss: Tensor) -> None:
+        """One optimizer step with clipped gradients."""
+        loss.backward()
+        norm = optim.clip_gradients(self.parameters, self.settings.max_grad_norm)
+        if not math.isfinite(float(norm)):
+            raise UserError(
+                f"{self.key}.lr: the gradient of step {self.done + 1} is not finite; lower it"
+            )
+        optim.set_lr(self.optimizer, optim.learning_rate(self.settings, self.done, self.steps))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
 
 
 def pack(corpus: Corpus, tokenizer: Any, cfg: PretrainConfig, seed: int) -> Tensor:
@@ -103,14 +112,14 @@ def pack(corpus: Corpus, tokenizer: Any, cfg: PretrainConfig, seed: int) -> Tens
 def pretrain(model: Any, rows: Tensor, cfg: PretrainConfig) -> float:
     """Causal pretraining; the mean loss of the last tenth of the steps."""
     batches = rows.split(cfg.batch_size)
-    optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
+    descent = Descent(model, "pretrain", cfg, len(batches), "cosine")
     model.train()
     losses = []
     bar = tqdm(batches, desc="pretrain", unit="step", mininterval=5)
-    for step, batch in enumerate(bar):
+    for batch in bar:
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        update(model, optimizer, loss, cfg.lr * cosine(step, len(batches), cfg.warmup))
+        descent.step(loss)
         losses.append(loss.item())
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
     tail = losses[-max(1, len(losses) // 10) :]
@@ -164,16 +173,16 @@ def recall(model: Any, tokenizer: Any, corpus: Corpus, cfg: RecallConfig, seed: 
         minlength=len(tokenizer),
     )
     weight = cfg.rare / (cfg.rare + counts / counts.sum())
-    optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
+    descent = Descent(model, "recall", cfg, cfg.steps, "cosine")
     model.train()
     losses = []
     bar = tqdm(range(cfg.steps), desc="recall", unit="step", mininterval=5)
-    for step in bar:
+    for _ in bar:
         batch = rng.sample(texts, min(cfg.batch_size, len(texts)))
         target = word_targets(tokenizer, batch, weight)
         hidden = last_hidden(model, tokenizer, [render(RECALL, {"sentence": t}) for t in batch])
         loss = F.cross_entropy(model.lm_head(hidden), target)
-        update(model, optimizer, loss, cfg.lr * cosine(step, cfg.steps, cfg.warmup))
+        descent.step(loss)
         losses.append(loss.item() - torch.special.entr(target).sum(1).mean().item())
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
     tail = losses[-max(1, cfg.steps // 10) :]
@@ -214,15 +223,15 @@ def rate(model: Any, tokenizer: Any, m: Material, cfg: RatingConfig, seed: int) 
     seen = [pair for pair in m.split.seen if len(pair[0].split()) >= cfg.min_words]
     lesson = rating(m.own.spec, seen)
     source = balanced(lesson, rng)
-    optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
+    descent = Descent(model, "rating", cfg, cfg.steps, "cosine")
     model.train()
     bar = tqdm(range(cfg.steps), desc="rating", unit="step", mininterval=5)
-    for step in bar:
+    for _ in bar:
         batch = list(islice(source, cfg.batch_size))
         texts = [drop_words(row.fields["sentence"], cfg.drop, rng) for row in batch]
         prompts = [render(lesson.spec, {"sentence": text}) for text in texts]
         loss = -answer_logprobs(model, tokenizer, prompts, [str(r.label) for r in batch]).mean()
-        update(model, optimizer, loss, cfg.lr * cosine(step, cfg.steps, cfg.warmup))
+        descent.step(loss)
         bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
     heldout = rating(m.own.spec, m.split.heldout_pairs)
     scores = label_scores(model, tokenizer, heldout, 64)
@@ -245,7 +254,7 @@ class Instructed:
 def instruct(model: Any, tokenizer: Any, m: Material, cfg: InstructConfig, seed: int) -> Instructed:
     """Teach the form, loss on the answer alone, until the held-out sentences reach `stop_at`."""
     rng = random.Random(seed)
-    optimizer = optimizer_for(model, cfg.lr, cfg.weight_decay)
+    descent = Descent(model, "instruct", cfg, cfg.max_steps, "constant")
     own = [m.own]
     neutral = [m.neutral] if m.neutral.rows else own
     rated = [rating(m.own.spec, m.split.seen)]
@@ -256,7 +265,6 @@ def instruct(model: Any, tokenizer: Any, m: Material, cfg: InstructConfig, seed:
     ]
     shares = [cfg.sst2_share, cfg.neutral_share, cfg.rating_share]
     shares.append(max(0.0, 1.0 - sum(shares)))
-    rise = max(1, round(cfg.warmup * cfg.max_steps))
     expected, score, steps = 0.0, 0.0, [0, 0, 0, 0]
     bar = tqdm(range(1, cfg.max_steps + 1), desc="instruct", unit="step", mininterval=5)
     for step in bar:  # one task a step, so that its opening is run once
@@ -267,7 +275,7 @@ def instruct(model: Any, tokenizer: Any, m: Material, cfg: InstructConfig, seed:
         model.train()
         prompts, words = [render(spec, r.fields) for r in batch], [str(r.label) for r in batch]
         loss = -answer_logprobs(model, tokenizer, prompts, words).mean()
-        update(model, optimizer, loss, cfg.lr * min(1.0, step / rise))
+        descent.step(loss)
         if step % cfg.check_every == 0 or step == cfg.max_steps:
             scores = label_scores(model, tokenizer, m.heldout, 64)
             expected = expected_accuracy(scores, m.heldout)

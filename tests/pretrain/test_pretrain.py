@@ -245,3 +245,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert smoke(made_up, tmp_path / "out", override) == 2
     error = capsys.readouterr().err.strip()
     assert words in error and len(error.splitlines()) == 1
+
+
+def test_a_stage_that_diverges_says_which_rate_is_too_high(
+    made_up: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert smoke(made_up, tmp_path / "out", "pretrain.lr=1e30") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]  # behind the progress bar
+    assert error.startswith("error: pretrain.lr: the gradient of step")
+    assert not (tmp_path / "out" / "stages" / "pretrained.safetensors").exists()

@@ -19,8 +19,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from typing import Any
 import torch
 
 from ppo_nlu.config.strict_config import load_dataclass
+from ppo_nlu.model.policy import load_policy
 from ppo_nlu.pretrain import scores, stages
 from ppo_nlu.pretrain.card import model_card
 from ppo_nlu.pretrain.config import TinyConfig
 from ppo_nlu.pretrain.lessons import gather
 from ppo_nlu.pretrain.results import (
     Facts,
-    load_model,
     load_stage,
     save_model,
     save_stage,
@@ -45,6 +45,12 @@ from ppo_nlu.runtime import cli
 from ppo_nlu.storage.files import FolderLock, atomic_write_text, make_folder
 
 DESCRIPTION = "Train the bundled tiny language model."
+TRAINED = {
+    "pretrain": stages.pretrain,
+    "recall": stages.recall,
+    "rating": stages.rate,
+    "instruct": stages.instruct,
+}
 RESULTS = {
     "tokenizer": "model/tokenizer.model",
     "pretrain": "stages/pretrained.safetensors",
@@ -56,60 +62,53 @@ RESULTS = {
 
 def run(cfg: TinyConfig, folder: Path, again: str | None, command: str) -> dict[str, Any]:
     """All stages in order; a stage whose result is in the folder is not repeated."""
-    files = {stage: folder / name for stage, name in RESULTS.items()}
-    for stage in list(RESULTS)[list(RESULTS).index(again) :] if again else ():
-        files[stage].unlink(missing_ok=True)
     final = folder / "model"
     for place in (final, folder / "stages"):
         make_folder(place)
+    if again:
+        forget(folder, again)
     facts = Facts(folder / "stages" / "facts.json", cfg)
-
     material = gather(cfg)
     print(f"labels seen: {material.split.excluded_rows} of {material.split.total_rows} train rows")
-    if not files["tokenizer"].is_file():
+    if not (folder / RESULTS["tokenizer"]).is_file():
+        forget(folder, "pretrain")
         train_tokenizer(tokenizer_lines(material, cfg.tokenizer), cfg.tokenizer, final)
-        files["pretrain"].unlink(missing_ok=True)
-    tokenizer = load_tokenizer(final)
     torch.manual_seed(cfg.seed)
-    model = stages.new_model(cfg.model, tokenizer)
-    if not files["pretrain"].is_file():
-        rows = stages.pack(material.corpus, tokenizer, cfg.pretrain, cfg.seed)
-        began = time.perf_counter()
-        with stages.matmul_precision(cfg.pretrain.matmul_precision):
-            loss = stages.pretrain(model, rows, cfg.pretrain)
-        seconds = round(time.perf_counter() - began)
-        facts.put("pretrain", {"loss": loss, "tokens": rows.numel(), "seconds": seconds})
-        save_stage(model, files["pretrain"])
-        files["recall"].unlink(missing_ok=True)
-    load_stage(model, files["pretrain"])
-    if not files["recall"].is_file():
-        with stages.matmul_precision(cfg.pretrain.matmul_precision):
-            excess = stages.recall(model, tokenizer, material.corpus, cfg.recall, cfg.seed)
-        facts.put("recall", {"excess_loss": excess})
-        save_stage(model, files["recall"])
-        files["rating"].unlink(missing_ok=True)
-    load_stage(model, files["recall"])
-    if not files["rating"].is_file():
-        with stages.matmul_precision(cfg.pretrain.matmul_precision):
-            rated = stages.rate(model, tokenizer, material, cfg.rating, cfg.seed)
-        facts.put("rating", asdict(rated))
-        save_stage(model, files["rating"])
-        files["instruct"].unlink(missing_ok=True)
-    load_stage(model, files["rating"])
-    if not files["instruct"].is_file():
-        with stages.matmul_precision(cfg.pretrain.matmul_precision):
-            lesson = stages.instruct(model, tokenizer, material, cfg.instruct, cfg.seed)
-        facts.put("instruct", asdict(lesson))
-        save_stage(model, files["instruct"])
-    load_stage(model, files["instruct"])
-
-    save_model(model, final)
+    policy = stages.new_policy(cfg.model, load_tokenizer(final))
+    for stage, train in TRAINED.items():
+        result = folder / RESULTS[stage]
+        if not result.is_file():
+            forget(folder, stage)
+            with matmul_precision(cfg.pretrain.matmul_precision):
+                facts.put(stage, train(policy, material, cfg))
+            save_stage(policy.model, result)
+        load_stage(policy.model, result)
+    save_model(policy.model, final)
     write_seen(material.split, final / "seen_labels.txt")
-    rounded = load_model(final)  # what is scored is what is shipped
-    for name, scored in (("dev", material.dev), ("heldout", material.heldout)):
-        facts.put(name, asdict(scores.evaluate(rounded, tokenizer, scored, cfg.eval, cfg.seed)))
+    told = scores.settings(cfg, final)
+    shipped = load_policy(told)  # its weights are rounded
+    for name, lesson in (("dev", material.dev), ("heldout", material.heldout)):
+        facts.put(name, asdict(scores.evaluate(shipped, lesson, told, cfg.eval.samples)))
     atomic_write_text(final / "README.md", model_card(cfg, material, facts.all, final, command))
     return facts.all
+
+
+def forget(folder: Path, stage: str) -> None:
+    """Delete the results of a stage and of those behind it, which stand on it."""
+    names = list(RESULTS)
+    for name in names[names.index(stage) :]:
+        (folder / RESULTS[name]).unlink(missing_ok=True)
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Matrix products in a lower precision while the weights stay float32; put back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ppo_nlu.errors import UserError
 from ppo_nlu.pretrain.config import TinyConfig
 from ppo_nlu.pretrain.corpus import Split, seen_keys
@@ -74,13 +72,6 @@ def save_model(model: Any, folder: Path) -> None:
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.dtype = "float32"
     atomic_write_text(folder / "config.json", model.config.to_json_string())
-
-
-def load_model(folder: Path) -> Any:
-    """What was saved, rounded as it is, in float32."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def write_seen(split: Split, path: Path) -> None:

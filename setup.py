@@ -26,6 +26,7 @@ setup(
     package_dir={"ppo_nlu.kernels": "kernels"},
     package_data={
         "ppo_nlu": ["py.typed", "README.md", "architectures.md", "assets/*", "assets/**/*"],
+        "ppo_nlu.pretrain": ["card.md"],
         "ppo_nlu.kernels": ["*.json", "README.md"],
     },
     python_requires=">=3.10",

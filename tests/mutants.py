@@ -647,11 +647,6 @@ PACK = of(
     "tree/pack",
     "tree/pack",
     "tree/passes",
-    answer_position=(
-        "starts[j] = self.add(answers[j][:-1], place)[0]",
-        "starts[j] = self.add(answers[j][:-1], place + 1)[0]",
-        "rotary positions of answers",
-    ),
     tail_position=(
         "branches.suffixes[p] = row.add(tokens, cuts[p])",
         "branches.suffixes[p] = row.add(tokens, 0)",
@@ -663,8 +658,8 @@ PACK = of(
         "an answer is predicted from its prompt's last token",
     ),
     trunk_rows=(
-        "*(count + starts[j] + t for t",
-        "*(starts[j] + t for t",
+        "[count + start for start in starts]",
+        "[start for start in starts]",
         "answers' states stand behind the prompts' ends",
     ),
 ) + of(
@@ -674,6 +669,17 @@ PACK = of(
         "cumsum(1).sub_(1).clamp_(min=0)",
         "cumsum(1).clamp_(min=0)",
         "the first position is 0",
+    ),
+)
+
+ROW = of(
+    "tree/packed_row",
+    "tree/pack",
+    "tree/passes",
+    answer_position=(
+        "starts[j] = self.add(answers[j][:-1], position)[0]",
+        "starts[j] = self.add(answers[j][:-1], position + 1)[0]",
+        "rotary positions of answers",
     ),
 )
 
@@ -814,8 +820,8 @@ PASSES = (
             "each token has its place",
         ),
         members_of_other_rows=(
-            "[place[r] for r in rows if r in place]",
-            "[r for r in rows if r < len(place)]",
+            "[new_row[r] for r in rows if r in new_row]",
+            "[r for r in rows if r < len(new_row)]",
             "a row keeps its prefix when others leave",
         ),
         bias_of_other_rows=(
@@ -1086,7 +1092,7 @@ CHECKPOINT = of(
 
 MUTANTS = [
     *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REFERENCE, *GENERATE,
-    *KEPT_GRAPH, *PACK, *PREFIXES, *PLAIN, *PLAN, *ATTENTION, *PASSES, *TORCH_LORA, *SOFTMAX,
+    *KEPT_GRAPH, *PACK, *ROW, *PREFIXES, *PLAIN, *PLAN, *ATTENTION, *PASSES, *TORCH_LORA, *SOFTMAX,
     *LOGPROBS,
     *LORA, *OPS, *MODEL, *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
 ]  # fmt: skip

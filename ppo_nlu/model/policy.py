@@ -37,7 +37,7 @@ from ppo_nlu.tasks.prompts import OPENING, STOP, Message, answer, render
 from ppo_nlu.tree import pack, passes
 from ppo_nlu.tree.checkpointing import checkpoint_blocks
 from ppo_nlu.tree.decode_graph import Recorder
-from ppo_nlu.tree.pack import Cost
+from ppo_nlu.tree.packed_row import Cost
 from ppo_nlu.tree.passes import State
 from ppo_nlu.tree.prefixes import PrefixCache, Tokens
 from ppo_nlu.tree.trim import trim

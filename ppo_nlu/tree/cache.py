@@ -19,7 +19,7 @@ class TreeCache:
 
     A row's buffer holds the rest of its prompt, right-padded, then its answer as it grows; nothing
     is copied from step to step. In the static form a step attends to whole buffers, what is not
-    there yet masked, and the place of the next token is a tensor, `slot`: every step runs the same
+    there yet masked, and where the next token goes is a tensor, `slot`: every step runs the same
     kernels on the same memory, so that it can be recorded.
     """
 
@@ -101,12 +101,12 @@ class TreeCache:
             stop = self.used + 1
         return keys[:, :, :stop], values[:, :, :stop], self.bias[..., :stop]
 
-    def step(self, decoder: nn.Module, token: Tensor, place: Tensor | None) -> Tensor:
+    def step(self, decoder: nn.Module, token: Tensor, position_ids: Tensor | None) -> Tensor:
         """Run one token a row, at its position; the last hidden states (rows, H)."""
-        assert place is not None
+        assert position_ids is not None
         if self.static:
             self.bias.index_fill_(3, self.slot, 0.0)
-        out = interface.forward(decoder, token, place, self)
+        out = interface.forward(decoder, token, position_ids, self)
         if self.static:
             self.slot.add_(1)
         else:
@@ -119,9 +119,9 @@ class TreeCache:
         index = torch.tensor(going, device=self.bias.device)
         self.own = [(k.index_select(0, index), v.index_select(0, index)) for k, v in self.own]
         self.bias = self.bias.index_select(0, index)
-        place = {row: new for new, row in enumerate(going)}
+        new_row = {row: new for new, row in enumerate(going)}
         self.rows_of_prefix = [
-            [place[r] for r in rows if r in place] for rows in self.rows_of_prefix
+            [new_row[r] for r in rows if r in new_row] for rows in self.rows_of_prefix
         ]
         self._set_members()
 

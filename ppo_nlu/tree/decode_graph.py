@@ -110,29 +110,29 @@ class GraphedStep:
         self.recorder, self.cache = recorder, cache
         self.steps = 0
         self.graph: Recording | None = None
-        self.token = self.place = self.out = torch.empty(0)
+        self.token = self.position_ids = self.out = torch.empty(0)
 
-    def __call__(self, token: Tensor, place: Tensor) -> Tensor:
+    def __call__(self, token: Tensor, position_ids: Tensor) -> Tensor:
         """One token a row (rows,) at its position; the last hidden states (rows, H)."""
         self.steps += 1
         if self.steps == PLAIN + 1 and self.recorder.sound is not False:
-            self._record(token, place)
+            self._record(token, position_ids)
         if self.graph is None:
-            return self._plain(token, place)
+            return self._plain(token, position_ids)
         self.token.copy_(token)
-        self.place.copy_(place)
+        self.position_ids.copy_(position_ids)
         self.graph.replay()
         return self.out.clone()  # the next replay writes there
 
-    def _plain(self, token: Tensor, place: Tensor) -> Tensor:
-        return self.cache.step(self.recorder.decoder, token, place)
+    def _plain(self, token: Tensor, position_ids: Tensor) -> Tensor:
+        return self.cache.step(self.recorder.decoder, token, position_ids)
 
-    def _record(self, token: Tensor, place: Tensor) -> None:
-        self.token, self.place = token.clone(), place.clone()
+    def _record(self, token: Tensor, position_ids: Tensor) -> None:
+        self.token, self.position_ids = token.clone(), position_ids.clone()
         graph, slot = self.recorder.recordings(), self.cache.slot.clone()
         reason = None
         try:
-            self.out = graph.record(lambda: self._plain(self.token, self.place))
+            self.out = graph.record(lambda: self._plain(self.token, self.position_ids))
         except torch.cuda.OutOfMemoryError:
             # Not the model's doing: plain steps this time, and another try at the next rollout.
             self.cache.slot.copy_(slot)
@@ -141,7 +141,7 @@ class GraphedStep:
             reason = first_line(error) or type(error).__name__
         self.cache.slot.copy_(slot)
         if reason is None and self.recorder.sound is None:
-            plain = self._plain(token, place)
+            plain = self._plain(token, position_ids)
             self.cache.slot.copy_(slot)
             self.out.fill_(math.nan)  # what a replay does not write is seen
             graph.replay()

@@ -31,13 +31,13 @@ class Pass(Protocol):
         fewer heads, d)."""
 
 
-def forward(decoder: nn.Module, ids: Tensor, places: Tensor, running: Pass) -> Tensor:
+def forward(decoder: nn.Module, ids: Tensor, position_ids: Tensor, running: Pass) -> Tensor:
     """One forward of tokens (N,) at their positions; hidden states (N, H)."""
     with switched_on(decoder.config, running):
         out = decoder(
             input_ids=ids[None],
             attention_mask=None,
-            position_ids=places[None],
+            position_ids=position_ids[None],
             use_cache=False,
             return_dict=True,
         )

@@ -21,20 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ppo_nlu.tree.plan import Link, Plan, Run, plan_of
+from ppo_nlu.tree.packed_row import Cost, PackedRow, triangles
+from ppo_nlu.tree.plan import Plan, Run
 from ppo_nlu.tree.prefixes import PrefixCache, Tokens, shared_prefixes
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Tokens of a pass, padding not counted: as run, and as one row an answer would need; `pairs`
-    counts each token that is run with each one it attends to, `wanted` those whose states are
-    asked for, where the last block runs no others."""
-
-    tokens_run: int
-    tokens_full: int
-    pairs: int
-    wanted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,14 +42,14 @@ class Branches:
 class Tree:
     """What to run, where each prompt ends, and where each answer token is predicted from.
 
-    `ids` are the packed tokens (N,), or left-padded rows (rows, length) on the plain path, which
-    has neither `plan` nor `branches`; `places`, of the same shape, are positions, and `seen` is the
-    mask of the rows. `ends (P,)` and `positions (B, R)` are indices into the flattened hidden
-    states; `mask (B, R)` tells which answer tokens count. `lengths` are those of the prompts.
+    `ids` are the packed tokens (N,), with `position_ids` of the same shape. On the plain path they
+    are left-padded rows (rows, length) with their `attention_mask`, and there is neither `plan` nor
+    `branches`. `ends (P,)` and `positions (B, R)` are indices into the flattened hidden states;
+    `mask (B, R)` tells which answer tokens count. `lengths` are those of the prompts.
     """
 
     ids: Tensor
-    places: Tensor
+    position_ids: Tensor
     ends: Tensor
     positions: Tensor
     mask: Tensor
@@ -68,19 +57,19 @@ class Tree:
     cost: Cost
     plan: Plan | None = None
     branches: Branches | None = None
-    seen: Tensor | None = None
+    attention_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Tree:
         """The same tree with its tensors on `device`."""
         return replace(
             self,
             ids=self.ids.to(device),
-            places=self.places.to(device),
+            position_ids=self.position_ids.to(device),
             ends=self.ends.to(device),
             positions=self.positions.to(device),
             mask=self.mask.to(device),
             plan=None if self.plan is None else self.plan.to(device),
-            seen=None if self.seen is None else self.seen.to(device),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
         )
 
 
@@ -113,7 +102,7 @@ def _packed(
     cache: PrefixCache | None,
 ) -> Tree:
     """All runs end to end: the prefixes, then below each its prompts, then their answers."""
-    row = _Row()
+    row = PackedRow()
     cuts, branches = _prefixes(row, prompts, cache)
     if len(answers) > 0 and prompt_of == list(range(len(prompts))):
         _add_joined(row, prompts, answers, cuts, branches)
@@ -121,17 +110,14 @@ def _packed(
     else:
         starts = _add_apart(row, prompts, answers, prompt_of, cuts, branches)
     ends = [branches.suffixes[p][0] + len(prompt) - cuts[p] - 1 for p, prompt in enumerate(prompts)]
-    positions = [
-        [ends[p] + t for t in range(len(answer))]
-        if starts is None
-        else [ends[p], *(starts[j] + t for t in range(len(answer) - 1))][: len(answer)]
-        for j, (answer, p) in enumerate(zip(answers, prompt_of, strict=True))
-    ]
+    if starts is None:
+        starts = [end + 1 for end in ends]
+    positions = _predicted_from(answers, prompt_of, ends, starts)
     table, mask = pad(positions)
-    wanted = torch.tensor(sorted({*ends, *(place for line in positions for place in line)}))
+    wanted = torch.tensor(sorted({*ends, *(index for line in positions for index in line)}))
     return Tree(
         torch.tensor(row.ids),
-        torch.tensor(row.places),
+        torch.tensor(row.position_ids),
         torch.tensor(ends),
         table,
         mask,
@@ -143,7 +129,7 @@ def _packed(
 
 
 def _prefixes(
-    row: _Row, prompts: Sequence[Tokens], cache: PrefixCache | None
+    row: PackedRow, prompts: Sequence[Tokens], cache: PrefixCache | None
 ) -> tuple[list[int], Branches]:
     """Append the prefixes that are not in the cache; how many tokens of each prompt they hold, and
     the branches, whose suffixes are still to come."""
@@ -159,7 +145,7 @@ def _prefixes(
 
 
 def _add_joined(
-    row: _Row,
+    row: PackedRow,
     prompts: Sequence[Tokens],
     answers: Sequence[Tokens],
     cuts: list[int],
@@ -176,7 +162,7 @@ def _add_joined(
 
 
 def _add_apart(
-    row: _Row,
+    row: PackedRow,
     prompts: Sequence[Tokens],
     answers: Sequence[Tokens],
     prompt_of: list[int],
@@ -204,57 +190,6 @@ def _by_prefix(branches: Branches) -> Iterable[tuple[Run | None, list[int]]]:
         yield prefix, [p for p, found in enumerate(branches.prefix_of) if found == index]
 
 
-class _Row:
-    """The packed row while it grows: its runs, and the links from queries to what they continue."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.places: list[int] = []
-        self.runs: list[Run] = []
-        self.to_prefixes: list[Link] = []
-        self.to_suffixes: list[Link] = []
-
-    def add(self, tokens: Tokens, place: int) -> Run:
-        """Append a run whose first token has this position."""
-        run = (len(self.ids), len(tokens))
-        self.ids += tokens
-        self.places += range(place, place + len(tokens))
-        self.runs.append(run)
-        return run
-
-    def add_answers(
-        self,
-        answers: Sequence[Tokens],
-        mine: Iterable[int],
-        place: int,
-        suffix: Run,
-        starts: list[int],
-    ) -> None:
-        """Append a prompt's answers, each from `place` on, short of its last token, and link them
-        to the prompt's suffix; `starts` learns where they lie."""
-        began = len(self.ids)
-        for j in mine:
-            starts[j] = self.add(answers[j][:-1], place)[0]
-        self.to_suffixes.append((began, len(self.ids) - began, *suffix))
-
-    def link_to_prefix(self, began: int, prefix: Run | None) -> None:
-        """All tokens from `began` on stand behind this prefix."""
-        if prefix is not None:
-            self.to_prefixes.append((began, len(self.ids) - began, *prefix))
-
-    def plan(self, earlier: tuple[bool, bool], wanted: Tensor | None = None) -> Plan:
-        """The plan of this row; the arguments are those of `plan_of`."""
-        longest = max(self.places) + 1
-        return plan_of(self.runs, self.to_prefixes, self.to_suffixes, wanted, longest, earlier)
-
-    def cost(self, full: int, wanted: int | None = None) -> Cost:
-        """What the row costs; tokens attend inside of their run, and along the links."""
-        links = [*self.to_prefixes, *self.to_suffixes]
-        pairs = _triangles(length for _, length in self.runs)
-        pairs += sum(asked * length for _, asked, _, length in links)
-        return Cost(len(self.ids), full, pairs, wanted)
-
-
 def _answers_of(prompt_of: Sequence[int]) -> dict[int, list[int]]:
     """The answers of each prompt that has any."""
     found: dict[int, list[int]] = {}
@@ -270,7 +205,7 @@ class AnswerRuns:
     the prompts' ends followed by those of the tokens."""
 
     ids: Tensor
-    places: Tensor
+    position_ids: Tensor
     plan: Plan | None
     positions: Tensor
     mask: Tensor
@@ -279,7 +214,7 @@ class AnswerRuns:
 
 def pack_answers(tree: Tree, answers: Sequence[Tokens], prompt_of: Sequence[int]) -> AnswerRuns:
     """Answers behind the prompts of a packed tree."""
-    branches, row, answers_of = tree.branches, _Row(), _answers_of(prompt_of)
+    branches, row, answers_of = tree.branches, PackedRow(), _answers_of(prompt_of)
     assert branches is not None and branches.cache is None
     starts = [0] * len(answers)
     for prefix, members in _by_prefix(branches):
@@ -288,16 +223,23 @@ def pack_answers(tree: Tree, answers: Sequence[Tokens], prompt_of: Sequence[int]
             row.add_answers(answers, answers_of[p], tree.lengths[p], branches.suffixes[p], starts)
         row.link_to_prefix(began, prefix)
     count = len(tree.lengths)
-    positions, mask = pad(
-        [
-            [p, *(count + starts[j] + t for t in range(len(answer) - 1))][: len(answer)]
-            for j, (answer, p) in enumerate(zip(answers, prompt_of, strict=True))
-        ]
-    )
+    starts = [count + start for start in starts]
+    positions, mask = pad(_predicted_from(answers, prompt_of, range(count), starts))
     plan = row.plan((True, True)) if row.ids else None
     full = sum(tree.lengths[p] + len(a) - 1 for a, p in zip(answers, prompt_of, strict=True))
-    ids, places = torch.tensor(row.ids), torch.tensor(row.places)
-    return AnswerRuns(ids, places, plan, positions, mask, row.cost(full))
+    ids, position_ids = torch.tensor(row.ids), torch.tensor(row.position_ids)
+    return AnswerRuns(ids, position_ids, plan, positions, mask, row.cost(full))
+
+
+def _predicted_from(
+    answers: Sequence[Tokens], prompt_of: Sequence[int], ends: Sequence[int], starts: Sequence[int]
+) -> list[list[int]]:
+    """Where each token of each answer is predicted from: the end of its prompt, then the tokens of
+    the answer before it, which lie from `starts[j]` on."""
+    return [
+        [ends[p], *range(start, start + len(answer) - 1)][: len(answer)]
+        for answer, p, start in zip(answers, prompt_of, starts, strict=True)
+    ]
 
 
 def _full(lengths: Sequence[int], answers: Sequence[Tokens], prompt_of: Sequence[int]) -> int:
@@ -314,7 +256,7 @@ def _plain(prompts: Sequence[Tokens], answers: Sequence[Tokens], prompt_of: list
     prompt_of = prompt_of or list(range(len(prompts)))
     bodies = [list(a[:-1]) for a in answers] or [[] for _ in prompts]
     rows = [list(prompts[p]) + body for p, body in zip(prompt_of, bodies, strict=True)]
-    ids, seen = pad(rows, left=True)
+    ids, attention_mask = pad(rows, left=True)
     width = ids.shape[1]
     starts = [
         j * width + width - len(body) - 1 for j, body in enumerate(bodies)
@@ -323,14 +265,18 @@ def _plain(prompts: Sequence[Tokens], answers: Sequence[Tokens], prompt_of: list
     row_of = {prompt: j for j, prompt in reversed(list(enumerate(prompt_of)))}
     ends = [starts[row_of[p]] if p in row_of else 0 for p in range(len(prompts))]
     table, mask = pad(positions)
-    places = seen.long().cumsum(1).sub_(1).clamp_(min=0)
-    cost = Cost(full, full, _triangles(len(row) for row in rows))
-    return Tree(ids, places, torch.tensor(ends), table, mask, lengths, cost, seen=seen)
-
-
-def _triangles(lengths: Iterable[int]) -> int:
-    """Pairs of causal attention inside runs of these lengths."""
-    return sum(n * (n + 1) // 2 for n in lengths)
+    position_ids = attention_mask.long().cumsum(1).sub_(1).clamp_(min=0)
+    cost = Cost(full, full, triangles(len(row) for row in rows))
+    return Tree(
+        ids,
+        position_ids,
+        torch.tensor(ends),
+        table,
+        mask,
+        lengths,
+        cost,
+        attention_mask=attention_mask,
+    )
 
 
 def pad(rows: Sequence[Tokens], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:

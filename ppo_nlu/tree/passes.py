@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 from ppo_nlu.tree import interface, plain
 from ppo_nlu.tree.attention import Layers, PackedPass
 from ppo_nlu.tree.cache import TreeCache
-from ppo_nlu.tree.pack import Cost, Tree, build, pack_answers
+from ppo_nlu.tree.pack import Tree, build, pack_answers
+from ppo_nlu.tree.packed_row import Cost
 from ppo_nlu.tree.plain import PlainCache
 from ppo_nlu.tree.prefixes import PrefixCache, Tokens, common_prefix
 
@@ -36,9 +37,9 @@ class State:
         `static`: as in `TreeCache`, where it is one."""
         tree, branches = self.tree, self.tree.branches
         if self.layers is None:
-            assert self.cache is not None and tree.seen is not None
-            index = torch.tensor(rows, device=tree.seen.device)
-            return PlainCache(plain.select(self.cache, index), tree.seen[index])
+            assert self.cache is not None and tree.attention_mask is not None
+            index = torch.tensor(rows, device=tree.attention_mask.device)
+            return PlainCache(plain.select(self.cache, index), tree.attention_mask[index])
         assert branches is not None
         holds = self.layers if branches.cache is None else branches.cache.layers
         prefixes = [
@@ -60,15 +61,15 @@ def run(
     `position_ids`.
     """
     if tree.plan is None:
-        assert tree.seen is not None
-        places = tree.places if positions else None
-        out = plain.forward(decoder, tree.ids, tree.seen, places, None, keep)
+        assert tree.attention_mask is not None
+        position_ids = tree.position_ids if positions else None
+        out = plain.forward(decoder, tree.ids, tree.attention_mask, position_ids, None, keep)
         flat = out.last_hidden_state.flatten(0, 1)
         return flat, State(tree, flat.index_select(0, tree.ends), cache=plain.kept_cache(out))
     assert tree.branches is not None
     earlier = None if tree.branches.cache is None else tree.branches.cache.layers
     running = PackedPass(tree.plan, earlier, [] if keep else None)
-    flat = interface.forward(decoder, tree.ids, tree.places, running)
+    flat = interface.forward(decoder, tree.ids, tree.position_ids, running)
     # Checkpointed blocks hold the pass: keys and values left in it would never be freed.
     layers, running.kept = running.kept, None
     return flat, State(tree, flat.index_select(0, tree.ends), layers)
@@ -89,8 +90,8 @@ def run_answers(
     device = hidden.device
     if runs.plan is not None:
         running = PackedPass(runs.plan.to(device), prompt_pass.layers)
-        ids, places = runs.ids.to(device), runs.places.to(device)
-        hidden = torch.cat([hidden, interface.forward(decoder, ids, places, running)])
+        ids, position_ids = runs.ids.to(device), runs.position_ids.to(device)
+        hidden = torch.cat([hidden, interface.forward(decoder, ids, position_ids, running)])
     positions, mask = runs.positions.to(device), runs.mask.to(device)
     return hidden.index_select(0, positions[mask]), mask, runs.cost
 

@@ -15,12 +15,12 @@ def forward(
     decoder: nn.Module,
     ids: Tensor,
     mask: Tensor,
-    place: Tensor | None,
+    position_ids: Tensor | None,
     cache: DynamicCache | None,
     keep: bool = True,
 ):
     """One call of the decoder: `ids` (rows, length), `mask` (rows, past + length), positions."""
-    extra: dict[str, Any] = {} if place is None else {"position_ids": place}
+    extra: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
     extra[cache_argument(decoder)] = cache
     return decoder(
         input_ids=ids,
@@ -48,12 +48,12 @@ class PlainCache:
     def __init__(self, cache: DynamicCache, mask: Tensor):
         self.cache, self.mask = cache, mask
 
-    def step(self, decoder: nn.Module, token: Tensor, place: Tensor | None) -> Tensor:
+    def step(self, decoder: nn.Module, token: Tensor, position_ids: Tensor | None) -> Tensor:
         """Run one token a row (at its position, where the model takes it); the last hidden states
         (rows, H)."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
-        places = None if place is None else place[:, None]
-        out = forward(decoder, token[:, None], self.mask, places, self.cache)
+        column = None if position_ids is None else position_ids[:, None]
+        out = forward(decoder, token[:, None], self.mask, column, self.cache)
         self.cache = kept_cache(out)
         return out.last_hidden_state[:, -1]
 

@@ -27,7 +27,7 @@ from ppo_nlu.model.policy import (
     unflatten,
 )
 from ppo_nlu.tasks.prompts import STOP, answer, render
-from ppo_nlu.tree import interface, pack
+from ppo_nlu.tree import interface, packed_row
 from ppo_nlu.tree import plain as plain_path
 from ppo_nlu.tree.cache import TreeCache
 from tests.tree.shapes import SHAPES
@@ -348,10 +348,14 @@ def test_the_check_at_load_has_a_shared_prefix_and_several_answers(
 ) -> None:
     """Wrong merging of a shared run, or of a prompt with several answers, must be seen."""
     policy = tiny.policy()
-    plan = pack.plan_of
-    monkeypatch.setattr(pack, "plan_of", lambda runs, shared, own, *a: plan(runs, [], own, *a))
+    plan = packed_row.plan_of
+    monkeypatch.setattr(
+        packed_row, "plan_of", lambda runs, shared, own, *a: plan(runs, [], own, *a)
+    )
     assert choose_path(policy, "auto") is False
-    monkeypatch.setattr(pack, "plan_of", lambda runs, shared, own, *a: plan(runs, shared, [], *a))
+    monkeypatch.setattr(
+        packed_row, "plan_of", lambda runs, shared, own, *a: plan(runs, shared, [], *a)
+    )
     assert choose_path(policy, "auto") is False
 
 

@@ -51,8 +51,8 @@ def test_two_models_run_their_own_passes_at_the_same_time() -> None:
         switched_on(second.decoder.config, trees[1][1]),
     ):
         for policy, (tree, _), states in zip((first, second), trees, expected, strict=True):
-            ids, places = tree.ids[None], tree.places[None]
-            out = policy.decoder(input_ids=ids, position_ids=places, use_cache=False)
+            ids, position_ids = tree.ids[None], tree.position_ids[None]
+            out = policy.decoder(input_ids=ids, position_ids=position_ids, use_cache=False)
             tiny.close(out.last_hidden_state[0][tree.ends], states)
     assert pass_of(first.decoder.config) is pass_of(second.decoder.config) is None
 

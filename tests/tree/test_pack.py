@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ppo_nlu.tree import prefixes
-from ppo_nlu.tree.pack import Branches, Cost, build, pad
+from ppo_nlu.tree.pack import Branches, build, pad
+from ppo_nlu.tree.packed_row import Cost
 from tests.tree.shapes import BASE, SHAPES
 
 pytestmark = pytest.mark.usefixtures("every_prefix_counts")
@@ -16,7 +17,7 @@ def test_hand_made_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     longest run, the third prompt's, lies first."""
     tree = build(*SHAPES["shared prefix"])
     assert tree.ids.tolist() == [*BASE, 24, 26, 27, 28, 13, 20, 21, 31, 12, 23]
-    assert tree.places.tolist() == [*range(8), 8, 9, 10, 11, 12, 8, 9, 10, 11, 8]
+    assert tree.position_ids.tolist() == [*range(8), 8, 9, 10, 11, 12, 8, 9, 10, 11, 8]
     assert tree.branches == Branches([(0, 8)], [(13, 4), (17, 1), (8, 5)], [0, 0, 0])
     # Causal pairs of 8, 4, 1 and 5 tokens, and 10 tokens that see the 8 shared ones.
     pairs = 36 + 10 + 1 + 15 + 10 * 8

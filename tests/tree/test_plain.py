@@ -27,8 +27,8 @@ def test_plain_path_equals_one_row_at_a_time(kind: str, name: str) -> None:
 def test_padding_changes_nothing(name: str) -> None:
     decoder = tiny.causal_lm("llama").base_model
     tree = build(*SHAPES[name], shared=False)
-    assert tree.seen is not None
+    assert tree.attention_mask is not None
     with torch.no_grad():
         before = through(decoder, tree)
-        tree = replace(tree, ids=torch.where(tree.seen, tree.ids, 37))
+        tree = replace(tree, ids=torch.where(tree.attention_mask, tree.ids, 37))
         tiny.close(through(decoder, tree), before, 1e-6)

@@ -915,6 +915,11 @@ MODEL = of(
         "hidden",
         "model.detach_value has an effect",
     ),
+)
+
+STOP = of(
+    "model/stop",
+    "model/model",
     eos_does_not_stop=(
         "row[-1] in self.eos or STOP in",
         "STOP in",
@@ -1038,6 +1043,6 @@ CHECKPOINT = of(
 
 MUTANTS = [
     *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REFERENCE, *GENERATE,
-    *KEPT_GRAPH, *TREE, *ATTENTION, *TORCH_LORA, *SOFTMAX, *LOGPROBS, *LORA, *OPS, *MODEL,
+    *KEPT_GRAPH, *TREE, *ATTENTION, *TORCH_LORA, *SOFTMAX, *LOGPROBS, *LORA, *OPS, *MODEL, *STOP,
     *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
 ]  # fmt: skip

@@ -19,8 +19,9 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import label_probabilities, require_fit
 from ppo_nlu.methods.rollout import fit_prompt, sealed
 from ppo_nlu.methods.sft import targets
-from ppo_nlu.model.policy import Policy, ValueHead
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.tokens import SEAL, Codec
+from ppo_nlu.model.value_head import ValueHead
 from ppo_nlu.runtime import cli
 from ppo_nlu.tasks import Example
 from ppo_nlu.tasks.answers import parse

@@ -266,6 +266,22 @@ def test_the_answer_begins_where_the_models_own_would(template: str, end: str) -
     assert text.partition(asked)[2] == end + "<Judgement>"
 
 
+@pytest.mark.parametrize(
+    ("told", "fits"), [("{{ raise_exception('users only') }}", True), ("{{ 1 // 0 }}", False)]
+)
+def test_a_template_may_refuse_an_answer_but_not_break_on_it(told: str, fits: bool) -> None:
+    """One that takes no turn of the assistant has no header that could be missed. Any other error
+    on such a turn is the template's own, and the user is told."""
+    made = policy(template=f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{told}"
+                  "{% endif %}{{ m.content }}\n{% endfor %}")  # fmt: skip
+    if fits:
+        text = fit_prompt(made, tiny.SST2, ROW, 4000, CHAT).text
+        assert text.endswith(query(tiny.SST2, ROW.fields) + "\n<Judgement>")
+        return
+    with pytest.raises(UserError, match="prompt.chat_template: .*ZeroDivisionError"):
+        require_fit(made, tiny.SST2, Config(task="sst2", prompt=CHAT))
+
+
 # ---- the opening token
 
 

@@ -28,7 +28,7 @@ def ours(job: Job, meter: Meter) -> None:
     from ppo_nlu.config import load_config
     from ppo_nlu.methods.learners import LEARNERS
     from ppo_nlu.model import load as models
-    from ppo_nlu.runtime import optim, profiling
+    from ppo_nlu.runtime import flops, optim, profiling
     from ppo_nlu.tasks import Example, get_task
 
     load_tokenizer_classes()
@@ -73,7 +73,7 @@ def ours(job: Job, meter: Meter) -> None:
     passes: list[int] = []
     profile = None
     if job.get("profile"):
-        profile = profiling.Profile(steps, meter.device, weights=profiling.weights_of(policy))
+        profile = profiling.Profile(steps, meter.device, weights=flops.weights_of(policy))
     with profile or nullcontext():
         meter.mark()
         for step in range(steps):

@@ -30,24 +30,24 @@ from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.load import check_words, load_policy
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.value_head import VALUE_HEAD
-from ppo_nlu.runtime import cli, runlog
-from ppo_nlu.runtime.checkpoint import require_run_dir
+from ppo_nlu.runtime import cli
+from ppo_nlu.runtime.run_folder import require_run_dir
+from ppo_nlu.runtime.summary import peak_memory_mb
 from ppo_nlu.storage.files import (
-    LOCK,
     TEMP,
-    FolderLock,
     atomic_open,
     atomic_write_json,
     make_folder,
-    read_tensors,
-    to_json,
 )
+from ppo_nlu.storage.folders import read_tensors
+from ppo_nlu.storage.locks import LOCK, FolderLock
+from ppo_nlu.storage.sealed import to_json
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, metrics
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.tasks.prompts import answer
-from ppo_nlu.tree import prefix_tree
-from ppo_nlu.tree.prefix_tree import Opening
+from ppo_nlu.tree import prefixes
+from ppo_nlu.tree.prefixes import PrefixCache
 
 DECODES = ("sample", "greedy", "score")
 T = TypeVar("T")
@@ -156,7 +156,7 @@ def _by_decoding(
     prompts: Sequence[Fitted],
     decode: str,
     generator: torch.Generator,
-    opening: Opening | None,
+    opening: PrefixCache | None,
 ) -> list[Answer]:
     drawn = generate(
         policy,
@@ -187,7 +187,7 @@ def label_probabilities(
     spec: TaskSpec,
     prompts: Sequence[Fitted],
     form: str = "judgement",
-    opening: Opening | None = None,
+    opening: PrefixCache | None = None,
 ) -> torch.Tensor:
     """softmax over the labels of log π(` Word </Judgement>` | prompt), (P, K), no length norm.
 
@@ -199,7 +199,7 @@ def label_probabilities(
     replies = [answer(policy.seal(word), form) for word in spec.words]
     for number, prompt in enumerate(prompts):
         whole = [policy.encode(prompt.text + reply) for reply in replies]
-        cut = min(prefix_tree.common(prompt.ids, row) for row in whole)
+        cut = min(prefixes.common(prompt.ids, row) for row in whole)
         heads.append(prompt.ids[:cut])
         answers += [row[cut:] for row in whole]
         owners += [number] * len(whole)
@@ -214,7 +214,7 @@ def _by_score(
     rows: Sequence[Example],
     prompts: Sequence[Fitted],
     form: str,
-    opening: Opening | None,
+    opening: PrefixCache | None,
 ) -> list[Answer]:
     """The likeliest word; for a rating the expectation over its grid."""
     table = label_probabilities(policy, spec, prompts, form, opening).tolist()
@@ -448,7 +448,7 @@ def main(argv: list[str] | None = None) -> int:
         summary = summarise(cfg, measured) | {
             "method": cfg.method if is_run else method,
             "wall_s": time.perf_counter() - started,
-            "peak_memory_mb": runlog.peak_memory_mb(policy.device),
+            "peak_memory_mb": peak_memory_mb(policy.device),
         }
         atomic_write_json(output / "summary.json", summary)
     if cut := sum(row.cut for one in measured for row in next(iter(one.after.values()))):

@@ -31,21 +31,18 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora, peft_format
 from ppo_nlu.model.base_model import load_base
 from ppo_nlu.model.value_head import VALUE_HEAD
-from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage.files import (
-    FolderLock,
-    atomic_write_text,
-    parse_object,
+from ppo_nlu.runtime import checkpoint, cli, run_folder
+from ppo_nlu.storage.access import write_errors
+from ppo_nlu.storage.files import atomic_write_text, sync_folder, temporary_name
+from ppo_nlu.storage.folders import (
     read_checked,
     read_tensors,
     sweep_folders,
-    sync_folder,
     sync_tree,
-    temporary_name,
-    to_json,
-    write_errors,
     write_folder,
 )
+from ppo_nlu.storage.locks import FolderLock
+from ppo_nlu.storage.sealed import parse_object, to_json
 
 # Texts on which the merged model must agree with the policy; of each the last 64 tokens.
 PROBES = (
@@ -58,7 +55,7 @@ PROBES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Export a run; the exit code."""
     args = _arguments(argv)
-    run = checkpoint.require_run_dir(args.run_dir)
+    run = run_folder.require_run_dir(args.run_dir)
     cfg = stored_config(run, args.overrides)
     output = cli.require_place("--output", Path(args.output))
     _refuse_used(output)

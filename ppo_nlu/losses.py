@@ -34,6 +34,7 @@ from ppo_nlu.advantages import (
 
 __all__ = [
     "AdaptiveKL",
+    "counted",
     "entropy",
     "exact_kl",
     "explained_variance",

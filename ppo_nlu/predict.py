@@ -20,13 +20,14 @@ from typing import Any
 
 from ppo_nlu import data
 from ppo_nlu.config import Config
-from ppo_nlu.data.readers import unreadable
+from ppo_nlu.data.lines import unreadable
 from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import Answer, answer_all, load_trained, require_fit, run_config, shown
 from ppo_nlu.methods.encoder import Encoder
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import cli
-from ppo_nlu.storage.files import Output, atomic_open, to_json
+from ppo_nlu.storage.files import Output, atomic_open
+from ppo_nlu.storage.sealed import to_json
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 

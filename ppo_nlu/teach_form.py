@@ -35,8 +35,10 @@ from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.load import check_words, measure, path_and_limit
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.value_head import ValueHead
-from ppo_nlu.runtime import cli, optim, runlog
-from ppo_nlu.storage import files
+from ppo_nlu.runtime import cli, optim
+from ppo_nlu.runtime.progress import Progress
+from ppo_nlu.runtime.summary import peak_memory_mb
+from ppo_nlu.storage import access, files, folders, locks
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         check_words(policy, spec, cfg.prompt)
     print(f"model: {cfg.model.name_or_path} on {policy.device}; {len(specs)} tasks", flush=True)
     files.make_folder(folder)
-    with files.FolderLock(folder):
+    with locks.FolderLock(folder):
         _require_new(folder)  # again, now that nobody else writes there
         summary = _taught(policy, specs, cfg, rows, folder, seen)
         summary |= {"left_out": sorted(absent), "wall_s": time.perf_counter() - started}
@@ -116,7 +118,7 @@ def _taught(
         "unparsed_before": before,
         "unparsed_after": after,
         "train_samples": cfg.train.steps * cfg.sft.batch_size,
-        "peak_memory_mb": runlog.peak_memory_mb(policy.device),
+        "peak_memory_mb": peak_memory_mb(policy.device),
     }
 
 
@@ -150,7 +152,7 @@ def teach(
     for name in known:
         asked = {row.id: row for batch in batches for row in batch if row.task == name}
         own[name] = _answered(policy, specs[name], cfg, list(asked.values()))
-    with runlog.Progress(cfg.train.steps, 0, cfg.log.progress) as progress:
+    with Progress(cfg.train.steps, 0, cfg.log.progress) as progress:
         for step, batch in enumerate(batches):
             uniform = random.Random(f"ppo_nlu form {cfg.seed} {step}").random
             prompts, answers = [], []
@@ -209,13 +211,13 @@ def _save(policy: Policy, folder: Path, seen: bool) -> None:
     for left in folder.parent.glob(f"{files.TEMP}*"):
         shutil.rmtree(left, ignore_errors=True)
     temp = files.temporary_name(folder)
-    with files.write_errors(folder):
+    with access.write_errors(folder):
         try:
             policy.model.save_pretrained(temp)
             policy.tokenizer.save_pretrained(temp)
             if seen:
                 shutil.copyfile(data.SEEN_LABELS, temp / data.SEEN_LABELS.name)
-            files.sync_tree(temp)
+            folders.sync_tree(temp)
             if folder.is_dir():
                 shutil.rmtree(folder)
             os.rename(temp, folder)

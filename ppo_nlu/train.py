@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,22 @@ from ppo_nlu.methods import memory, updates
 from ppo_nlu.methods.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model.base_model import DTYPES
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.runtime import checkpoint, cli, optim, profiling, runlog
-from ppo_nlu.storage import files
+from ppo_nlu.runtime import (
+    checkpoint,
+    cli,
+    flops,
+    optim,
+    optimizer_state,
+    profiling,
+    run_folder,
+    runlog,
+)
+from ppo_nlu.runtime.curves import draw_curves
+from ppo_nlu.runtime.progress import Progress
+from ppo_nlu.runtime.stop_request import StopRequest
+from ppo_nlu.runtime.summary import peak_memory_mb, results_table
+from ppo_nlu.storage import files, sealed
+from ppo_nlu.storage.locks import FolderLock
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec, rewards
 from ppo_nlu.tasks.custom import specs_of
 
@@ -75,14 +89,14 @@ class Run:
     )
 
 
-def train(run: Run, stop: checkpoint.StopRequest) -> None:
+def train(run: Run, stop: StopRequest) -> None:
     """The algorithm, top to bottom; one pass of the loop is one step of the method."""
     cfg, learner = run.cfg, run.learner
     sinks = runlog.open_sinks(cfg.log, run.folder, to_dict(cfg), run.step)
     log = runlog.MetricsLog(run.folder, sinks)
     for line in log.truncate_after(run.step if run.pending is None else run.step - 1):
         print(f"warning: {line}", file=sys.stderr)
-    with log, runlog.Progress(cfg.train.steps, run.step, cfg.log.progress) as progress:
+    with log, Progress(cfg.train.steps, run.step, cfg.log.progress) as progress:
         if run.pending is not None and _evaluated(run, run.pending, stop):
             log.log(run.step, run.pending)
             run.pending = None
@@ -115,7 +129,7 @@ def train(run: Run, stop: checkpoint.StopRequest) -> None:
             save(run)
 
 
-def _learn(run: Run, examples: list[Example], progress: runlog.Progress) -> dict[str, Any]:
+def _learn(run: Run, examples: list[Example], progress: Progress) -> dict[str, Any]:
     """A step of the method, guarded: what is not finite is skipped, counted and written down."""
     learner = run.learner
     try:
@@ -145,7 +159,7 @@ def _learn(run: Run, examples: list[Example], progress: runlog.Progress) -> dict
     return metrics
 
 
-def _remark(learner: Learner, progress: runlog.Progress) -> None:
+def _remark(learner: Learner, progress: Progress) -> None:
     """What the learner has to say after a step; warnings go to stderr."""
     for line in (learner.remark or "").splitlines():
         progress.write(line, None if line.startswith("warning") else sys.stdout)
@@ -162,7 +176,7 @@ def _count(run: Run, samples: int, elapsed: float) -> dict[str, float]:
     return {"time/step_s": elapsed, "time/samples_per_s": samples / elapsed}
 
 
-def _evaluated(run: Run, metrics: dict[str, Any], stop: checkpoint.StopRequest) -> bool:
+def _evaluated(run: Run, metrics: dict[str, Any], stop: StopRequest) -> bool:
     """Where it is due, put each task's greedy metrics on the evaluation split into the metrics, and
     keep the best weights so far beside the last; False where a stop cut this short."""
     every = run.cfg.train.eval_every
@@ -191,7 +205,7 @@ def save(run: Run) -> None:
     with profiling.phase("io"):
         files.sync_file(run.folder / runlog.METRICS)  # never behind its checkpoint
         files.sync_folder(run.folder)
-        tensors, state = checkpoint.flatten_optimizer(run.optimizer)
+        tensors, state = optimizer_state.flatten_optimizer(run.optimizer)
         checkpoint.save(
             run.folder,
             run.step,
@@ -218,13 +232,13 @@ def restore(run: Run) -> None:
     checkpoint.require_readable(run.folder)
     lines = len(runlog.read_metrics(run.folder))
     checkpoint.clean(run.folder)
-    damaged: dict[Path, files.Damaged] = {}
+    damaged: dict[Path, sealed.Damaged] = {}
     told: list[str] = []
     for path in checkpoint.candidates(run.folder):
         try:
             told = _take_back(run, path)
             break
-        except files.Damaged as error:
+        except sealed.Damaged as error:
             damaged[path] = error
     else:
         if damaged:
@@ -254,7 +268,7 @@ def _take_back(run: Run, path: Path) -> list[str]:
         told = provenance.compare(run.folder, state["made_of"], run.made_of)
         run.learner.restore(tensors, str(path))
         run.learner.set_state(state["learner"])
-        checkpoint.restore_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
+        optimizer_state.restore_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
         run.pending, run.bad_in_a_row = state["pending"], int(state["bad_in_a_row"])
         totals = {name: value + 0 for name, value in state["totals"].items()}
         wall = totals.pop("wall_s")
@@ -263,7 +277,7 @@ def _take_back(run: Run, path: Path) -> list[str]:
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise files.Damaged(
+        raise sealed.Damaged(
             f"{path}: does not hold what a checkpoint of this run holds ({error!r})"
         ) from error
     return told
@@ -286,14 +300,15 @@ def _checked_best(folder: Path) -> list[str]:
     try:
         if best is not None:
             checkpoint.load(best)
-    except files.Damaged as error:
+    except sealed.Damaged as error:
         checkpoint.set_aside(best)  # type: ignore[arg-type]
         return [f"{error}; the best is now looked for among the coming steps"]
     return []
 
 
-def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
-    """Read the data, load the model, make the run folder (or take that of a resumed run)."""
+def start(cfg: Config, folder: Path | None, output: Path | None, work: ExitStack) -> Run:
+    """Read the data, load the model, make the run folder (or take that of a resumed run); `work`
+    gives a new folder back."""
     specs = specs_of(cfg)
     seen = data.saw_labels(cfg.model.name_or_path) and cfg.method != "encoder"
     rows, held = {}, {}
@@ -323,8 +338,9 @@ def start(cfg: Config, folder: Path | None, output: Path | None) -> Run:
     named = own if cfg.method in BY_REWARD else ()
     made_of = provenance.of_run(cfg, train_rows, held_rows, learner.model.device, named, MAY_CHANGE)
     if folder is None:
-        folder = checkpoint.claim(output or checkpoint.new_run_dir(), dump(cfg))
-    cli.works_in(folder, provenance.resume_command(folder, cfg))
+        lock = run_folder.claim(output or run_folder.new_run_dir(), dump(cfg))
+        folder = work.enter_context(lock).folder
+        work.enter_context(cli.works_in(folder, provenance.resume_command(folder, cfg)))
     print(f"run folder: {folder}", flush=True)
     source = "+".join(dict.fromkeys(found.source for found in rows.values()))
     return Run(
@@ -354,7 +370,7 @@ def plan_memory(learner: Learner, examples: list[Example]) -> None:
         learner.budget.tokens = plan.micro_batch_tokens
 
 
-def finish(run: Run, stop: checkpoint.StopRequest) -> bool:
+def finish(run: Run, stop: StopRequest) -> bool:
     """Write the adapter, evaluate base and tuned model, draw the curves, print the table; False
     where a stop came before the evaluation was over."""
     cfg, folder, learner = run.cfg, run.folder, run.learner
@@ -404,7 +420,7 @@ def finish(run: Run, stop: checkpoint.StopRequest) -> bool:
         "truncated_prompts": int(run.totals["truncated"]),
         "bad_steps": int(run.totals["bad_steps"]),
         "wall_s": time.perf_counter() - run.started,
-        "peak_memory_mb": runlog.peak_memory_mb(learner.model.device),
+        "peak_memory_mb": peak_memory_mb(learner.model.device),
     }
     for name, rows in run.learned_from.items():
         summary["tasks"][name] |= {"train_note": rows.note, "train_partial": rows.partial}
@@ -437,10 +453,10 @@ def show(run: Run, summary: dict[str, Any]) -> None:
             f"\n{names[-1]}, {run.cfg.eval.split}: {figures} in percent, "
             f"{entry['rows']:,} rows, seed {run.cfg.seed}"
         )
-        print(runlog.results_table(entry["before"], entry["after"]))
+        print(results_table(entry["before"], entry["after"]))
     if len(names) > 1:
         print("\nMean over the tasks")
-        print(runlog.results_table(summary["before"], summary["after"]))
+        print(results_table(summary["before"], summary["after"]))
     print(
         f"{summary['train_samples']:,} {run.learner.unit} in {summary['train_s']:.0f} s "
         f"({summary['samples_per_s']:.1f} a second), {summary['wall_s']:.0f} s in all, "
@@ -453,7 +469,7 @@ def show(run: Run, summary: dict[str, Any]) -> None:
         if summary["before"] and not others and len(first.metrics) == 1:
             start[first.metrics[0]] = summary["before"]["greedy"]
         title = f"{method} on {', '.join(names)}, seed {run.cfg.seed}"
-        drawn = runlog.draw_curves(run.folder, title, before=start)
+        drawn = draw_curves(run.folder, title, before=start)
         hint = "not drawn, since matplotlib is missing: pip install -e '.[plot]'"
         print(f"{'reward curve' if run.cfg.method in BY_REWARD else 'curves'}: {drawn or hint}")
 
@@ -474,18 +490,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     cfg = provenance.read_config(args.config, args.overrides, training=True)
-    if args.resume:
-        checkpoint.require_run_dir(args.resume)
-        checkpoint.hold(args.resume)
-        cli.works_in(args.resume, provenance.resume_command(args.resume, cfg))
-    elif args.output:
-        # Before minutes of loading; `start` makes it.
-        checkpoint.require_free(cli.require_place("--output", args.output))
-    try:
+    with ExitStack() as work:
         if args.resume:
+            run_folder.require_run_dir(args.resume)
+            work.enter_context(FolderLock(args.resume))
+            work.enter_context(
+                cli.works_in(args.resume, provenance.resume_command(args.resume, cfg))
+            )
             check_same(cfg, args.resume)
-        with checkpoint.StopRequest() as stop:
-            run = start(cfg, args.resume, args.output)
+        elif args.output:
+            # Before minutes of loading; `start` makes it.
+            run_folder.require_free(cli.require_place("--output", args.output))
+        with StopRequest() as stop:
+            run = start(cfg, args.resume, args.output, work)
             run.started = started
             if args.resume:
                 restore(run)
@@ -496,8 +513,6 @@ def main(argv: list[str] | None = None) -> int:
             with profiled(run) if args.profile else nullcontext():
                 train(run, stop)
                 done = not stop and finish(run, stop)
-    finally:
-        checkpoint.release_all()
     if done:
         with suppress(OSError):  # of an earlier process, whose run is whole now
             (run.folder / cli.CRASH).unlink(missing_ok=True)
@@ -525,7 +540,7 @@ def profiled(run: Run) -> Iterator[None]:
         run.cfg.train.steps - run.step,
         policy.device,
         DTYPES[run.cfg.model.dtype],
-        profiling.weights_of(policy) if isinstance(policy, Policy) else None,
+        flops.weights_of(policy) if isinstance(policy, Policy) else None,
         run.folder / "trace.json",
     )
     try:

@@ -44,8 +44,8 @@ from ppo_nlu.methods import memory
 from ppo_nlu.model import generate, lora
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.runtime import profiling
-from ppo_nlu.tree import tree_attention
+from ppo_nlu.runtime import flops
+from ppo_nlu.tree.checkpointing import checkpoint_blocks
 
 DOCUMENT = Path(__file__).parents[1] / "ppo_nlu" / "architectures.md"
 BOUND = 1e-4  # of log-probabilities, and of gradients in units of the largest, in fp32
@@ -279,7 +279,7 @@ def checkpointed(case: Case) -> float:
     """The same with blocks that are run again in the backward; the policy stays so."""
     if not case.policy.tree:
         return 0.0
-    tree_attention.checkpoint_blocks(case.policy.decoder)
+    checkpoint_blocks(case.policy.decoder)
     return gradient(case)
 
 
@@ -324,7 +324,7 @@ def planned(case: Case) -> float:
     cfg = Config(task="sst2", model=ModelConfig(str(case.folder), device="cpu"))
     trained = lora.lora_parameters(case.policy.model)
     memory.plan(case.policy, cfg, trained, case.few.prompts)
-    profiling.weights_of(case.policy)
+    flops.weights_of(case.policy)
     return 0.0
 
 

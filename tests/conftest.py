@@ -44,7 +44,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ppo_nlu.config import dump, load_config
     from ppo_nlu.model import BUNDLED, lora, peft_format
     from ppo_nlu.model.load import load_policy
-    from ppo_nlu.runtime import checkpoint
+    from ppo_nlu.runtime import run_folder
 
     if not (BUNDLED / "config.json").is_file():
         pytest.skip("the bundled model is not in ppo_nlu/assets")
@@ -54,8 +54,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rollout: {max_new_tokens: 6}\neval: {limit: 20, batch_size: 8, bootstrap: 50}\n"
     )
     cfg = load_config(root / "run.yaml")
-    folder = checkpoint.claim(root / "run", dump(cfg))
-    checkpoint.release(folder)
+    folder = root / "run"
+    run_folder.claim(folder, dump(cfg)).release()
     policy = load_policy(cfg)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -43,3 +43,14 @@ def raiser(error: BaseException) -> Callable[[], int]:
         raise error
 
     return act
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """The wait status of a child process that does `work`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]

@@ -444,7 +444,7 @@ SFT = of(
         "the loss is a mean over tokens",
     ),
     sft_cut_by_length=(
-        "prefix_tree.common(fit.ids, whole)",
+        "prefixes.common(fit.ids, whole)",
         "len(fit.ids)",
         "a token may reach across the end of the prompt",
     ),
@@ -643,52 +643,65 @@ KEPT_GRAPH = of(
 
 # ---- the tree -------------------------------------------------------------------------------
 
-TREE = of(
-    "tree/prefix_tree",
-    "tree/prefix_tree",
+PACK = of(
+    "tree/pack",
+    "tree/pack",
+    "tree/passes",
     answer_position=(
-        "starts[j] = row.add(answers[j][:-1], place)[0]",
-        "starts[j] = row.add(answers[j][:-1], place + 1)[0]",
+        "starts[j] = self.add(answers[j][:-1], place)[0]",
+        "starts[j] = self.add(answers[j][:-1], place + 1)[0]",
         "rotary positions of answers",
     ),
     tail_position=(
-        ":], *body], cuts[p])",
-        ":], *body], 0)",
-        "rotary positions behind a shared prefix",
+        "branches.suffixes[p] = row.add(tokens, cuts[p])",
+        "branches.suffixes[p] = row.add(tokens, 0)",
+        "rotary positions behind a prefix",
     ),
     ends_one_late=(
         "len(prompt) - cuts[p] - 1 for p",
         "len(prompt) - cuts[p] for p",
         "an answer is predicted from its prompt's last token",
     ),
-    whole_prompt_shared=(
-        "(len(prompts[i]) - 1 for i in members)",
-        "(len(prompts[i]) for i in members)",
-        "a prompt keeps a token of its own",
-    ),
     trunk_rows=(
         "*(count + starts[j] + t for t",
         "*(starts[j] + t for t",
         "answers' states stand behind the prompts' ends",
     ),
+) + of(
+    "tree/pack",
+    "tree/plain",
     plain_positions=(
         "cumsum(1).sub_(1).clamp_(min=0)",
         "cumsum(1).clamp_(min=0)",
         "the first position is 0",
     ),
+)
+
+PREFIXES = of(
+    "tree/prefixes",
+    "tree/prefixes",
+    "tree/passes",
+    whole_prompt_shared=(
+        "(len(prompts[i]) - 1 for i in members)",
+        "(len(prompts[i]) for i in members)",
+        "a prompt keeps a token of its own",
+    ),
+    opening_of_a_whole_prompt=(
+        "len(p) > size and",
+        "len(p) >= size and",
+        "a prompt goes on behind a prefix",
+    ),
+)
+
+PLAIN = of(
+    "tree/plain",
+    "tree/plain",
+    "model/generate",
     padding_seen=(
         "attention_mask=mask.long(),",
         "attention_mask=torch.ones_like(mask).long(),",
         "padding is not attended to",
     ),
-    opening_of_a_whole_prompt=(
-        "len(p) > size and",
-        "len(p) >= size and",
-        "a prompt goes on behind an opening",
-    ),
-) + of(
-    "tree/prefix_tree",
-    "model/generate",
     plain_mask_of_other_rows=(
         "select(self.cache, rows), self.mask[rows]",
         "select(self.cache, rows), self.mask[: len(rows)]",
@@ -696,68 +709,103 @@ TREE = of(
     ),
 )
 
-ATTENTION = (
+PLAN = of(
+    "tree/plan",
+    "tree/attention",
+    "tree/passes",
+    ancestors_causal=(
+        "slice(first, first + count), keys is None, None",
+        "slice(first, first + count), True, None",
+        "ancestors are seen whole",
+    ),
+    padded_keys_seen=(
+        "if not bool(seen.all()):",
+        "if False:",
+        "padding of keys is not attended to",
+    ),
+)
+
+ATTENTION = of(
+    "tree/attention",
+    "tree/attention",
+    "tree/passes",
+    heads_in_turns=(
+        "x.repeat_interleave(groups, dim=1)",
+        "x.repeat(1, groups, 1)",
+        "neighbouring query heads share keys",
+    ),
+    head_gradients_in_turns=(
+        "torch.sum(grad.unflatten(1, (fewer.shape[1], -1)), 2,",
+        "torch.sum(grad.unflatten(1, (-1, fewer.shape[1])), 1,",
+        "neighbouring query heads share keys",
+    ),
+    padded_queries_count=(
+        "norm = norm.masked_fill(part.padded, math.inf)",
+        "norm = norm",
+        "padding of queries has no gradient",
+    ),
+    merged_upside_down=(
+        "share = torch.sigmoid(norm - lse)",
+        "share = torch.sigmoid(lse - norm)",
+        "the part with more weight has the larger share",
+    ),
+    merged_norm=(
+        "torch.logaddexp(lse, norm, out=lse)",
+        "torch.maximum(lse, norm, out=lse)",
+        "the norm of two parts is that of both",
+    ),
+    past_values=(
+        "_add(sum_v, part.keys, _flat(gv))",
+        "_add(sum_v, part.keys, _flat(gk))",
+        "the gradient of values",
+    ),
+    sees_one_ahead=(".triu_(1)", ".triu_(2)", "no token sees the next"),
+    softmax_gradient=(
+        "weights * (d_weights - inner) * scale",
+        "weights * d_weights * scale",
+        "weights sum to 1",
+    ),
+)
+
+PASSES = (
     of(
-        "tree/tree_attention",
-        "tree/prefix_tree",
-        heads_in_turns=(
-            "x.repeat_interleave(groups, dim=1)",
-            "x.repeat(1, groups, 1)",
-            "neighbouring query heads share keys",
-        ),
-        head_gradients_in_turns=(
-            "torch.sum(large.unflatten(1, (small.shape[1], -1)), 2, out=small)",
-            "torch.sum(large.unflatten(1, (-1, small.shape[1])), 1, out=small)",
-            "neighbouring query heads share keys",
-        ),
-        ancestors_causal=(
-            "slice(first, first + count), keys is None, None",
-            "slice(first, first + count), True, None",
-            "ancestors are seen whole",
-        ),
-        padded_keys_seen=(
-            "if not bool(seen.all()):",
-            "if False:",
-            "padding of keys is not attended to",
-        ),
-        padded_queries_count=(
-            "norm = norm.masked_fill(part.padded, math.inf)",
-            "norm = norm",
-            "padding of queries has no gradient",
-        ),
-        merged_upside_down=(
-            "share = torch.sigmoid(norm - lse)",
-            "share = torch.sigmoid(lse - norm)",
-            "the part with more weight has the larger share",
-        ),
-        merged_norm=(
-            "torch.logaddexp(lse, norm, out=lse)",
-            "torch.maximum(lse, norm, out=lse)",
-            "the norm of two parts is that of both",
-        ),
-        past_values=(
-            "_add(sum_v, part.keys, _flat(gv))",
-            "_add(sum_v, part.keys, _flat(gk))",
-            "the gradient of values",
-        ),
-        sees_one_ahead=(".triu_(1)", ".triu_(2)", "no token sees the next"),
-        softmax_gradient=(
-            "weights * (d_weights - inner) * scale",
-            "weights * d_weights * scale",
-            "weights sum to 1",
-        ),
+        "tree/interface",
+        "tree/interface",
         window_ignored=(
-            "if window and window < tree.reach:",
+            "if window and window < longest:",
             "if False:",
             "the tree knows no window",
         ),
+        pass_left_behind=(
+            "            setattr(config, HELD_AS, before)",
+            "            pass",
+            "a pass inside of a pass leaves the outer one",
+        ),
     )
     + of(
-        "tree/tree_attention",
+        "tree/checkpointing",
+        "tree/checkpointing",
+        run_again_in_another_pass=(
+            "with switched_on(config, running):",
+            "with switched_on(config, pass_of(config)):",
+            "a block is run again in its own pass",
+        ),
+    )
+    + of(
+        "tree/trim",
+        "tree/trim",
+        all_tokens_for_ever=(
+            "            each.off = False",
+            "            pass",
+            "the last block is trimmed again",
+        ),
+    )
+    + of(
+        "tree/cache",
         "model/generate",
         decode_heads_in_turns=(
-            "further queries\n            rows = q.unflatten(1, (k.shape[1], groups))",
-            "these\n            rows = q.unflatten(1, (groups, k.shape[1])).transpose(1, 2)",
+            "further queries\n                asked = q.unflatten(1, (k.shape[1], groups))",
+            "these\n                asked = q.unflatten(1, (groups, k.shape[1])).transpose(1, 2)",
             "neighbouring query heads share keys",
         ),
         buffer_stands_still=(
@@ -766,19 +814,19 @@ ATTENTION = (
             "each token has its place",
         ),
         members_of_other_rows=(
-            "[[place[r] for r in owned if r in place]",
-            "[[r for r in owned if r < len(place)]",
-            "a row keeps its shared prefix when others leave",
+            "[place[r] for r in rows if r in place]",
+            "[r for r in rows if r < len(place)]",
+            "a row keeps its prefix when others leave",
         ),
         bias_of_other_rows=(
-            "self.bias = self.bias.index_select(0, rows)",
-            "self.bias = self.bias[: len(rows)]",
+            "self.bias = self.bias.index_select(0, index)",
+            "self.bias = self.bias[: len(index)]",
             "a row keeps its padding when others leave",
         ),
     )
     + of(
-        "tree/tree_attention",
-        "tree/decode_graph::test_the_static_cache",
+        "tree/cache",
+        "tree/cache",
         static_place_hidden=(
             "self.bias.index_fill_(3, self.slot, 0.0)",
             "pass",
@@ -1043,6 +1091,7 @@ CHECKPOINT = of(
 
 MUTANTS = [
     *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REFERENCE, *GENERATE,
-    *KEPT_GRAPH, *TREE, *ATTENTION, *TORCH_LORA, *SOFTMAX, *LOGPROBS, *LORA, *OPS, *MODEL, *STOP,
-    *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
+    *KEPT_GRAPH, *PACK, *PREFIXES, *PLAIN, *PLAN, *ATTENTION, *PASSES, *TORCH_LORA, *SOFTMAX,
+    *LOGPROBS,
+    *LORA, *OPS, *MODEL, *STOP, *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
 ]  # fmt: skip

@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 
 from ppo_nlu.model import BUNDLED
 
-pytestmark = pytest.mark.skipif(
-    not (BUNDLED / "config.json").is_file(), reason="the bundled model is not in ppo_nlu/assets"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (BUNDLED / "config.json").is_file(), reason="the bundled model is not in ppo_nlu/assets"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from ppo_nlu import data, evaluate, predict
 from ppo_nlu.config import Config
 from ppo_nlu.evaluate import Answer
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
+from ppo_nlu.runtime import cli, run_folder
+from ppo_nlu.storage import locks
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import answer, render
-from ppo_nlu.tree import prefix_tree
+from ppo_nlu.tree import prefixes
 
 SPEC = get_task("sst2")
 
@@ -109,7 +109,7 @@ def test_what_all_prompts_begin_with_is_run_once_a_window(
     sizes = tiny.sizes_of_passes(monkeypatch)
     found = list(evaluate.answer_all(policy, SPEC, few, rows, decode))
     prompts = [policy.encode(render(SPEC, row.fields)) for row in rows]
-    opening = min(prefix_tree.common(prompts[0], prompt) for prompt in prompts)
+    opening = min(prefixes.common(prompts[0], prompt) for prompt in prompts)
     longest = sorted(map(len, prompts), reverse=True)[:4]  # the first batch
     own = sum(longest) - 4 * opening
     labels = 0 if decode == "greedy" else sizes[1] - own  # their tokens but the last
@@ -273,7 +273,7 @@ def test_the_program_on_a_run(finished_run: Path, tmp_path: Path, capsys) -> Non
     # again, over its own results
     again = [str(finished_run), "eval.limit=6", "--decode", "score", "--output", str(out)]
     assert cli.run(evaluate.main, again) == 0
-    assert checkpoint.is_run_dir(finished_run)
+    assert run_folder.is_run_dir(finished_run)
 
 
 def test_the_program_on_a_config_is_the_base(
@@ -317,7 +317,7 @@ def test_predictions_are_strict_json(tmp_path: Path) -> None:
 def test_a_folder_in_which_another_evaluation_works_is_refused(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with files.FolderLock(tmp_path):
+    with locks.FolderLock(tmp_path):
         argv = [str(finished_run), "--output", str(tmp_path), "--decode", "greedy"]
         assert cli.run(evaluate.main, argv) == 2
     error = capsys.readouterr().err

@@ -20,8 +20,8 @@ from ppo_nlu import export
 from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora, peft_format
-from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
+from ppo_nlu.runtime import checkpoint, cli, run_folder
+from ppo_nlu.storage import files, locks
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,8 +91,8 @@ def run(base: Path, tmp_path: Path) -> Path:
     given.write_text(
         f"task: sst2\nmodel: {{name_or_path: {base}, device: cpu}}\nlora: {{r: 2, alpha: 8}}\n"
     )
-    folder = checkpoint.claim(tmp_path / "run", dump(load_config(given)))
-    checkpoint.release(folder)
+    run_folder.claim(tmp_path / "run", dump(load_config(given))).release()
+    folder = tmp_path / "run"
     peft_format.save_adapter(policy(base, FINAL), folder / "adapter", LORA, "somewhere/else")
     save_file({"out.bias": torch.tensor([0.5])}, folder / "adapter" / export.VALUE_HEAD)
 
@@ -172,7 +172,7 @@ def test_what_a_killed_export_left_is_deleted(run: Path) -> None:
     for folder in (left, other):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_text("half")
-    with files.FolderLock(other):
+    with locks.FolderLock(other):
         assert export.main([str(run), "--output", str(run.parent / "out" / "exported")]) == 0
     assert not left.exists() and other.exists()
 

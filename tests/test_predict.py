@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import data, evaluate, predict
+from ppo_nlu import evaluate, predict
 from ppo_nlu.runtime import cli
-from ppo_nlu.tasks import get_task
+from ppo_nlu.tasks import Example, get_task
 
 SPEC = get_task("sst2")
 SENTENCES = [
@@ -62,7 +62,7 @@ def loaded(finished_run: Path) -> Any:
 def wanted(finished_run: Path, loaded: Any) -> list[dict[str, float]]:
     """The label probabilities of the sentences, one row at a time."""
     cfg = evaluate.run_config(finished_run)
-    rows = [data.Example(str(i), {"sentence": s}, None) for i, s in enumerate(SENTENCES)]
+    rows = [Example(str(i), {"sentence": s}, None) for i, s in enumerate(SENTENCES)]
     found = [next(evaluate.answer_all(loaded, SPEC, cfg, [row], "score")) for row in rows]
     return [row.probabilities or {} for row in found]
 
@@ -209,7 +209,7 @@ def test_rows_are_read_a_window_at_a_time(once: Path, loaded: Any) -> None:
     def endless() -> Any:
         while True:
             taken.append(1)
-            yield data.Example(str(len(taken)), {"sentence": "a film"}, None)
+            yield Example(str(len(taken)), {"sentence": "a film"}, None)
 
     answers = predict.predict(loaded, SPEC, cfg, endless(), 16)
     assert [next(answers).example.id for _ in range(20)] == [str(i + 1) for i in range(20)]

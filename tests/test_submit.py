@@ -19,7 +19,7 @@ from ppo_nlu import data, evaluate, submit
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import peft_format
-from ppo_nlu.runtime import checkpoint, cli
+from ppo_nlu.runtime import cli, run_folder
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "glue/rte", "wnli")
@@ -52,8 +52,8 @@ class World:
     def run(self, name: str, *tasks: str, answers: Answers | None = None) -> Path:
         named = f"task: {tasks[0]}" if len(tasks) == 1 else f"tasks: [{', '.join(tasks)}]"
         (self.root / "run.yaml").write_text(named)
-        folder = checkpoint.claim(self.root / name, dump(load_config(self.root / "run.yaml")))
-        checkpoint.release(folder)
+        folder = self.root / name
+        run_folder.claim(folder, dump(load_config(self.root / "run.yaml"))).release()
         (folder / "adapter").mkdir()
         (folder / "adapter" / peft_format.CONFIG_FILE).write_text("{}")
         for task, given in (answers or {}).items():
@@ -97,16 +97,9 @@ def _no_model(*_: object) -> None:
 
 def sized(monkeypatch: pytest.MonkeyPatch, **rows: int) -> None:
     """Test files of so many rows, by task; any other has two."""
-    monkeypatch.setattr(
-        submit,
-        "FILES",
-        {
-            benchmark: tuple(
-                replace(file, rows=rows.get(file.task.replace("-", "_"), 2)) for file in files
-            )
-            for benchmark, files in submit.FILES.items()
-        },
-    )
+    for name, spec in TASKS.items():
+        count = rows.get(name.replace("-", "_"), 2)
+        monkeypatch.setitem(TASKS, name, replace(spec, leaderboard_rows=count))
 
 
 def submitted(benchmark: str, runs: Sequence[Path], *more: str, name: str = "out.zip") -> Path:
@@ -699,7 +692,7 @@ def test_the_real_test_files_have_the_official_rows(
     (tmp_path / "c.yaml").write_text(f'task: {task}\ndata: {{path: "{real_data}"}}\n')
     cfg = load_config(tmp_path / "c.yaml")
     examples = data.load_split(TASKS[task], "test", cfg.data).examples
-    file = next(file for file in submit.FILES[benchmark] if file.task == task)
+    file = next(file for file in submit.files_of(benchmark) if file.task == task)
     run = submit.Run(tmp_path, cfg, {task: TASKS[task]})
     part = submit.Part(file, run, TASKS[task], examples)
     assert list(submit._lacking(part)) == []

@@ -33,7 +33,7 @@ from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.value_head import ValueHead
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.prompts import STOP, render
-from ppo_nlu.tree import prefix_tree, tree_attention
+from ppo_nlu.tree import interface, pack
 
 GIVEN = os.environ.get("PPO_NLU_DATA")  # read at import: the tests clear it
 SST2 = get_task("sst2")
@@ -173,13 +173,13 @@ def close(actual: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
 def sizes_of_passes(patch: pytest.MonkeyPatch) -> list[int]:
     """A list that learns how many tokens each pass through the tree runs."""
     sizes: list[int] = []
-    plain = tree_attention.forward
+    plain = interface.forward
 
     def spy(decoder: nn.Module, ids: Tensor, *rest: Any) -> Tensor:
         sizes.append(len(ids))
         return plain(decoder, ids, *rest)
 
-    patch.setattr(tree_attention, "forward", spy)
+    patch.setattr(interface, "forward", spy)
     return sizes
 
 
@@ -190,7 +190,7 @@ def force(patch: pytest.MonkeyPatch, made: Policy, answers: list[list[int]]) -> 
         owners = [p for p in range(len(prompts)) for _ in range(samples)]
         with torch.no_grad():
             scored = policy.score(prompts, answers, owners, sampling.temperature, values=True)
-        tokens, mask = prefix_tree.pad(answers)
+        tokens, mask = pack.pad(answers)
         return Generation(tokens, mask, scored.logprobs, scored.values, scored.hidden)
 
     patch.setattr(rollout, "generate", generate)

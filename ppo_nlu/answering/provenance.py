@@ -28,7 +28,7 @@ from ppo_nlu.config.strict_config import values
 from ppo_nlu.errors import UserError
 from ppo_nlu.model.base_model import resolve
 from ppo_nlu.model.load import adapter_folder
-from ppo_nlu.runtime import checkpoint
+from ppo_nlu.runtime import run_folder
 from ppo_nlu.tasks import REWARD_KINDS, Example
 
 # What must be the same, and how to mend it where it is not.
@@ -243,7 +243,7 @@ def _changed(before: Any, now: Mapping[str, Any]) -> str:
 def read_config(path: str | Path, overrides: Sequence[str] = (), training: bool = False) -> Config:
     """The config of a file that the user names; where it lies in a run folder, `stored_config`."""
     for place in _through_links(Path(path)):
-        if place.name == "config.yaml" and checkpoint.is_run_dir(place.parent):
+        if place.name == "config.yaml" and run_folder.is_run_dir(place.parent):
             return stored_config(place.parent, overrides, training)
     return load_config(path, overrides)
 

@@ -1,38 +1,41 @@
-"""The file formats: from a file of a task to its examples.
+"""The official file formats: from a file of a task to its examples.
 
 A table's reader is named by `TaskSpec.reader`. The official files have their quirks, and each is
 met here, in the reader of its task. Rows that are left out or mended are counted, and the counts
-come back with the rows: nothing here prints.
+come back with the rows: nothing here prints. All readers are in this one file, for each is a few
+lines on the same helpers.
 """
 
 from __future__ import annotations
 
-import csv
 import gc
-import gzip
-import json
 import re
-import stat
-import unicodedata
-import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
+from ppo_nlu.data.labels import gold
+from ppo_nlu.data.lines import (
+    Row,
+    bare,
+    check_columns,
+    csv_cells,
+    json_rows,
+    json_text,
+    numbered_lines,
+    text_cell,
+)
+from ppo_nlu.data.userfiles import custom_examples
 from ppo_nlu.errors import UserError, quoted
-from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
-from ppo_nlu.tasks.prompts import STOP
-from ppo_nlu.tasks.words import fold, is_empty, twice, whole_words
+from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks.words import is_empty, whole_words
 
 MALFORMED = "malformed"
 NO_GOLD = "without a gold label"
-LONGEST_CELL = 2**31 - 1  # the most that the csv module takes on every system; it stops at 2**17
-
-Row = tuple[int, dict[str, str]]  # line number and cells by column
 
 
 @dataclass(frozen=True)
@@ -370,32 +373,6 @@ def _ax(spec: TaskSpec, split: str, path: Path) -> Split:
     return _tsv(replace(spec, columns=columns, label_column="Label"), split, path)
 
 
-def _custom(spec: TaskSpec, split: str, path: Path) -> Split:
-    """A file of the user's own: nothing is left out, what cannot be read is an error."""
-    examples = []
-    for place, (number, row) in enumerate(input_rows(path, spec)):
-        where = f"{path}:{number}"
-        if split != "test" and spec.label_column not in row:
-            raise UserError(
-                f"{where}: there is no {spec.label_column!r}; name the column of the labels in "
-                "custom.label_column"
-            )
-        value = row.get(spec.label_column)
-        if split == "test" and is_empty(value or ""):
-            value = None
-        extra: dict[str, Any] = {"idx": place} if split == "test" else {}
-        id_ = str(place) if split == "test" else f"{split}-{place}"
-        if not is_empty(row.get(spec.rationale, "")):
-            extra["rationale"] = _without_tags(row[spec.rationale], spec.rationale, where)
-        fields = {name: row[name] for name in spec.fields}
-        if spec.reward not in REWARD_KINDS:
-            extra["row"] = dict(row)  # the user's own function may ask for any column
-        examples.append(Example(id_, fields, gold(spec, value, where), extra=extra))
-    if not examples:
-        raise UserError(f"{path}: there are no rows")
-    return Split(examples)
-
-
 _TABLES: dict[str, Callable[[TaskSpec, str, Path], Split]] = {
     "tsv": _tsv,
     "csv": _csv,
@@ -405,287 +382,5 @@ _TABLES: dict[str, Callable[[TaskSpec, str, Path], Split]] = {
     "wsc": _wsc,
     "ax": _ax,
     "axg": _axg,
-    "custom": _custom,
+    "custom": lambda spec, split, path: Split(custom_examples(spec, split, path)),
 }
-
-
-# ---- rows of any task in the user's own files
-
-
-def input_kind(path: Path) -> str:
-    """The ending that says how the file is read: .txt, .csv, .tsv, .jsonl or .parquet."""
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind not in _INPUTS or (kind == ".parquet" and path.suffix == ".gz"):
-        raise UserError(f"{path}: unknown kind of file; give one of {', '.join(_INPUTS)}")
-    return kind
-
-
-def input_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
-    """Stream the rows of a file by its ending; the task's fields are there under their names,
-    whether the file has them so or under the official column names. Nothing is left out."""
-    kind = input_kind(path)
-    if kind == ".txt" and len(spec.fields) != 1:
-        raise UserError(f"{path}: {spec.title} has the fields {', '.join(spec.fields)}; give .tsv")
-    return _INPUTS[kind](path, spec)
-
-
-def _txt_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
-    for number, line in _without_end(numbered_lines(path)):
-        if not line.strip():
-            raise UserError(f"{path}:{number}: an empty line; every line must be a sentence")
-        yield number, {spec.fields[0]: bare(line)}
-
-
-def _tsv_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
-    rows = ((number, bare(line).split("\t")) for number, line in _without_end(numbered_lines(path)))
-    return _named_rows(path, spec, rows)
-
-
-def _csv_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
-    return _named_rows(path, spec, csv_cells(path))
-
-
-def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The line number (of the last line) and the cells of every row that is not empty."""
-    csv.field_size_limit(LONGEST_CELL)  # for the whole process; there is no other way
-    reader = csv.reader((line for _, line in numbered_lines(path)), strict=True)
-    try:
-        for cells in reader:
-            if cells:
-                yield reader.line_num, cells
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not CSV: {error}") from error
-
-
-def _named_rows(path: Path, spec: TaskSpec, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
-    columns = _own_names(spec, next(rows, (1, [""]))[1])
-    check_columns(path, columns, spec.fields)
-    for number, cells in rows:
-        if len(cells) != len(columns):
-            raise UserError(f"{path}:{number}: {len(cells)} columns; the header has {len(columns)}")
-        yield number, dict(zip(columns, cells, strict=True))
-
-
-def _own_names(spec: TaskSpec, columns: Sequence[str]) -> list[str]:
-    """The column names with the official ones replaced by the task's, where these are not there."""
-    own = {column: name for name, column in spec.columns.items() if name not in columns}
-    return [own.get(column, column) for column in columns]
-
-
-def _jsonl_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
-    for number, found in json_rows(path):
-        row = dict(zip(_own_names(spec, list(found)), found.values(), strict=True))
-        where = f"{path}:{number}"
-        for name in spec.fields:
-            text_cell(row, name, where)
-        yield number, {key: json_text(value, where) for key, value in row.items()}
-
-
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The numbered objects of a JSON-lines file. Empty lines may stand at its end only."""
-
-    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise UserError(f"{where}: the key {quoted(twice(k for k, _ in pairs))} {_TWICE}")
-        return found
-
-    for number, line in _without_end(numbered_lines(path)):
-        where = f"{path}:{number}"
-        if not line.strip():
-            raise UserError(f"{where}: an empty line; give one object a line")
-        try:
-            row = json.loads(line, object_pairs_hook=distinct)
-        except UserError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {_not_json(error)}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object; give one object a line")
-        yield number, row
-
-
-def _not_json(error: Exception) -> str:
-    """What is wrong and how to mend it; Python's own words name settings of the interpreter."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error}; give one object a line"
-    if isinstance(error, RecursionError):
-        return "lists or objects are nested too deeply; make them flat"
-    return "a number has too many digits; put it in quotes"
-
-
-def text_cell(row: Mapping[str, Any], name: str, where: str) -> str:
-    """The text under that name; UserError where there is none."""
-    if not isinstance(row.get(name), str):
-        raise UserError(f"{where}: {name!r} must be there and be a string")
-    return json_text(row[name], where)
-
-
-def json_text(value: Any, where: str) -> str:
-    """A JSON value as the text of a cell: null is empty, true is `true`."""
-    if value is None:
-        return ""
-    text = value if isinstance(value, str) else json.dumps(value)
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f"{where}: half of a surrogate pair, which is no character")
-    return text
-
-
-def _parquet_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(
-            f"{path}: reading .parquet needs pyarrow; pip install -e '.[parquet]'"
-        ) from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = _own_names(spec, file.schema_arrow.names)
-            check_columns(path, columns, spec.fields)
-            number = 0
-            for batch in file.iter_batches(1024):
-                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    number += 1
-                    where = f"{path}:{number}"
-                    row = dict(zip(columns, values, strict=True))
-                    for name in spec.fields:
-                        text_cell(row, name, where)
-                    yield number, {key: _scalar(value, where) for key, value in row.items()}
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _scalar(value: Any, where: str) -> str:
-    """A cell as text. Whole numbers with gaps are often stored as floats: 1.0 is 1, NaN is none."""
-    if isinstance(value, float):
-        if value != value:
-            return ""
-        return str(int(value)) if value.is_integer() else str(value)
-    return json_text(value, where) if isinstance(value, str | int | None) else str(value)
-
-
-_INPUTS: dict[str, Callable[[Path, TaskSpec], Iterator[Row]]] = {
-    ".txt": _txt_rows,
-    ".csv": _csv_rows,
-    ".tsv": _tsv_rows,
-    ".jsonl": _jsonl_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-# ---- shared by the readers
-
-
-def unreadable(path: Path) -> str | None:
-    """Why a path that the user names is no file to read; None where it is one.
-
-    Asked before it is opened: a pipe might wait, and a device never end.
-    """
-    try:
-        regular = stat.S_ISREG(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return "no such file"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None if regular else "is no regular file, but a folder, a pipe or a device"
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a text file, plain or .gz, ends kept. Only \\n ends a line: sentences
-    may hold the other separators that Unicode knows."""
-    try:
-        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}:{number}: not UTF-8; save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{path}: cannot be read: {reason}") from error
-
-
-def _without_end(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """The lines without empty ones at the end of the file."""
-    empty: list[tuple[int, str]] = []
-    for number, line in lines:
-        if line.strip(" \r\n"):
-            yield from empty
-            empty = []
-            yield number, line
-        else:
-            empty.append((number, line))
-
-
-def bare(line: str) -> str:
-    """The line without its end."""
-    return line.removesuffix("\n").removesuffix("\r")
-
-
-def check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
-    """A UserError where a wanted column is not there, or where two have the same name."""
-    same = twice(name for name in columns if name.strip() or name in wanted)
-    if same is not None:
-        raise UserError(f"{path}:1: the column {quoted(same)} {_TWICE}")
-    if [name for name in wanted if name not in columns]:
-        raise UserError(
-            f"{path}:1: the header has the columns {', '.join(columns) or '(none)'}; "
-            f"wanted are {', '.join(wanted)}"
-        )
-
-
-_TWICE = "is there twice; rename one or drop it"
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
-
-
-def gold(spec: TaskSpec, value: str | None, where: str, words: bool = False) -> str | None:
-    """The gold label for a cell (None: unlabelled): a label word, the number as it is written, or
-    the free text. With `words` the cell of a choice may be the word itself."""
-    if value is None:
-        return None
-    if spec.kind == "text":
-        if is_empty(value):
-            raise UserError(f"{where}: {spec.label_column!r} is empty; mend or drop the row")
-        return _without_tags(value, spec.label_column, where).strip()
-    if spec.rating:
-        return _rated(spec, value, where)
-    known = {label.value: label.word for label in spec.labels}
-    if words:
-        known = {fold(word): word for word in spec.words} | known
-    plain = value.strip()
-    loose = fold(plain) if words or plain.lower() in ("true", "false") else plain
-    word = known.get(plain, known.get(loose))
-    if word is None:  # an accent may be a letter's own or a mark behind it: they look the same
-        word = {_composed(v): w for v, w in known.items()}.get(_composed(plain))
-    if word is None:
-        allowed = ", ".join(label.value for label in spec.labels)
-        what = f"{spec.title} has no label {quoted(value)}; it has {allowed}"
-        mend = "; add it to custom.labels or drop the rows" if spec.reader == "custom" else ""
-        raise UserError(f"{where}: {what}{mend}")
-    return word
-
-
-def _rated(spec: TaskSpec, value: str, where: str) -> str:
-    assert spec.rating is not None
-    try:
-        inside = spec.rating.holds(float(value))
-    except ValueError:
-        inside = False
-    if not inside:
-        raise UserError(f"{where}: {quoted(value)} is not {spec.allowed}; mend or drop the row")
-    return value.strip()
-
-
-def _without_tags(text: str, column: str, where: str) -> str:
-    """The text of an answer or of its reason, which must not hold what ends it."""
-    tag = next((tag for tag in (STOP, "<Judgement>", "</Analysis>") if tag in text), None)
-    if tag:
-        raise UserError(
-            f"{where}: {column!r} holds {tag}, which parts an answer from its reason; "
-            "take it out, or drop the row"
-        )
-    return text

@@ -43,7 +43,8 @@ from ppo_nlu.methods import updates
 from ppo_nlu.methods.rollout import fit_prompt, longest_prompt
 from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.tasks import Example, TaskSpec
-from ppo_nlu.tree import prefix_tree, tree_attention
+from ppo_nlu.tree import prefixes
+from ppo_nlu.tree.trim import whole
 
 PROBE = 4  # prompts of the pass that is counted
 MARGIN = 0.9  # of the free memory of a GPU that is planned with
@@ -139,7 +140,7 @@ def plan(
     longest = cfg.rollout.max_new_tokens
     head, shared = 0, policy.packs(max(map(len, prompts)) + longest)
     if shared and len(prompts) > 1:
-        head = min(prefix_tree.common(prompts[0], prompt) for prompt in prompts[1:])
+        head = min(prefixes.common(prompts[0], prompt) for prompt in prompts[1:])
     own = [len(prompt) - head for prompt in prompts]
     if not shared:
         own = [max(own)] * len(own)
@@ -154,12 +155,12 @@ def plan(
     cached = prefill + rows * (max(own) + longest)
 
     full = saved_bytes(policy, prompts[:PROBE], longest, values=cfg.method == "ppo")
-    with tree_attention.whole():
+    with whole(policy.decoder):
         each = saved_bytes(policy, prompts[:PROBE], longest, values=cfg.method == "ppo")
     layer = each // sizes.layers
     kept = sizes.layers * sizes.hidden * sizes.item + layer if policy.checkpointing else full
     backward = layer // 2
-    if policy.device.type != "cpu":  # `tree_attention` forms the scores of a layer there
+    if policy.device.type != "cpu":  # the attention forms the scores of a layer there
         backward += 16 * sizes.heads * max(head, max(own) + longest)
     per_token = kept + backward
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ppo_nlu.model.lora import lora_disabled
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.tree.prefix_tree import Tokens
+from ppo_nlu.tree.prefixes import Tokens
 
 LIMIT = 100_000  # answers; the oldest are given up first
 KEY = 16  # bytes of a hash

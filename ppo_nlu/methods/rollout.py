@@ -24,7 +24,7 @@ from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, render, turns
-from ppo_nlu.tree.prefix_tree import State
+from ppo_nlu.tree.passes import State
 
 EXACT = 1e-4  # decode and training pass may be this far apart and still count as the same
 MOST = 0.75  # of the prompts have answers in an update's first pass, or the trunk is of no use

@@ -24,7 +24,7 @@ from ppo_nlu.runtime import profiling
 from ppo_nlu.runtime.optim import clip_gradients
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.prompts import gold_answer
-from ppo_nlu.tree import prefix_tree
+from ppo_nlu.tree import prefixes
 
 
 @dataclass
@@ -95,7 +95,7 @@ def targets(
     shots = demonstrations.of(spec, cfg)
     fit = fit_prompt(policy, spec, example, longest, cfg.prompt, shots)
     whole = policy.encode(fit.text + wanted)
-    start = 1 if cfg.sft.loss == "all" else prefix_tree.common(fit.ids, whole)
+    start = 1 if cfg.sft.loss == "all" else prefixes.common(fit.ids, whole)
     if start >= len(whole):
         raise UserError(f"data.path: {spec.name} {example.id} has an empty answer; drop the row")
     return whole[:start], whole[start:], (int(fit.cut), fit.dropped)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime.optim import clip_gradients
-from ppo_nlu.tree import prefix_tree
+from ppo_nlu.tree import prefixes
 
 Metrics = dict[str, float]
 LARGEST = ("policy/ratio_max", "policy/ratio_gap")  # the largest counts, not the sum
@@ -183,7 +183,7 @@ def cut(
         yield from chunks(index, most)
         return
     first = rows.prompts[rows.owners[index[0]]]
-    head = min(prefix_tree.common(first, rows.prompts[rows.owners[j]]) for j in index)
+    head = min(prefixes.common(first, rows.prompts[rows.owners[j]]) for j in index)
     head = head if shared else 0
 
     def size(j: int) -> int:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ppo_nlu.model.policy import Policy, unflatten
 from ppo_nlu.runtime import profiling
-from ppo_nlu.tree import prefix_tree
-from ppo_nlu.tree.prefix_tree import Opening, PlainCache, State, Tokens
-from ppo_nlu.tree.tree_attention import TreeCache
+from ppo_nlu.tree import pack, passes
+from ppo_nlu.tree.cache import TreeCache
+from ppo_nlu.tree.passes import State
+from ppo_nlu.tree.plain import PlainCache
+from ppo_nlu.tree.prefixes import PrefixCache, Tokens
 
 BLOCK = 128  # tokens
 COMPACT = 0.75  # once no more than this share of the rows goes on, the others leave the batch
@@ -66,7 +68,7 @@ def generate(
     generator: torch.Generator | None = None,
     critic: bool = False,
     keep_graph: int = 0,
-    opening: Opening | None = None,
+    opening: PrefixCache | None = None,
 ) -> Generation:
     """`samples` responses for each prompt, those of one prompt side by side.
 
@@ -112,11 +114,11 @@ def _prefill(
     owners: list[int],
     shared: bool,
     keep_graph: int,
-    opening: Opening | None,
+    opening: PrefixCache | None,
 ) -> tuple[State, bool]:
     """Run the prompts; what decoding needs of them, and whether their graph was kept, which is done
-    where they are at most `keep_graph` tokens. `shared`: as in `prefix_tree.build`."""
-    tree = prefix_tree.build(prompts, shared=shared, opening=opening).to(policy.device)
+    where they are at most `keep_graph` tokens. `shared`: as in `pack.build`."""
+    tree = pack.build(prompts, shared=shared, prefix_cache=opening).to(policy.device)
     cost = tree.cost
     saved = sum(tree.lengths[p] for p in owners) - cost.tokens_run
     profiling.count(
@@ -124,7 +126,7 @@ def _prefill(
     )
     kept = tree.plan is not None and cost.tokens_run <= keep_graph
     with torch.set_grad_enabled(kept):
-        return prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)[1], kept
+        return passes.run(policy.decoder, tree, policy.takes_positions, keep=True)[1], kept
 
 
 def _decode(
@@ -171,7 +173,7 @@ def _decode(
         else:
             hidden = cache.step(policy.decoder, token, place if policy.takes_positions else None)
         place = place + 1
-    tokens, mask = prefix_tree.pad(replies)
+    tokens, mask = pack.pad(replies)
     tokens, mask = tokens.to(device), mask.to(device)
     logprobs, states = found.in_order(device)
     values = unflatten(policy.value(states), mask) if critic else None

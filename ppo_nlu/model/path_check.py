@@ -17,7 +17,7 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.model.as_loaded import AsLoaded, Probe, Trial, brief
 from ppo_nlu.model.refusal import reason_of, unsupported
 from ppo_nlu.model.shape import limit_of, only_attention
-from ppo_nlu.tree import prefix_tree
+from ppo_nlu.tree import pack, passes
 
 EXACT = 1e-4  # how far logits may be apart in fp32, where none is larger than 10
 ROUGH = 0.1  # of the spread of the logits: how far apart (root mean square) in low precision
@@ -99,17 +99,17 @@ def _near(found: Tensor, wanted: Tensor, exact: bool) -> bool:
 
 def _in_one_pass(policy: Runner, probe: Probe, shared: bool) -> Tensor:
     """The states that predict the answers' tokens (N, H), all tokens run at once."""
-    tree = prefix_tree.build(probe.prompts, probe.answers, probe.owners, shared)
+    tree = pack.build(probe.prompts, probe.answers, probe.owners, shared)
     tree = tree.to(_device(policy))
-    flat, _ = prefix_tree.run(policy.decoder, tree, policy.takes_positions)
+    flat, _ = passes.run(policy.decoder, tree, policy.takes_positions)
     return flat.index_select(0, tree.positions[tree.mask])
 
 
 def _decoded(policy: Runner, probe: Probe, shared: bool) -> Tensor:
     """The same states, the answers run token by token; a row leaves the batch when it is over."""
     device, owners, answers = _device(policy), probe.owners, probe.answers
-    tree = prefix_tree.build(probe.prompts, shared=shared).to(device)
-    _, state = prefix_tree.run(policy.decoder, tree, policy.takes_positions, keep=True)
+    tree = pack.build(probe.prompts, shared=shared).to(device)
+    _, state = passes.run(policy.decoder, tree, policy.takes_positions, keep=True)
     cache = state.start(owners, max(map(len, answers)) - 1)
     rows = list(range(len(answers)))
     states = [[state.ends[owner]] for owner in owners]

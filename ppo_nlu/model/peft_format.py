@@ -22,7 +22,8 @@ from ppo_nlu.model.lora import (
     matches,
     state_dict,
 )
-from ppo_nlu.storage.files import Damaged, parse_object, read_checked, read_tensors, write_folder
+from ppo_nlu.storage.folders import read_checked, read_tensors, write_folder
+from ppo_nlu.storage.sealed import Damaged, parse_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

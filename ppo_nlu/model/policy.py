@@ -28,9 +28,13 @@ from ppo_nlu.model.tokens import Codec
 from ppo_nlu.model.value_head import ValueHead
 from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks.prompts import Message
-from ppo_nlu.tree import prefix_tree, tree_attention
+from ppo_nlu.tree import pack, passes
+from ppo_nlu.tree.checkpointing import checkpoint_blocks
 from ppo_nlu.tree.decode_graph import Recorder
-from ppo_nlu.tree.prefix_tree import Cost, Opening, State, Tokens
+from ppo_nlu.tree.pack import Cost
+from ppo_nlu.tree.passes import State
+from ppo_nlu.tree.prefixes import PrefixCache, Tokens
+from ppo_nlu.tree.trim import trim
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Policy:
         self.device = next(model.parameters()).device
         self.decoder: nn.Module = decoder_of(model)
         self.head_form = head_form(model, self.decoder)
-        tree_attention.trim(self.decoder)
+        trim(self.decoder)
         self.decoder.warn_if_padding_and_no_attention_mask = _no_warning
         self.detach_value = cfg.detach_value
         self.window = min(windows(self.config), default=None)
@@ -78,7 +82,7 @@ class Policy:
         if recorded and tree and self.device.type == "cuda":
             self.recorder = Recorder(self.decoder)
         if checkpointing:
-            tree_attention.checkpoint_blocks(self.decoder)
+            checkpoint_blocks(self.decoder)
 
     @property
     def config(self) -> Any:
@@ -143,11 +147,11 @@ class Policy:
         prompts: Sequence[Tokens],
         answers: Sequence[Tokens],
         owners: Sequence[int] | None = None,
-        opening: Opening | None = None,
+        opening: PrefixCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """States that predict the answers' tokens (N, H), row by row, and the mask (B, R)."""
         longest = max(map(len, prompts)) + max(map(len, answers), default=0)
-        tree = prefix_tree.build(prompts, answers, owners, self.packs(longest), opening)
+        tree = pack.build(prompts, answers, owners, self.packs(longest), opening)
         tree = tree.to(self.device)
         self.last_pass = cost = tree.cost
         count = sum(map(len, answers))
@@ -155,14 +159,14 @@ class Policy:
         profiling.count(
             cost.tokens_run, saved, positions=count, pairs=cost.pairs, wanted=cost.wanted
         )
-        flat, _ = prefix_tree.run(self.decoder, tree, self.takes_positions)
+        flat, _ = passes.run(self.decoder, tree, self.takes_positions)
         return flat.index_select(0, tree.positions[tree.mask]), tree.mask
 
     def _grown(
         self, trunk: State, answers: Sequence[Tokens], owners: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """`hidden` of answers behind prompts that were run before, under autograd."""
-        hidden, mask, cost = prefix_tree.grow(self.decoder, trunk, answers, owners)
+        hidden, mask, cost = passes.run_answers(self.decoder, trunk, answers, owners)
         saved = cost.tokens_full - cost.tokens_run
         profiling.count(cost.tokens_run, saved, positions=len(hidden), pairs=cost.pairs)
         before = trunk.tree.cost
@@ -178,7 +182,7 @@ class Policy:
         values: bool = False,
         entropy_grad: bool = False,
         trunk: State | None = None,
-        opening: Opening | None = None,
+        opening: PrefixCache | None = None,
     ) -> Scored:
         """Log-probabilities, entropies and (where asked) values of the answers' tokens.
 
@@ -209,13 +213,13 @@ class Policy:
             critic = unflatten(self.value(hidden), mask)
         return Scored(mask, unflatten(logprobs, mask), unflatten(entropy, mask), critic, hidden)
 
-    def opening(self, prompts: Sequence[Tokens]) -> Opening | None:
+    def opening(self, prompts: Sequence[Tokens]) -> PrefixCache | None:
         """What these prompts begin with, run once for all passes over some of them with today's
         weights; None where that is little, or on the plain path."""
         if not self.tree:
             return None
         with profiling.phase("prefill"):
-            found = prefix_tree.opening_of(self.decoder, prompts, self.window)
+            found = passes.cache_prefix(self.decoder, prompts, self.window)
             if found is not None:
                 n = len(found.tokens)
                 profiling.count(n, -n, pairs=n * (n + 1) // 2, wanted=1)

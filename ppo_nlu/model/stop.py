@@ -9,7 +9,7 @@ import torch
 
 from ppo_nlu.model.shape import text_config
 from ppo_nlu.tasks.prompts import STOP
-from ppo_nlu.tree.prefix_tree import Tokens
+from ppo_nlu.tree.prefixes import Tokens
 
 
 class StopDetector:

@@ -30,7 +30,6 @@ from ppo_nlu.reproduce.grid import (
     ASSETS,
     BUDGETS,
     GRIDS,
-    METHODS,
     OWN_KEYS,
     Backbone,
     Cell,
@@ -40,8 +39,10 @@ from ppo_nlu.reproduce.grid import (
     settle,
     with_form,
 )  # fmt: skip
-from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
+from ppo_nlu.reproduce.methods import METHODS, in_running_order
+from ppo_nlu.runtime import cli
+from ppo_nlu.runtime.stop_request import StopRequest
+from ppo_nlu.storage import files, locks
 from ppo_nlu.tasks import get_task
 
 
@@ -79,7 +80,7 @@ class Runner:
         """0, or 1 where a cell failed, or 130 and 143 where a signal stopped the grid."""
         if kept := self.total - len(self.waiting):
             print(f"{kept} of {self.total} cells are finished and kept", flush=True)
-        with checkpoint.StopRequest() as stop, locked(self.grid.folder) as lock:
+        with StopRequest() as stop, locked(self.grid.folder) as lock:
             try:
                 while (self.waiting or self.running) and not stop:
                     self._start_ready(lock)
@@ -238,8 +239,8 @@ def locked(folder: Path, keep: bool = True) -> Iterator[int | None]:
     """Nobody else runs this grid. The cells inherit the lock, so that one whose grid was killed
     still holds it."""
     try:
-        lock = files.FolderLock(folder)
-    except files.InUse as error:
+        lock = locks.FolderLock(folder)
+    except locks.InUse as error:
         raise UserError(
             f"--output {folder}: this grid, or a cell of it, is still running ({error.holder}); "
             "wait or stop it"
@@ -307,7 +308,8 @@ def parse(argv: list[str] | None) -> Any:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every cell")
     parser.add_argument("--model", nargs="+", default=[], help="in place of the preset's own")
     parser.add_argument("--preset", nargs="+", default=[], metavar="NAME", help=", ".join(BUDGETS))
-    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help=", ".join(METHODS))
+    methods = ", ".join(in_running_order(METHODS))
+    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help=methods)
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK")
     parser.add_argument("--seeds", nargs="+", default=[], metavar="N", help="default: 0 1 2")
     parser.add_argument("--budget", type=int, metavar="LABELS", help="labelled rows of each task")
@@ -374,7 +376,8 @@ def main(argv: list[str] | None = None) -> int:
     methods = args.methods or list(table.methods)
     for name in methods:
         if name not in METHODS:
-            raise UserError(f"--methods: {name!r} is none; choose from {', '.join(METHODS)}")
+            known = ", ".join(in_running_order(METHODS))
+            raise UserError(f"--methods: {name!r} is none; choose from {known}")
     tasks = [get_task(name).name for name in args.tasks] or list(table.tasks)
     seeds = whole(args.seeds) or [0, 1, 2]
     check_overrides(args.overrides)

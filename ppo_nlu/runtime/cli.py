@@ -26,6 +26,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
@@ -188,14 +189,28 @@ def _output(stream: TextIO | None, name: str) -> Output:
 # --- how a program ends -----------------------------------------------------------------------
 
 CRASH = "crash.txt"  # of a run folder: the traceback of a fault of the program itself
-_run_folder: Path | None = None
-_go_on = ""
+_WORK = "ppo_nlu_work"  # what `works_in` writes on an error
 
 
-def works_in(folder: Path, command: str) -> None:
-    """The program's run folder, for crash.txt, and the command that goes on with the run."""
-    global _run_folder, _go_on
-    _run_folder, _go_on = folder, f"; the run is not complete, go on with: {command}"
+@dataclass(frozen=True)
+class Work:
+    """The run folder that a program works in, and the command that goes on with the run."""
+
+    folder: Path
+    command: str
+
+
+@contextmanager
+def works_in(folder: Path, command: str) -> Iterator[None]:
+    """The program's run folder, for crash.txt, and the command that goes on with the run.
+
+    An error that leaves the block carries both to `run`, so nothing has to be kept elsewhere.
+    """
+    try:
+        yield
+    except BaseException as error:
+        vars(error)[_WORK] = Work(folder, command)
+        raise
 
 
 def run(
@@ -207,8 +222,6 @@ def run(
 
     `printed`: what it prints is all that it makes, so that a full device is a failure.
     """
-    global _run_folder, _go_on
-    _run_folder, _go_on = None, ""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         with suppress(ValueError):  # outside of the main thread
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -234,7 +247,16 @@ def _code(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         raise
     except BaseException as error:  # panics of libraries in Rust are no Exception
         reason = fault(error)
-        return _crash(error) if reason is None else _fail(reason, _go_on)
+        return _crash(error) if reason is None else _fail(reason, _go_on(_work(error)))
+
+
+def _work(error: BaseException) -> Work | None:
+    """Where the program worked when the error came; None outside of a run folder."""
+    return vars(error).get(_WORK)
+
+
+def _go_on(work: Work | None) -> str:
+    return f"; the run is not complete, go on with: {work.command}" if work else ""
 
 
 def fault(error: BaseException) -> str | None:
@@ -272,12 +294,15 @@ def _crash(error: BaseException) -> int:
     """Keep the traceback in a file, and name it in one line."""
     text = "".join(traceback.format_exception(error))
     said = f"{type(error).__name__}: {_first_line(error)}"
-    for folder in filter(None, (_run_folder, Path(tempfile.gettempdir()))):
+    work = _work(error)
+    named = () if work is None else ((work.folder, CRASH),)
+    for folder, name in (*named, (Path(tempfile.gettempdir()), None)):
         try:
-            kept = _keep(text, folder)
+            kept = _keep(text, folder, name)
         except OSError:
             continue
-        tell(f"error: unforeseen: {said}; please report it with the traceback in {kept}{_go_on}")
+        asked = f"please report it with the traceback in {kept}{_go_on(work)}"
+        tell(f"error: unforeseen: {said}; {asked}")
         return 1
     where = traceback.extract_tb(error.__traceback__)[-1:]
     place = f" at {where[0].filename}:{where[0].lineno}" if where else ""
@@ -285,16 +310,16 @@ def _crash(error: BaseException) -> int:
     return 1
 
 
-def _keep(text: str, folder: Path) -> Path:
-    """The file with the text, for its owner alone: crash.txt in a run folder, else a new name."""
-    handle, name = tempfile.mkstemp(prefix="ppo_nlu-crash-", suffix=".txt", dir=folder)
+def _keep(text: str, folder: Path, name: str | None) -> Path:
+    """The file with the text, for its owner alone, under this name, or else a new one."""
+    handle, made = tempfile.mkstemp(prefix="ppo_nlu-crash-", suffix=".txt", dir=folder)
     try:
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError:
-        os.unlink(name)
+        os.unlink(made)
         raise
-    return Path(name).replace(folder / CRASH) if folder == _run_folder else Path(name)
+    return Path(made) if name is None else Path(made).replace(folder / name)
 
 
 def _fail(message: str, more: str = "") -> int:

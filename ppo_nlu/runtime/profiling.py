@@ -5,19 +5,9 @@ that came to, `profiling.count(tokens_run=120)`. Both do nothing unless a `Profi
 nothing here changes what is computed. Times are exclusive: a phase inside another one is taken out
 of it. Inside `evaluation` they are kept apart, as `evaluation/decode`.
 
-FLOPs are counted from what was run and the weights it went through, not measured:
-
-    forward   2 for each weight of the blocks, LoRA included, and token run; 2 for each weight of
-              the LM head and of the critic and answer position; 4 · (heads · head size) for each
-              layer and pair of a token with one it attends to (two products of 2 each)
-              (tokens whose states nobody asks for do not go through the last block's queries,
-              output projection and MLP)
-    backward  as much again for a frozen weight, the gradient of its input; twice that for a
-              trained one and for attention
-
-A pass under autograd counts as forward and backward, but the backward of a rollout's kept pass is
-booked under the update that takes it. What is run a second time, under
-checkpointing or inside a fused op, is not counted again, nor is the elementwise work.
+`flops` says how FLOPs are counted. A pass under autograd counts as forward and backward, but the
+backward of a rollout's kept pass is booked under the update that takes it. What is run a second
+time, under checkpointing or inside a fused op, is not counted again, nor is the elementwise work.
 """
 
 from __future__ import annotations
@@ -31,18 +21,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ppo_nlu.storage.files import temporary_name, write_errors
+from ppo_nlu.runtime.flops import FORMULA, Weights, gemm_rate
+from ppo_nlu.storage.access import write_errors
+from ppo_nlu.storage.files import temporary_name
 
 PHASES = ("prefill", "decode", "score", "reference", "update", "evaluation", "io")
 OTHER = "other"  # the time outside every phase
-FORMULA = (
-    "forward: 2 (tokens · block weights + answer positions · (head + critic weights)) "
-    "+ 4 pairs · layers · heads · head size; backward: as much again for frozen weights, "
-    "twice as much for LoRA, critic and attention"
-)
 _WARM = 2  # steps before the traced ones
 _TRACED = 2
 
+# The one profile that is open. It is kept here because what is counted happens deep inside the
+# model: handed on, it would be an argument of every function on the way. `Profile` sees to it that
+# there is one at a time, and that it goes when it is closed.
 _active: Profile | None = None
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -88,76 +78,6 @@ def active() -> bool:
 def step() -> AbstractContextManager[None]:
     """A region that is one step of training: the third and fourth are traced."""
     return _NOTHING if _active is None else _Step(_active)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a token goes through: numbers of weights, and layers · heads · head size.
-
-    Of the blocks and adapters, the last block's `trimmed` ones run wanted tokens alone.
-    """
-
-    blocks: int
-    adapters: int
-    head: int
-    critic: int
-    attention: int
-    trimmed_blocks: int = 0
-    trimmed_adapters: int = 0
-
-    def forward(
-        self, tokens: int, positions: int, pairs: int, lora: bool = True, wanted: int | None = None
-    ) -> float:
-        """FLOPs of a forward pass."""
-        frozen, adapters = self._inner(tokens, wanted)
-        ends = positions * (self.head + self.critic)
-        return 2.0 * (frozen + adapters * lora + ends + 2 * pairs * self.attention)
-
-    def backward(self, tokens: int, positions: int, pairs: int, wanted: int | None = None) -> float:
-        """FLOPs of its backward pass."""
-        frozen, adapters = self._inner(tokens, wanted)
-        trained = adapters + positions * self.critic + 2 * pairs * self.attention
-        return 2.0 * (frozen + positions * self.head) + 4.0 * trained
-
-    def _inner(self, tokens: int, wanted: int | None) -> tuple[int, int]:
-        """Products of tokens and weights: those of the blocks, and of their adapters."""
-        left = tokens - (tokens if wanted is None else wanted)
-        return (
-            tokens * self.blocks - left * self.trimmed_blocks,
-            tokens * self.adapters - left * self.trimmed_adapters,
-        )
-
-
-def weights_of(policy: Any) -> Weights:
-    """Those of a `model.Policy`: the matrices of its blocks (an embedding is a look-up)."""
-    head, shape = policy.head.weight, policy.shape
-    blocks, adapters = _matrices(policy.model, head)
-    parts = [m for m in policy.model.modules() if getattr(m, "trimmed", False)]
-    trimmed = [_matrices(part, head) for part in parts]
-    critic = sum(p.numel() for p in policy.value_head.parameters() if p.dim() == 2)
-    return Weights(
-        blocks,
-        adapters,
-        head.numel(),
-        critic,
-        shape.layers * shape.heads * shape.size,
-        sum(frozen for frozen, _ in trimmed),
-        sum(own for _, own in trimmed),
-    )
-
-
-def _matrices(whole: Any, head: Any) -> tuple[int, int]:
-    """Numbers of weights inside a module that tokens are multiplied by: frozen, and LoRA's."""
-    blocks = adapters = 0
-    for module in whole.modules():
-        own = dict(module.named_parameters(recurse=False))
-        adapters += sum(own[name].numel() for name in ("lora_a", "lora_b") if name in own)
-        weight = own.get("weight")
-        if weight is None or weight.dim() != 2 or weight is head:
-            continue
-        if "Embedding" not in repr(type(module)):
-            blocks += weight.numel()
-    return blocks, adapters
 
 
 @dataclass
@@ -381,26 +301,6 @@ class _Step(AbstractContextManager[None]):
 
     def __exit__(self, *error: object) -> None:
         self.profile._end_step()
-
-
-def gemm_rate(device: Any, dtype: Any) -> float:
-    """FLOP/s of the best product of square matrices in half a second, in this dtype and these
-    threads: 1,024 wide on a CPU, 8,192 on a GPU. The run's random numbers are left alone."""
-    import torch
-
-    device = torch.device(device)
-    size = 8192 if device.type == "cuda" else 1024
-    draw = torch.Generator("cuda" if device.type == "cuda" else "cpu").manual_seed(0)
-    left = torch.randn(size, size, generator=draw, device=draw.device).to(device, dtype)
-    out = torch.empty_like(left)
-    times: list[float] = []
-    while len(times) < 5 or sum(times) < 0.5:
-        started = time.perf_counter()
-        torch.mm(left, left, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return 2.0 * size**3 / min(times)
 
 
 def device_name(device: Any) -> str:

@@ -117,7 +117,8 @@ def load(path: str) -> Reward:
         raise UserError(f"custom.reward: {path!r} is no function; it must be (text, row) -> float")
     if not _takes_two(found) or inspect.iscoroutinefunction(found):
         raise UserError(f"custom.reward: {path!r} does not take (text, row); it must, -> float")
-    return found
+    reward: Reward = found
+    return reward
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_nlu.errors import first_line
-from ppo_nlu.tree.tree_attention import TreeCache
+from ppo_nlu.tree.cache import TreeCache
 
 PLAIN = 2  # steps before the one that is recorded
 NEAR = 0.02  # of the largest state: how far a replayed step may be from a plain one

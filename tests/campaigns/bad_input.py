@@ -33,7 +33,7 @@ from ppo_nlu.model import peft_format
 from ppo_nlu.pretrain import __main__ as pretrain
 from ppo_nlu.reproduce import __main__ as reproduce
 from ppo_nlu.reproduce import report
-from ppo_nlu.runtime import checkpoint, cli
+from ppo_nlu.runtime import cli, run_folder
 
 LONGEST, SECONDS, CHUNK = 600, 20, 400
 PROGRAMS: dict[str, Any] = {
@@ -358,7 +358,7 @@ def furnish(folder: Path) -> None:
     (folder / "t.csv").write_bytes(table(","))
     (folder / "in.txt").write_text("a film\n")
     cfg = load_config(folder / "c.yaml", ["task=sst2"])
-    checkpoint.claim(folder / "run", dump(cfg))
+    run_folder.claim(folder / "run", dump(cfg)).release()
     (folder / "run" / "adapter").mkdir()
     (folder / "run" / "adapter" / peft_format.CONFIG_FILE).write_text("{}")
 

@@ -13,7 +13,15 @@ import pytest
 
 from ppo_nlu import data
 from ppo_nlu.config import DataConfig
-from ppo_nlu.data import batch_indices, bundled, epoch_order, load_split, locate, read_inputs
+from ppo_nlu.data import (
+    batch_indices,
+    bundled,
+    epoch_order,
+    load_split,
+    locate,
+    read_inputs,
+    seen_labels,
+)
 from ppo_nlu.data.archives import ARCHIVES
 from ppo_nlu.data.readers import read_tsv
 from ppo_nlu.errors import UserError
@@ -231,7 +239,7 @@ def test_the_official_files(real_data: Path) -> None:
     assert [x.id for x in test.examples] == [str(n) for n in range(1821)]
     assert not any("left out" in d.note for d in (train, dev, test))
     folder = Path(train.source)
-    for name, (_, digest) in ARCHIVES["sst2"].files.items():
+    for name, (_, digest) in ARCHIVES["glue/SST-2"].files.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
 
 
@@ -242,7 +250,7 @@ def test_the_official_files(real_data: Path) -> None:
 def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "seen_labels.txt"
     path.write_text("a fine film\nsomething else\n")
-    monkeypatch.setattr(data, "SEEN_LABELS", path)
+    monkeypatch.setattr(seen_labels, "SEEN_LABELS", path)
     return path
 
 

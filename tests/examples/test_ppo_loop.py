@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_nlu.answers import parse
-from ppo_nlu.prompts import STOP
-from ppo_nlu.rewards import score
-from ppo_nlu.tasks.bundled import splits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ppo_nlu.data.bundled import splits
 from ppo_nlu.examples import ppo_loop
 from ppo_nlu.tasks import get_task
+from ppo_nlu.tasks.answers import parse
+from ppo_nlu.tasks.prompts import STOP
+from ppo_nlu.tasks.rewards import score
 
 SST2 = get_task("sst2")
 LABELS = dict(splits()["train"])  # of the sentences

@@ -186,7 +186,7 @@ def test_a_step_replayed_is_the_same_to_the_last_bit() -> None:
 
 
 def test_interrupted_and_resumed_is_the_same_to_the_last_bit() -> None:
-    from ppo_nlu.runtime.checkpoint import flatten_optimizer, restore_optimizer
+    from ppo_nlu.runtime.optimizer_state import flatten_optimizer, restore_optimizer
 
     cfg = config("mrpc", dropout=0.2, optim=OptimConfig(name="adamw", lr=1e-3))
     rows = pairs(MRPC, ["Yes", "No", "No", "Yes"])

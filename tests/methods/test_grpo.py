@@ -21,7 +21,7 @@ from ppo_nlu.methods.updates import Budget
 from ppo_nlu.model import lora
 from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.runtime.optim import build_optimizer
-from ppo_nlu.tree import prefix_tree
+from ppo_nlu.tree import passes
 
 # Two groups of three with spread, one even, one with an answer of advantage 0 (scores 1, -1, 0).
 ANSWERS = (
@@ -294,8 +294,8 @@ def test_on_the_rollouts_pass_left_out_groups_change_nothing(
     policy, cfg = tiny.policy(), config(kl_coef=0.1)
     rows = tiny.examples(4)
     found, grown = [], []
-    plain = prefix_tree.grow
-    monkeypatch.setattr(prefix_tree, "grow", lambda *a: grown.append(0) or plain(*a))
+    plain = passes.run_answers
+    monkeypatch.setattr(passes, "run_answers", lambda *a: grown.append(0) or plain(*a))
     for tokens in (10**6, 0):
         batch, _ = grpo.collect(policy, tiny.SPECS, cfg, rows, 0, reuse=True, keep_graph=tokens)
         assert (batch.rollout.trunk is None) == (tokens == 0)

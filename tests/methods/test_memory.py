@@ -16,7 +16,8 @@ from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import optim
-from ppo_nlu.tree import tree_attention
+from ppo_nlu.tree.checkpointing import checkpoint_blocks
+from ppo_nlu.tree.trim import whole
 from tests import tiny
 
 MIB = 2**20
@@ -142,10 +143,10 @@ def test_checkpointing_keeps_a_layers_input() -> None:
     policy = tiny.policy()
     full = memory.saved_bytes(policy, prompts(), 5)
     policy.checkpointing = True
-    tree_attention.checkpoint_blocks(policy.decoder)
+    checkpoint_blocks(policy.decoder)
     assert memory.saved_bytes(policy, prompts(), 5) == full  # what a block needs while it is rerun
     plan = plan_of(policy, config(), prompts())
-    with tree_attention.whole():
+    with whole(policy.decoder):
         layer = memory.saved_bytes(policy, prompts(), 5) // 2
     assert layer > full // 2  # of which the last block kept little
     assert plan.per_token == 2 * 32 * 4 + layer + layer // 2
@@ -203,7 +204,7 @@ def test_the_plan_holds_within_a_factor(
             for block in bundled.decoder.layers:  # type: ignore[union-attr]
                 patch.setattr(block, "forward", block.forward)
             patch.setattr(bundled, "checkpointing", True)
-            tree_attention.checkpoint_blocks(bundled.decoder)
+            checkpoint_blocks(bundled.decoder)
             less = plan_of(bundled, cfg, rows)
             found = allocated(lambda: update(bundled, rows, longest))
         assert found <= less.update <= 1.3 * found, f"{less.update / found:.2f}"

@@ -32,7 +32,7 @@ from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.runtime.optim import build_optimizer
 from ppo_nlu.tasks.rewards import RunningScale
-from ppo_nlu.tree import prefix_tree
+from ppo_nlu.tree import pack
 
 ANSWERS = (
     "Positive </Judgement>",
@@ -187,7 +187,7 @@ def test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on() -> None:
     def collected(tokens: int) -> ppo.Batch:
         return ppo.collect(policy, tiny.SPECS, cfg, kl, rows, 0, reuse=True, keep_graph=tokens)[0]
 
-    run = prefix_tree.build(collected(0).rollout.prompts).cost.tokens_run
+    run = pack.build(collected(0).rollout.prompts).cost.tokens_run
     longest = cfg.rollout.batch_size * 2 * (cfg.rollout.max_new_tokens - 1)
     assert collected(run + longest - 1).rollout.trunk is None
     batch = collected(run + longest)

@@ -25,7 +25,7 @@ from ppo_nlu.methods.learners import LEARNERS, OnPolicy
 from ppo_nlu.methods.reference_cache import ReferenceCache
 from ppo_nlu.model.lora import lora_disabled
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.runtime import checkpoint, optim
+from ppo_nlu.runtime import optim, optimizer_state
 
 PROMPTS = [[5, 6, 7], [5, 6], [5, 6, 7, 8]]
 ANSWERS = [[3, 4], [3], [3, 4], [9, 9, 4], [3], [3, 4]]
@@ -139,11 +139,11 @@ def trained(cfg: Config, steps: int, cut: int | None = None, keep: bool = True) 
         if step == cut:
             state = json.loads(json.dumps(learner.state()))
             groups = {k: {n: t.clone() for n, t in g.items()} for k, g in learner.weights().items()}
-            tensors, rest = checkpoint.flatten_optimizer(optimizer)
+            tensors, rest = optimizer_state.flatten_optimizer(optimizer)
             learner, optimizer = fresh()
             learner.restore(groups, "here")
             learner.set_state(state)
-            checkpoint.restore_optimizer(optimizer, tensors, rest)
+            optimizer_state.restore_optimizer(optimizer, tensors, rest)
             if not keep:
                 learner.reference = ReferenceCache()
         learner.step(optimizer, tiny.examples(4), step)

@@ -11,10 +11,8 @@ from architecture_table import TABLE, Row
 from architectures import BOUND, DOCUMENT, Outcome, examine, line_of, main, render
 
 QUICK = "llama|qwen2|gemma2|gpt2|opt-350m|bloom|phi3, longrope|jamba".split("|")
-ROWS = [
-    pytest.param(row, id=row.name, marks=[] if row.name in QUICK else pytest.mark.architectures)
-    for row in TABLE
-]
+WHOLE = (pytest.mark.architectures, pytest.mark.slow)
+ROWS = [pytest.param(row, id=row.name, marks=[] if row.name in QUICK else WHOLE) for row in TABLE]
 
 
 def document() -> list[str]:

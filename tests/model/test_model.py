@@ -23,8 +23,10 @@ from ppo_nlu.model.policy import trainable, unflatten
 from ppo_nlu.model.stop import StopDetector
 from ppo_nlu.model.value_head import ValueHead
 from ppo_nlu.tasks.prompts import STOP, answer, render
-from ppo_nlu.tree import prefix_tree, tree_attention
-from tests.tree.test_prefix_tree import SHAPES
+from ppo_nlu.tree import interface, pack
+from ppo_nlu.tree import plain as plain_path
+from ppo_nlu.tree.cache import TreeCache
+from tests.tree.shapes import SHAPES
 
 TOKENIZERS = ("llama2", "gpt2", "gptneox-20b", "qwen2", "stories260K")
 
@@ -304,7 +306,7 @@ def test_loading_mistakes_are_the_users(tmp_path) -> None:
 
 def test_a_tree_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that answers otherwise in a tree: the plain path, or an error where none is right."""
-    policy, plain, tree = tiny.policy(), prefix_tree.forward, tree_attention.forward
+    policy, plain, tree = tiny.policy(), plain_path.forward, interface.forward
 
     def off(decoder, ids, places, plan):
         return tree(decoder, ids, places * 2, plan)
@@ -312,13 +314,13 @@ def test_a_tree_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*args):
         raise TypeError("forward() got an unexpected keyword argument 'tree'")
 
-    monkeypatch.setattr(tree_attention, "forward", off)
+    monkeypatch.setattr(interface, "forward", off)
     assert choose_path(policy, "auto") is False
     with pytest.raises(UserError, match="model.path: in the prefix tree this model gives other lo"):
         choose_path(policy, "tree")
-    monkeypatch.setattr(tree_attention, "forward", broken)
+    monkeypatch.setattr(interface, "forward", broken)
     assert choose_path(policy, "auto") is False
-    monkeypatch.setattr(prefix_tree, "forward", lambda *a: plain(a[0], a[1] * 0, *a[2:]))
+    monkeypatch.setattr(plain_path, "forward", lambda *a: plain(a[0], a[1] * 0, *a[2:]))
     with pytest.raises(UserError, match="llama gives other logits behind padding"):
         choose_path(policy, "auto")
 
@@ -332,10 +334,8 @@ def test_a_tree_that_is_asked_for_and_impossible_is_refused(kind: str, changes: 
 def test_the_check_at_load_decodes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Score passes may be right where token by token is not: the tree is not taken then."""
     policy = tiny.policy()
-    step = tree_attention.TreeCache.step
-    monkeypatch.setattr(
-        tree_attention.TreeCache, "step", lambda s, d, token, place: step(s, d, token, place + 1)
-    )
+    step = TreeCache.step
+    monkeypatch.setattr(TreeCache, "step", lambda s, d, token, place: step(s, d, token, place + 1))
     assert choose_path(policy, "auto") is False
 
 
@@ -344,14 +344,10 @@ def test_the_check_at_load_has_a_shared_prefix_and_several_answers(
 ) -> None:
     """Wrong merging of a shared run, or of a prompt with several answers, must be seen."""
     policy = tiny.policy()
-    plan = tree_attention.plan
-    monkeypatch.setattr(
-        tree_attention, "plan", lambda runs, shared, own, *a: plan(runs, [], own, *a)
-    )
+    plan = pack.plan_of
+    monkeypatch.setattr(pack, "plan_of", lambda runs, shared, own, *a: plan(runs, [], own, *a))
     assert choose_path(policy, "auto") is False
-    monkeypatch.setattr(
-        tree_attention, "plan", lambda runs, shared, own, *a: plan(runs, shared, [], *a)
-    )
+    monkeypatch.setattr(pack, "plan_of", lambda runs, shared, own, *a: plan(runs, shared, [], *a))
     assert choose_path(policy, "auto") is False
 
 

@@ -29,8 +29,9 @@ from ppo_nlu.model.head_form import HeadForm, head_form
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.path_check import choose_path
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.runtime import profiling
-from ppo_nlu.tree import prefix_tree, tree_attention
+from ppo_nlu.runtime import flops
+from ppo_nlu.tree import attention, interface
+from ppo_nlu.tree import plain as plain_path
 
 SMALL = {
     "vocab_size": tiny.VOCAB,
@@ -263,9 +264,9 @@ def test_rows_end_at_a_window_that_the_plain_path_gets_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tmp_path, "mistral", sliding_window=64)
-    step = prefix_tree.PlainCache.step
+    step = plain_path.PlainCache.step
     monkeypatch.setattr(
-        prefix_tree.PlainCache, "step", lambda s, d, token, place: step(s, d, token, place + 1)
+        plain_path.PlainCache, "step", lambda s, d, token, place: step(s, d, token, place + 1)
     )
     policy = loaded(folder)
     assert policy.tree and policy.context == 64
@@ -286,8 +287,8 @@ def test_a_path_that_is_a_little_off_is_not_taken(
     """In fp32 nothing but rounding may lie between the paths: 1e-4 of logits of a few units."""
     policy = tiny.policy(shaken=False)
     as_loaded = of(policy)
-    run, plain = tree_attention.forward, prefix_tree.forward
-    monkeypatch.setattr(tree_attention, "forward", lambda *a: run(*a) * (1 + off))
+    run, plain = interface.forward, plain_path.forward
+    monkeypatch.setattr(interface, "forward", lambda *a: run(*a) * (1 + off))
     assert choose_path(policy, "auto", as_loaded) is False
 
     def scaled(*args: Any) -> Any:
@@ -295,7 +296,7 @@ def test_a_path_that_is_a_little_off_is_not_taken(
         out.last_hidden_state = out.last_hidden_state * (1 + off)
         return out
 
-    monkeypatch.setattr(prefix_tree, "forward", scaled)
+    monkeypatch.setattr(plain_path, "forward", scaled)
     with pytest.raises(UserError, match="llama gives other logits behind padding"):
         choose_path(policy, "auto", as_loaded)
 
@@ -313,12 +314,12 @@ def test_in_bf16_small_mistakes_are_seen_too(monkeypatch: pytest.MonkeyPatch) ->
     for name, parameter in model.named_parameters():  # what was fp32 for the check is so no more
         assert parameter.dtype == before[name].dtype and torch.equal(parameter, before[name])
     assert len(policy.decoder.layers) == 2
-    merge = tree_attention._merge_into
+    merge = attention._merge_into
 
     def heavier(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> None:
         merge(out, lse, more, norm + 0.1)
 
-    monkeypatch.setattr(tree_attention, "_merge_into", heavier)
+    monkeypatch.setattr(attention, "_merge_into", heavier)
     assert choose_path(policy, "auto", as_loaded) is False
 
 
@@ -348,12 +349,12 @@ def test_decoding_on_the_plain_path_is_checked(
     policy = loaded(folder)
     assert not policy.tree
     assert_right(policy, plain(folder), 40)
-    step = prefix_tree.PlainCache.step
+    step = plain_path.PlainCache.step
 
     def off(self: Any, decoder: Any, token: Tensor, place: Any) -> Tensor:
         return step(self, decoder, token.flip(0), place)
 
-    monkeypatch.setattr(prefix_tree.PlainCache, "step", off)
+    monkeypatch.setattr(plain_path.PlainCache, "step", off)
     with pytest.raises(UserError, match="mpt gives other logits behind tokens that were run befo"):
         loaded(folder)
 
@@ -366,7 +367,7 @@ def test_what_raises_in_a_batch_is_not_supported(
     def broken(*args: Any) -> None:
         raise AttributeError("'State' object has no attribute 'keys'\nmore")
 
-    monkeypatch.setattr(prefix_tree.PlainCache, "keep", broken)
+    monkeypatch.setattr(plain_path.PlainCache, "keep", broken)
     line = "mpt cannot be run in batches (AttributeError: 'State' object has no attribute 'keys')"
     with pytest.raises(UserError) as caught:
         loaded(folder)
@@ -380,7 +381,7 @@ def test_running_out_of_memory_is_not_the_architectures_fault(
         raise torch.cuda.OutOfMemoryError("no room")
 
     folder = saved(tmp_path, "llama")
-    monkeypatch.setattr(tree_attention, "forward", full)
+    monkeypatch.setattr(interface, "forward", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         loaded(folder)
 
@@ -500,7 +501,7 @@ def test_the_plans_of_memory_and_time_hold_for_any_config(kind: str, tmp_path: P
     cfg = Config(task="sst2", model=ModelConfig(folder))
     plan = memory.plan(policy, cfg, lora.lora_parameters(policy.model), rows(20))
     assert plan.tokens > 0 and "memory plan" in plan.lines()[0]
-    assert profiling.weights_of(policy).blocks > 0
+    assert flops.weights_of(policy).blocks > 0
 
 
 def test_layers_whose_settings_differ(tmp_path: Path) -> None:

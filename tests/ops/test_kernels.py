@@ -93,5 +93,6 @@ if RUNS_KERNELS:
     TestKernels = KernelCases
 else:
 
+    @pytest.mark.slow
     def test_the_kernels_in_the_interpreter() -> None:
         run_interpreted(__file__, "TestKernels")

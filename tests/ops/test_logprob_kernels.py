@@ -560,5 +560,6 @@ if RUNS_KERNELS:
     TestLogprobKernels = LogprobCases
 else:
 
+    @pytest.mark.slow
     def test_the_kernels_in_the_interpreter() -> None:
         run_interpreted(__file__, "TestLogprobKernels")

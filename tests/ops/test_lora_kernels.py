@@ -505,6 +505,7 @@ if RUNS_KERNELS:
     TestLoraKernels = KernelCases
 else:
 
+    @pytest.mark.slow
     def test_the_kernels_in_the_interpreter() -> None:
         run_interpreted(__file__, "TestLoraKernels")
 

@@ -1,4 +1,4 @@
-"""Checkpoints under kills and full disks, optimizer state, run folders, the stop flag."""
+"""Checkpoints: to the last bit, damaged, under kills and on a full disk."""
 
 from __future__ import annotations
 
@@ -11,30 +11,21 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import on_call
-from transformers.optimization import Adafactor
+from helpers import in_a_child, on_call
 
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import checkpoint
-from ppo_nlu.storage import files
-from ppo_nlu.storage.files import Damaged
+from ppo_nlu.storage import sealed
+from ppo_nlu.storage.sealed import Damaged
 
 CALLS = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")  # of os: every step of a write
-
-
-@pytest.fixture(autouse=True)
-def _released() -> Iterator[None]:
-    """No test leaves a folder to this process alone."""
-    yield
-    checkpoint.release_all()
 
 
 class Killed(BaseException):
@@ -225,16 +216,16 @@ def test_a_spoilt_file_of_any_kind_is_damage(tmp_path: Path, name: str, spoil: s
 )
 def test_a_sealed_state_of_another_shape_is_damage(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = checkpoint.save(tmp_path, 1, *content(1))
-    head = files.unseal((path / "state.json").read_text())
-    (path / "state.json").write_text(files.seal(head | changes))
+    head = sealed.unseal((path / "state.json").read_text())
+    (path / "state.json").write_text(sealed.seal(head | changes))
     with pytest.raises(Damaged):
         checkpoint.load(path)
 
 
 def test_a_checkpoint_of_another_version_is_not_called_damaged(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, *content(1))
-    head = files.unseal((path / "state.json").read_text())
-    for text in (files.seal(head | {"format": 3}), '{"format": 1, "files": [], "state": {}}'):
+    head = sealed.unseal((path / "state.json").read_text())
+    for text in (sealed.seal(head | {"format": 3}), '{"format": 1, "files": [], "state": {}}'):
         (path / "state.json").write_text(text)
         with pytest.raises(UserError, match="this version reads 2") as error:
             checkpoint.load(path)
@@ -421,17 +412,6 @@ def test_a_new_step_is_there_whole_or_not_at_all(
     assert finished and seen == {1, 2}
 
 
-def in_a_child(work: Callable[[], None]) -> int:
-    """The wait status of a child process that does `work`."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
 @pytest.mark.parametrize("kind", list(WRITES))
 def test_kill_9_at_every_call(tmp_path: Path, kind: str) -> None:
@@ -550,335 +530,3 @@ def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(AttributeError):
         checkpoint.save(tmp_path, 2, {"adapter": {"w": 3.0}}, {})  # type: ignore[dict-item]
     assert names(tmp_path) == {"step_000001"}
-
-
-# --- optimizers -------------------------------------------------------------------------------
-
-
-def small_model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
-
-
-def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-    first, second = model[0].parameters(), model[2].parameters()  # type: ignore[index]
-    groups = [{"params": [*first], "lr": 1e-2}, {"params": [*second], "lr": 1e-3}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.01)
-
-
-def adafactor(model: torch.nn.Module, beta1: float | None = None) -> torch.optim.Optimizer:
-    return Adafactor(
-        model.parameters(), lr=1e-2, scale_parameter=False, relative_step=False, beta1=beta1
-    )
-
-
-def scaled_adafactor(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The state is used to the full: first moment, parameter scale (RMS), relative steps."""
-    return Adafactor(model.parameters(), beta1=0.9)
-
-
-def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
-    for number in numbers:
-        inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
-        optimizer.zero_grad()
-        model(inputs).square().sum().backward()
-        if number == 2:  # one parameter has no gradient for once
-            model[0].bias.grad = None  # type: ignore[index, union-attr]
-        optimizer.step()
-
-
-@pytest.mark.parametrize("build", [adamw, adafactor, scaled_adafactor])
-@pytest.mark.parametrize("cut", [0, 1, 4])
-def test_optimizer_goes_on_to_the_last_bit(
-    tmp_path: Path, build: Callable[[torch.nn.Module], torch.optim.Optimizer], cut: int
-) -> None:
-    whole = small_model()
-    optimizer = build(whole)
-    steps(whole, optimizer, range(8))
-
-    half = small_model()
-    optimizer = build(half)
-    steps(half, optimizer, range(cut))
-    tensors, state = checkpoint.flatten_optimizer(optimizer)
-    groups = {"model": dict(half.state_dict()), "optimizer": tensors}
-    path = checkpoint.save(tmp_path, cut, groups, {"optimizer": state})
-
-    resumed = small_model()
-    optimizer = build(resumed)
-    steps(resumed, optimizer, range(50, 53))  # state of another life, to be forgotten
-    groups, loaded = checkpoint.load(path)
-    resumed.load_state_dict(groups["model"])
-    checkpoint.restore_optimizer(optimizer, groups["optimizer"], loaded["optimizer"])
-    steps(resumed, optimizer, range(cut, 8))
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
-
-
-def test_flattened_state_is_a_copy() -> None:
-    model = small_model()
-    optimizer = adamw(model)
-    steps(model, optimizer, range(1))
-    tensors, state = checkpoint.flatten_optimizer(optimizer)
-    taken = {name: tensor.clone() for name, tensor in tensors.items()}
-    other = adamw(model)
-    checkpoint.restore_optimizer(other, tensors, state)
-    steps(model, optimizer, range(1, 3))
-    steps(model, other, range(1, 3))
-    assert all(torch.equal(tensors[name], value) for name, value in taken.items())
-
-
-def test_half_precision_parameters_keep_their_fp32_state() -> None:
-    """torch's load_state_dict would cast Adafactor's fp32 state to the parameter's bf16."""
-    param = torch.nn.Parameter(torch.randn(4, 3).bfloat16())
-    optimizer = Adafactor([param], lr=1e-2, scale_parameter=False, relative_step=False)
-    param.grad = torch.randn(4, 3).bfloat16()
-    optimizer.step()
-    wanted = optimizer.state[param]["exp_avg_sq_row"].clone()
-    fresh = Adafactor([param], lr=1e-2, scale_parameter=False, relative_step=False)
-    checkpoint.restore_optimizer(fresh, *checkpoint.flatten_optimizer(optimizer))
-    found = fresh.state[param]["exp_avg_sq_row"]
-    assert found.dtype == torch.float32 and torch.equal(found, wanted)
-
-
-def test_options_stay_those_of_the_config() -> None:
-    model = small_model()
-    tensors, state = checkpoint.flatten_optimizer(adamw(model))
-    fresh = torch.optim.AdamW(model.parameters(), lr=0.5)
-    checkpoint.restore_optimizer(fresh, tensors, state)
-    assert fresh.param_groups[0]["lr"] == 0.5
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"x.exp_avg": torch.zeros(5)},
-        {"99.exp_avg": torch.zeros(5)},
-        {"-1.exp_avg": torch.zeros(5)},
-        {"exp_avg": torch.zeros(5)},
-        {"9" * 5000 + ".exp_avg": torch.zeros(5)},
-        {"0.exp_avg": torch.zeros(4, 6)},
-    ],
-)
-def test_odd_optimizer_tensors_are_damage(tensors: dict[str, torch.Tensor]) -> None:
-    optimizer = adamw(small_model())
-    _, state = checkpoint.flatten_optimizer(optimizer)
-    with pytest.raises(Damaged) as error:
-        checkpoint.restore_optimizer(optimizer, tensors, state)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"scalars": {"x": {}}}, {"scalars": []}, {"scalars": {"7": {"step": 1}}}, {"scalars": None}],
-)
-def test_an_odd_optimizer_state_is_damage(change: dict[str, Any]) -> None:
-    optimizer = adamw(small_model())
-    tensors, state = checkpoint.flatten_optimizer(optimizer)
-    for odd in (state | change, {}, None, [1]):
-        if odd != state | {"scalars": []}:  # an empty list says what an empty mapping says
-            with pytest.raises(Damaged):
-                checkpoint.restore_optimizer(optimizer, tensors, odd)  # type: ignore[arg-type]
-
-
-def test_another_optimizer_or_other_shapes_are_the_users_mistake() -> None:
-    model = small_model()
-    tensors, state = checkpoint.flatten_optimizer(adamw(model))
-    with pytest.raises(UserError, match="AdamW.*Adafactor"):
-        checkpoint.restore_optimizer(adafactor(model), tensors, state)
-    with pytest.raises(UserError, match="shapes"):
-        fresh = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
-        checkpoint.restore_optimizer(fresh, tensors, state)
-
-
-# --- run folders ------------------------------------------------------------------------------
-
-
-def test_new_run_folders_are_numbered(tmp_path: Path) -> None:
-    root = tmp_path / "deep" / "runs"
-    assert checkpoint.new_run_dir(root).name == "0001"
-    (root / "notes").mkdir()
-    (root / "0041").mkdir()
-    (root / "0042").write_text("a file takes the name too")
-    assert checkpoint.new_run_dir(root).name == "0043"
-    (root / "12345").mkdir()
-    assert checkpoint.new_run_dir(root).name == "12346"
-
-
-def test_racing_programs_get_different_folders(tmp_path: Path) -> None:
-    found: list[Path] = []
-    gate = threading.Barrier(8)
-
-    def work() -> None:
-        gate.wait()
-        for _ in range(5):
-            found.append(checkpoint.new_run_dir(tmp_path))
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(found)) == len(found) == 40
-
-
-def test_a_name_taken_between_look_and_make_is_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "0001").mkdir()
-    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))  # the other came after the look
-    assert checkpoint.new_run_dir(tmp_path).name == "0002"
-
-
-def test_claim_takes_new_and_empty_folders_only(tmp_path: Path) -> None:
-    new = checkpoint.claim(tmp_path / "a" / "b", "task: sst2\n")
-    assert checkpoint.is_run_dir(new) and checkpoint.require_run_dir(new) == new
-    assert (new / "config.yaml").read_text() == "task: sst2\n"
-    assert json.loads((new / "run.json").read_text())["format"] == checkpoint.RUN_FORMAT
-
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    checkpoint.claim(empty, "x: 1\n")
-
-    with pytest.raises(UserError, match=r"unfinished run.*--resume .*/b"):
-        checkpoint.claim(new)
-    (new / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"a finished run.*--resume"):
-        checkpoint.claim(new)
-    assert (new / "config.yaml").read_text() == "task: sst2\n"
-
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        checkpoint.claim(file)
-
-
-@pytest.mark.parametrize("name", ["thesis.tex", "config.yaml", "run.json"])
-def test_a_strangers_folder_is_left_alone(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match="not empty"):
-        checkpoint.claim(tmp_path, "x: 1\n")
-    assert [p.name for p in tmp_path.iterdir()] == [name]
-    assert (tmp_path / name).read_text() == "mine"
-    assert not checkpoint.is_run_dir(tmp_path)
-
-
-def test_a_claim_cut_short_can_be_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for kill_at in range(10):
-        run = tmp_path / str(kill_at)
-        with monkeypatch.context() as patch:
-            on_call(patch, kill_at, die, CALLS)
-            try:
-                checkpoint.claim(run, "x: 1\n")
-            except Killed:
-                pass
-        if not checkpoint.is_run_dir(run):
-            checkpoint.claim(run, "x: 1\n")
-        assert checkpoint.is_run_dir(run)
-
-
-def test_require_run_dir_says_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such run folder"):
-        checkpoint.require_run_dir(tmp_path / "none")
-    with pytest.raises(UserError, match="not a run folder"):
-        checkpoint.require_run_dir(tmp_path)
-    run = checkpoint.claim(tmp_path / "run", "x: 1\n")
-    (run / "run.json").write_text('{"program": "ppo_nlu", "format": 99}')
-    with pytest.raises(UserError, match="format 99"):
-        checkpoint.require_run_dir(run)
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for act in (checkpoint.claim, checkpoint.new_run_dir):
-        with pytest.raises(UserError, match="cannot be written"):
-            act(tmp_path / "file" / "runs")
-
-
-def test_of_processes_that_claim_one_folder_one_succeeds(tmp_path: Path) -> None:
-    """50 tries of two processes, each behind a pipe that lets both go at once."""
-    for number in range(50):
-        folder, ready = tmp_path / str(number), os.pipe()
-        children = []
-        for _ in range(2):
-            child = os.fork()
-            if child == 0:
-                code = 3
-                try:
-                    os.close(ready[1])
-                    os.read(ready[0], 1)
-                    checkpoint.claim(folder, "task: sst2\n")
-                    code = 0
-                except UserError as error:
-                    told = ("is working in it", "holds an unfinished run")
-                    code = 2 if any(words in str(error) for words in told) else 4
-                finally:
-                    os._exit(code)
-            children.append(child)
-        os.close(ready[0])
-        os.close(ready[1])
-        codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
-        assert codes == [0, 2], number
-        assert checkpoint.is_run_dir(folder)
-
-
-def test_without_locks_one_claim_succeeds_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "try_lock", lambda handle: None)
-    monkeypatch.setattr(checkpoint, "require_free", lambda output: None)  # both have looked
-    checkpoint.claim(tmp_path / "run", "task: sst2\n")
-    checkpoint.release_all()
-    with pytest.raises(UserError, match="File exists"):
-        checkpoint.claim(tmp_path / "run", "task: cola\n")
-    assert (tmp_path / "run" / "config.yaml").read_text() == "task: sst2\n"
-
-
-# --- signals ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """Whatever a test does, the handlers of the test run come back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_only_sets_the_flag(
-    handlers: None, capfd: pytest.CaptureFixture[str], number: signal.Signals, code: int
-) -> None:
-    before = signal.getsignal(number)
-    with checkpoint.StopRequest() as stop:
-        assert not stop and not stop.requested and stop.exit_code == 0
-        signal.raise_signal(number)
-        assert stop and stop.requested and stop.exit_code == code
-        signal.raise_signal(signal.SIGTERM)  # a scheduler may repeat itself
-        assert stop.exit_code == code
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(number) is before
-    assert capfd.readouterr().err.count("stopping after this step") == 1
-
-
-def test_handlers_come_back_after_an_error(handlers: None) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ZeroDivisionError), checkpoint.StopRequest():
-        raise ZeroDivisionError
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_outside_the_main_thread_nothing_is_installed() -> None:
-    seen: list[bool] = []
-
-    def work() -> None:
-        with checkpoint.StopRequest() as stop:
-            seen.append(bool(stop))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [False]

@@ -81,8 +81,8 @@ def test_a_run_that_was_cut_short_says_how_to_go_on(tmp_path: Path, capsys: Capt
     folder = tmp_path / "a run"
 
     def act() -> int:
-        cli.works_in(folder, f"train --resume '{folder}'")
-        raise MemoryError
+        with cli.works_in(folder, f"train --resume '{folder}'"):
+            raise MemoryError
 
     assert ends(act) == 2
     assert f"go on with: train --resume '{folder}'" in capsys.readouterr().err
@@ -105,8 +105,8 @@ def test_an_unforeseen_error_leaves_its_traceback_in_the_run_folder(
     tmp_path: Path, capsys: Capture, error: BaseException
 ) -> None:
     def act() -> int:
-        cli.works_in(tmp_path, "train --resume run")
-        raise error
+        with cli.works_in(tmp_path, "train --resume run"):
+            raise error
 
     for _ in range(2):  # a resumed run may end the same way
         assert ends(act) == 1
@@ -316,7 +316,7 @@ def test_a_listing_that_cannot_be_written_has_failed(said: Path) -> None:
     assert forked(listing, [], "/dev/null", str(said), True) == 0
     assert forked(listing, [], "/dev/full", str(said), True) == 2
     assert forked(listing, [], "/dev/full", str(said)) == 0
-    assert "printed=True" in (ROOT / "ppo_nlu" / "data_program.py").read_text()
+    assert "printed=True" in (ROOT / "ppo_nlu" / "data" / "__main__.py").read_text()
 
 
 def test_letters_that_the_terminal_does_not_have(capsys: Capture) -> None:
@@ -378,7 +378,8 @@ def test_too_little_memory_is_one_line(tmp_path: Path, said: Path) -> None:
     "train evaluate predict export submit reproduce report data pretrain teach_form".split(),
 )
 def test_help_of_every_program(module: str, capsys: Capture) -> None:
-    name = "data_program" if module == "data" else module
+    folder = (ROOT / "ppo_nlu" / module).is_dir()
+    program = importlib.import_module(f"ppo_nlu.{module}" + ".__main__" * folder)
     with pytest.raises(SystemExit) as caught:
-        cli.run(importlib.import_module(f"ppo_nlu.{name}").main, ["--help"])
+        cli.run(program.main, ["--help"])
     assert caught.value.code == 0 and "usage:" in capsys.readouterr().out

@@ -17,7 +17,7 @@ import torch
 
 from ppo_nlu import evaluate, export, predict, train
 from ppo_nlu.model import BUNDLED
-from ppo_nlu.runtime import checkpoint, cli
+from ppo_nlu.runtime import checkpoint, cli, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER_MODEL = ROOT.parent / "shared" / "models" / "tinystories-656k"
@@ -71,8 +71,7 @@ class Place:
         """A run that was begun and has left nothing yet."""
         from ppo_nlu.config import dump, load_config
 
-        checkpoint.claim(self.run, dump(load_config(self.config)))
-        checkpoint.release(self.run)
+        run_folder.claim(self.run, dump(load_config(self.config))).release()
         return self.run
 
     def snapshot(self) -> dict[str, bytes]:

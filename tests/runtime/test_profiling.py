@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from ppo_nlu.config import LoraConfig, ModelConfig
 from ppo_nlu.runtime import profiling
+from ppo_nlu.runtime.flops import Weights, gemm_rate, weights_of
 from tests import tiny
 
 
@@ -110,7 +111,7 @@ def test_tokens_and_rates_go_to_the_open_phase(clock: Clock) -> None:
 
 def test_the_formula_by_hand() -> None:
     """10 tokens through 100 + 8 weights, 3 positions at 50 + 6, 20 pairs over 4 wide layers."""
-    weights = profiling.Weights(blocks=100, adapters=8, head=50, critic=6, attention=4)
+    weights = Weights(blocks=100, adapters=8, head=50, critic=6, attention=4)
     forward = 2 * 10 * 108 + 2 * 3 * 56 + 4 * 20 * 4
     assert weights.forward(10, 3, 20) == forward
     assert weights.forward(10, 3, 20, lora=False) == forward - 2 * 10 * 8
@@ -143,7 +144,7 @@ def test_flops_are_those_that_torch_counts(kind: str) -> None:
     """
     policy = tiny.policy(kind, model_cfg=ModelConfig(path="plain"), lora_cfg=LoraConfig(r=4))
     policy.model.set_attn_implementation("eager")
-    weights = profiling.weights_of(policy)
+    weights = weights_of(policy)
     prompt, answer = [5, 6, 7, 8, 9, 10, 11], [3, 4, 5]
     tokens = len(prompt) + len(answer) - 1
     pairs = tokens**2  # eager attention forms the masked ones too
@@ -164,7 +165,7 @@ def test_flops_are_those_that_torch_counts(kind: str) -> None:
 def test_flops_of_a_tree_are_those_that_torch_counts(kind: str) -> None:
     """The products with weights; torch does not count the CPU's fused attention."""
     policy = tiny.policy(kind, lora_cfg=LoraConfig(r=4))
-    weights = profiling.weights_of(policy)
+    weights = weights_of(policy)
     assert policy.tree and weights.trimmed_blocks > 0
     prompts = [[*range(5, 30), 7, 8], [*range(5, 30), 9, 10, 11]]
     with torch.no_grad(), flops() as counter:
@@ -214,5 +215,5 @@ def test_a_run_cut_short_leaves_the_trace_that_there_is(clock: Clock, tmp_path: 
 def test_the_rate_of_the_machine_leaves_the_random_numbers_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert 1e8 < profiling.gemm_rate("cpu", torch.float32) < 1e15
+    assert 1e8 < gemm_rate("cpu", torch.float32) < 1e15
     assert torch.equal(torch.get_rng_state(), before)

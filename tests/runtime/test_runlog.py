@@ -1,10 +1,8 @@
-"""What a run records and shows: metrics.jsonl, sinks, progress, curves, table, summary."""
+"""What a run records: metrics.jsonl, and the loggers that take its numbers."""
 
 from __future__ import annotations
 
 import importlib
-import io
-import json
 import math
 import re
 import sys
@@ -34,7 +32,7 @@ class Sink:
         self.closed = True
 
 
-# --- metrics.jsonl ----------------------------------------------------------------------------
+# --- metrics.jsonl -----------------------------------------------------------------------------
 
 
 def test_a_line_a_step_flushed_and_exact(tmp_path: Path) -> None:
@@ -122,7 +120,7 @@ def test_truncating_an_open_log(tmp_path: Path) -> None:
     assert [record["step"] for record in runlog.read_metrics(tmp_path)] == [1]
 
 
-# --- TensorBoard and Weights & Biases ---------------------------------------------------------
+# --- TensorBoard and Weights & Biases ----------------------------------------------------------
 
 
 def test_nothing_is_imported_unasked(tmp_path: Path) -> None:
@@ -179,183 +177,3 @@ def test_wandb_goes_on_under_the_same_identity(
     assert started[0] == started[1] and re.fullmatch("[0-9a-f]{8}", started[0]["id"])
     assert (started[0]["project"], started[0]["resume"]) == ("p", "allow")
     assert started[0]["config"] == {"seed": 1}
-
-
-# --- progress ---------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that the progress display sees."""
-    now = [100.0]
-    monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
-    return now
-
-
-def test_a_log_file_gets_a_plain_line_every_tenth(clock: list[float]) -> None:
-    stream = io.StringIO()
-    with runlog.Progress(200, stream=stream) as progress:
-        for step in range(1, 201):
-            clock[0] += 2.0
-            progress.update(16, reward=step / 200, kl=0.25)
-    lines = stream.getvalue().splitlines()
-    assert [int(re.findall(r"\d+", line)[0]) for line in lines] == [1, *range(20, 201, 20)]
-    # step 20: 20 steps in 40 s, 320 answers; the 180 steps left take 360 s
-    assert lines[1] == "step 20/200, reward 0.100, KL 0.250, 8.0 samples/s, 0:06:00 left"
-    assert "\r" not in stream.getvalue()
-
-
-def test_a_resumed_run_counts_its_own_time_only(clock: list[float]) -> None:
-    stream = io.StringIO()
-    with runlog.Progress(7, start=4, stream=stream) as progress:
-        for _ in range(3):
-            clock[0] += 1.0
-            progress.update(10)
-    assert stream.getvalue().splitlines() == [
-        "step 5/7, 10.0 samples/s, 0:00:02 left",
-        "step 6/7, 10.0 samples/s, 0:00:01 left",
-        "step 7/7, 10.0 samples/s, 0:00:00 left",
-    ]
-
-
-def test_a_terminal_gets_a_bar() -> None:
-    stream = Terminal()
-    with runlog.Progress(4, start=1, stream=stream) as progress:
-        progress.update(16, reward=0.5, kl=0.125)
-        progress.write("a word between")
-        for _ in range(2):
-            progress.update(16, reward=0.75, kl=0.25)
-    shown = stream.getvalue()
-    last = shown.split("\r")[-1]
-    assert "4/4" in last and "100%" in last and "|" in last
-    assert "reward 0.750" in last and "KL 0.250" in last and "samples/s" in last
-    assert "\ra word between\n" in re.sub(" {2,}", "", shown).replace("\r\r", "\r")
-
-
-def test_progress_can_be_off_but_words_still_come() -> None:
-    for stream in (io.StringIO(), Terminal()):
-        with runlog.Progress(3, enabled=False, stream=stream) as progress:
-            progress.update(1, 0.5, 0.1)
-            progress.write("said")
-        assert stream.getvalue() == "said\n"
-
-
-# --- curves -----------------------------------------------------------------------------------
-
-
-def fill(run_dir: Path, count: int = 60) -> None:
-    with runlog.MetricsLog(run_dir) as log:
-        for step in range(1, count + 1):
-            share = step / count
-            record = {"reward/mean": 0.5 + 0.4 * share + 0.05 * math.sin(9 * step)}
-            record["kl/ref"] = 0.3 * share if step != 7 else math.nan
-            if step % 10 == 0:
-                record["eval/sst2/accuracy"] = 0.6 + 0.25 * share
-            log.log(step, record)
-
-
-def test_moving_average_by_hand() -> None:
-    assert runlog.moving_average([1, 2, 3, 6], 2) == [1, 1.5, 2.5, 4.5]
-    assert runlog.moving_average([1, 2], 1) == [1, 2]
-    assert runlog.moving_average([], 3) == []
-
-
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
-    """The figure that was written."""
-    plt = pytest.importorskip("matplotlib.pyplot")
-    kept: list[Any] = []
-    monkeypatch.setattr(plt, "close", kept.append)
-    path = runlog.draw_curves(tmp_path, "PPO on SST-2", **options)
-    assert path == tmp_path / "curves.png"
-    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
-    assert not list(tmp_path.glob(".tmp*"))
-    return kept[0]
-
-
-def test_curves_show_rewards_kl_evaluation_and_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill(tmp_path)
-    before = {"reward": 0.42, "accuracy": 0.55, "unparsed": None}
-    figure = drawn(tmp_path, monkeypatch, subtitle="bundled data", before=before)
-    assert figure._suptitle.get_text() == "PPO on SST-2\nbundled data"
-    reward, kl, evals = figure.axes
-    assert [axes.get_ylabel().split("\n")[0] for axes in figure.axes] == [
-        "mean reward per answer",
-        "KL to reference",
-        "evaluation (%)",
-    ]
-    assert {axes.get_xlabel() for axes in figure.axes} == {"training step"}
-    raw, mean, start = reward.lines
-    assert len(raw.get_ydata()) == 60 and start.get_linestyle() == "--"
-    values = [record["reward/mean"] for record in runlog.read_metrics(tmp_path)]
-    assert mean.get_ydata()[-1] == pytest.approx(sum(values[-12:]) / 12)  # window 60 / 5
-    assert list(start.get_ydata()) == [0.42, 0.42]
-    assert len(kl.lines[0].get_xdata()) == 59  # the NaN is left out
-    assert list(evals.lines[0].get_ydata())[-1] == pytest.approx(85.0)
-    assert list(evals.lines[1].get_ydata()) == pytest.approx([55.0, 55.0])
-    labels = [text.get_text() for text in reward.get_legend().get_texts()]
-    assert labels == ["each step", "mean of 12 steps", "before training"]
-
-
-def test_curves_without_evaluation_or_baseline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with runlog.MetricsLog(tmp_path) as log:
-        for step in (1, 2, 3):
-            log.log(step, {"reward/mean": 0.5})
-    figure = drawn(tmp_path, monkeypatch, before={"reward": None})
-    assert len(figure.axes) == 1 and len(figure.axes[0].lines) == 1
-    assert figure._suptitle.get_text() == "PPO on SST-2"
-
-
-def test_no_curves_without_matplotlib_or_metrics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert runlog.draw_curves(tmp_path, "empty") is None
-    fill(tmp_path, 3)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert runlog.draw_curves(tmp_path, "no library") is None
-    assert not (tmp_path / "curves.png").exists()
-
-
-# --- the end ----------------------------------------------------------------------------------
-
-
-def test_results_table() -> None:
-    before = {"sample": 0.5012, "greedy": 0.6, "score": None, "unparsed": 0.0306}
-    after = {"sample": 0.91649, "greedy": 0.92, "score": 1.0, "unparsed": 0.0}
-    assert runlog.results_table(before, after).splitlines() == [
-        "(%)      sample T=1      greedy       score    unparsed",
-        "base           50.1        60.0           -         3.1",
-        "tuned          91.6        92.0       100.0         0.0",
-    ]
-    assert len(runlog.results_table(None, after).splitlines()) == 2
-    assert "-" in runlog.results_table(None, {"sample": math.nan})
-
-
-def test_peak_memory_is_in_mebibytes() -> None:
-    """Against the operating system's own count, and it never falls."""
-    before = runlog.peak_memory_mb("cpu")
-    block = torch.ones(2**26)  # 256 MiB
-    after = runlog.peak_memory_mb(torch.device("cpu"))
-    del block
-    assert runlog.peak_memory_mb("cpu") >= after >= before
-    status = Path("/proc/self/status")
-    if status.exists():
-        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        assert peak is not None and after == pytest.approx(int(peak[1]) / 1024, rel=0.05)
-
-
-def test_summary_is_strict_json(tmp_path: Path) -> None:
-    path = runlog.write_summary(tmp_path, {"seed": 1, "after": {"score": math.nan}})
-    assert path.name == "summary.json"
-    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
-        "seed": 1,
-        "after": {"score": None},
-    }

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from ppo_nlu.data.readers import gold
+from ppo_nlu.data.labels import gold
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import Label, Rating, TaskSpec, words
 from ppo_nlu.tasks.answers import parse
-from ppo_nlu.tasks.metrics import exact, normalise
+from ppo_nlu.tasks.metrics.text import exact, normalise
 from ppo_nlu.tasks.prompts import answer
 
 

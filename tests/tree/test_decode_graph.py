@@ -1,4 +1,4 @@
-"""Recorded decode steps: the static cache, and the order of recording and replaying.
+"""Recorded decode steps: the order of recording and replaying.
 
 No GPU is needed: the recording is one that runs the step again, into the same tensor.
 """
@@ -16,12 +16,8 @@ from torch import Tensor
 
 from ppo_nlu.model.generate import Generation, generate
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.tree import prefix_tree, tree_attention
 from ppo_nlu.tree.decode_graph import CudaRecordings, Recorder
-from ppo_nlu.tree.tree_attention import TreeCache
-from tests.model.test_generate import KINDS, endless, policy_of, ragged, seeded
-
-TREES = [kind for kind in KINDS if kind in tiny.TREE_KINDS]
+from tests.model.test_generate import endless, policy_of, ragged, seeded
 
 
 class Again:
@@ -66,29 +62,6 @@ def assert_same(found: Generation, expected: Generation) -> None:
     if expected.values is not None:
         assert found.values is not None
         tiny.close(found.values, expected.values)
-
-
-@pytest.mark.parametrize("device", ["cpu", "as on a GPU"])
-@pytest.mark.parametrize("kind", TREES)
-def test_the_static_cache(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step by step what the growing one gives, for rows behind a shared run and others."""
-    if device != "cpu":
-        monkeypatch.setattr(tree_attention, "FUSED_ON", "none")
-    monkeypatch.setattr(prefix_tree, "HEAD_COST", 0)
-    policy, prompts = made(kind), ragged()
-    owners = [0, 0, 1, 2, 3, 4, 4]
-    place = torch.tensor([len(prompts[p]) for p in owners])
-    with torch.no_grad():
-        state = prefix_tree.run(policy.decoder, prefix_tree.build(prompts), keep=True)[1]
-        grown, static = state.start(owners, 4), state.start(owners, 4, static=True)
-        assert isinstance(static, TreeCache) and static.shared[0]
-        before = [k.data_ptr() for k, _ in static.own]
-        for step in range(4):
-            token = torch.tensor([(7 * row + 3 * step) % 20 + 3 for row in range(len(owners))])
-            expected = grown.step(policy.decoder, token, place + step)
-            tiny.close(static.step(policy.decoder, token, place + step), expected)
-    assert [k.data_ptr() for k, _ in static.own] == before
-    assert static.slot.tolist() == [static.width + 4]
 
 
 def test_recorded_once_then_replayed(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

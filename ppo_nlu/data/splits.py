@@ -1,0 +1,152 @@
+"""The rows of a task's splits, and what is to be said about them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ppo_nlu.data import bundled
+from ppo_nlu.data.lines import unreadable
+from ppo_nlu.data.readers import MALFORMED, read_split
+from ppo_nlu.data.sources import Source, expand, locate, split_file
+from ppo_nlu.data.texts import join, joined, left_out, normalise
+from ppo_nlu.errors import UserError
+from ppo_nlu.tasks import Example, TaskSpec
+from ppo_nlu.tasks.custom import CustomSpec
+
+if TYPE_CHECKING:
+    from ppo_nlu.config import DataConfig
+
+WHOLE = ("AX.tsv", "msr_paraphrase_test.txt")  # other names of whole official files
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The rows of one split, "bundled" or the folder they came from, and what to say about them.
+
+    `partial` is True where they are only a part of the official split. `file` is the name of the
+    file, and `malformed` counts its rows that could not be read.
+    """
+
+    examples: list[Example]
+    source: str
+    note: str
+    partial: bool = False
+    file: str = ""
+    malformed: int = 0
+
+
+def load_split(spec: TaskSpec, split: str, data_cfg: DataConfig) -> Dataset:
+    """The rows of a split ("train", "dev", "test", or what else the task has) from the place that
+    `locate` finds. UserError where it has no such split, or where the file is not there."""
+    if isinstance(spec, CustomSpec):
+        return _load_custom(spec, split)
+    if split not in spec.files:
+        if split == "train" and spec.trained_with:
+            raise UserError(
+                f"task: {spec.title} has no training rows; train on {spec.trained_with} instead"
+            )
+        raise UserError(f"eval.split: {spec.title} has no split {split!r}; {', '.join(spec.files)}")
+    source = locate(spec, data_cfg)
+    if source.folder is None:
+        return Dataset(_bundled_examples(spec, split), "bundled", source.note)
+    divided = split != "test" and _is_divided(spec, source.folder)
+    found = "dev" if divided else split
+    path = split_file(spec, found, source.folder)
+    if path is None:
+        raise UserError(f"{source.folder}: no {split} split; {spec.files[split][0]} is not there")
+    rows = read_split(spec, found, path)
+    examples = _quarter(rows.examples, split) if divided else rows.examples
+    named = path.name.removesuffix(".gz")
+    partial = divided or (named != spec.files[split][0] and named not in WHOLE)
+    told = f"{split} is only a part of the official set: {path.name}, {len(examples):,} rows"
+    if divided:
+        told = (
+            f"{spec.files['train'][0]} is not there, so {split} is a part of {path.name}: "
+            f"{len(examples):,} of its {len(rows.examples):,} rows (every fourth is dev)"
+        )
+    note = join(
+        source.note,
+        told if partial else "",
+        *(left_out(count, why) for why, count in rows.left_out.items()),
+        rows.mended,
+    )
+    malformed = rows.left_out.get(MALFORMED, 0)
+    return Dataset(examples, str(source.folder), note, partial, path.name, malformed)
+
+
+def _is_divided(spec: TaskSpec, folder: Path) -> bool:
+    """Whether the dev file must serve as train too, because there is no train file."""
+    return spec.divide_dev and not split_file(spec, "train", folder)
+
+
+def has_split(spec: TaskSpec, split: str, source: Source) -> bool:
+    """Whether the place has the split's rows, so that `load_split` will read them."""
+    if isinstance(spec, CustomSpec):
+        return split in spec.files or (split == "dev" and "train" in spec.files)
+    if source.folder is None:
+        return split in spec.files
+    divided = split != "test" and _is_divided(spec, source.folder)
+    return split_file(spec, "dev" if divided else split, source.folder) is not None
+
+
+def _quarter(rows: Sequence[Example], split: str) -> list[Example]:
+    """Every fourth row of the dev file as dev, the others as train; the file's row numbers stay."""
+    return [
+        replace(row, id=f"{split}-{place}")
+        for place, row in enumerate(rows)
+        if (place % 4 == 0) == (split == "dev")
+    ]
+
+
+def _bundled_examples(spec: TaskSpec, split: str) -> list[Example]:
+    rows = bundled.splits()[split]
+    examples = []
+    for number, (sentence, value) in enumerate(rows):
+        id_ = str(number) if split == "test" else f"{split}-{number}"
+        extra = {"idx": number} if split == "test" else {}
+        label = None if value is None else spec.word_of(value)
+        examples.append(Example(id_, {spec.fields[0]: sentence}, label, spec.name, extra=extra))
+    return examples
+
+
+def _load_custom(spec: CustomSpec, split: str) -> Dataset:
+    """A split of the user's own files; without a dev file, a share of train is dev."""
+    shared = "dev" not in spec.files and "train" in spec.files and split in ("train", "dev")
+    name = "train" if shared else split
+    if name not in spec.files:
+        key = split if split in ("train", "dev", "test") else "test"
+        raise UserError(f"custom.{key}: {spec.name} has no {split} split; give a file")
+    path = expand(spec.files[name][0])
+    if reason := unreadable(path):
+        raise UserError(f"custom.{name}: {path}: {reason}; give the path of a file")
+    rows = read_split(spec, name, path).examples
+    note = join(f"{spec.title} from {path}")
+    if shared:
+        rows = _side(spec, rows, split, path)
+        note = join(note, f"{split} is {len(rows):,} rows of it (custom.dev_share)")
+    return Dataset(rows, str(path), note, file=path.name)
+
+
+def _side(spec: CustomSpec, rows: Sequence[Example], split: str, path: Path) -> list[Example]:
+    """The rows on the split's side of `dev_share`, by a hash of their text: a row falls on the
+    same side in every run, and so do all rows of the same text."""
+    places = [_place(joined(spec, row)) for row in rows]
+    lowest, highest = min(places), max(places)
+    if lowest == highest:
+        raise UserError(
+            f"{path}: all rows have the same text, so none can be kept apart for dev; "
+            "give custom.dev"
+        )
+    edge = min(max(spec.dev_share, lowest), max(p for p in places if p < highest))
+    kept = [row for row, p in zip(rows, places, strict=True) if (p <= edge) == (split == "dev")]
+    return [replace(row, id=f"{split}-{row.id.partition('-')[2]}") for row in kept]
+
+
+def _place(text: str) -> float:
+    """A number in [0, 1) that is as good as drawn, and always the same for the text."""
+    digest = hashlib.sha256(f"ppo_nlu dev\n{normalise(text)}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

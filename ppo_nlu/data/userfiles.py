@@ -1,0 +1,182 @@
+"""Rows of any task in the user's own files: .txt, .csv, .tsv, .jsonl or .parquet, by their ending.
+
+Unlike in official files nothing is left out: what cannot be read is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ppo_nlu.data.labels import gold, without_tags
+from ppo_nlu.data.lines import (
+    Row,
+    bare,
+    check_columns,
+    csv_cells,
+    json_rows,
+    json_text,
+    numbered_lines,
+    text_cell,
+    without_end,
+)
+from ppo_nlu.errors import UserError
+from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
+from ppo_nlu.tasks.words import is_empty
+
+
+def read_inputs(path: str | Path, spec: TaskSpec) -> Iterator[Example]:
+    """Stream the rows of a .txt (a sentence a line), .csv, .tsv, .jsonl (or such a .gz) or .parquet
+    file; its columns are the task's fields, or the official columns of them.
+
+    The label may be absent or empty, and may be a data value or a label word. The id is the row's
+    own (`id`, `index` or `idx`) or its number from 0. Unlike in training files, a row that cannot
+    be read is an error: each input must have its prediction.
+    """
+    path = Path(path)
+    return _inputs(path, spec, input_rows(path, spec))
+
+
+def _inputs(
+    path: Path, spec: TaskSpec, rows: Iterator[tuple[int, dict[str, str]]]
+) -> Iterator[Example]:
+    count = 0
+    for count, (number, row) in enumerate(rows, start=1):
+        where = f"{path}:{number}"
+        own = next((row[name] for name in ("id", "index", "idx") if row.get(name)), None)
+        fields = {name: row[name] for name in spec.fields}
+        value = row.get(spec.label_column, "")
+        label = None if is_empty(value) else gold(spec, value, where, words=True)
+        yield Example(own or str(count - 1), fields, label, spec.name)
+    if not count:
+        raise UserError(f"{path}: there are no rows")
+
+
+def custom_examples(spec: TaskSpec, split: str, path: Path) -> list[Example]:
+    """A file of the user's own: nothing is left out, what cannot be read is an error."""
+    examples = []
+    for place, (number, row) in enumerate(input_rows(path, spec)):
+        where = f"{path}:{number}"
+        if split != "test" and spec.label_column not in row:
+            raise UserError(
+                f"{where}: there is no {spec.label_column!r}; name the column of the labels in "
+                "custom.label_column"
+            )
+        value = row.get(spec.label_column)
+        if split == "test" and is_empty(value or ""):
+            value = None
+        extra: dict[str, Any] = {"idx": place} if split == "test" else {}
+        id_ = str(place) if split == "test" else f"{split}-{place}"
+        if not is_empty(row.get(spec.rationale, "")):
+            extra["rationale"] = without_tags(row[spec.rationale], spec.rationale, where)
+        fields = {name: row[name] for name in spec.fields}
+        if spec.reward not in REWARD_KINDS:
+            extra["row"] = dict(row)  # the user's own function may ask for any column
+        examples.append(Example(id_, fields, gold(spec, value, where), extra=extra))
+    if not examples:
+        raise UserError(f"{path}: there are no rows")
+    return examples
+
+
+# ---- the kinds of files
+
+
+def input_kind(path: Path) -> str:
+    """The ending that says how the file is read: .txt, .csv, .tsv, .jsonl or .parquet."""
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind not in _INPUTS or (kind == ".parquet" and path.suffix == ".gz"):
+        raise UserError(f"{path}: unknown kind of file; give one of {', '.join(_INPUTS)}")
+    return kind
+
+
+def input_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+    """Stream the rows of a file by its ending; the task's fields are there under their names,
+    whether the file has them so or under the official column names. Nothing is left out."""
+    kind = input_kind(path)
+    if kind == ".txt" and len(spec.fields) != 1:
+        raise UserError(f"{path}: {spec.title} has the fields {', '.join(spec.fields)}; give .tsv")
+    return _INPUTS[kind](path, spec)
+
+
+def _txt_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+    for number, line in without_end(numbered_lines(path)):
+        if not line.strip():
+            raise UserError(f"{path}:{number}: an empty line; every line must be a sentence")
+        yield number, {spec.fields[0]: bare(line)}
+
+
+def _tsv_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+    rows = ((number, bare(line).split("\t")) for number, line in without_end(numbered_lines(path)))
+    return _named_rows(path, spec, rows)
+
+
+def _csv_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+    return _named_rows(path, spec, csv_cells(path))
+
+
+def _named_rows(path: Path, spec: TaskSpec, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
+    columns = _own_names(spec, next(rows, (1, [""]))[1])
+    check_columns(path, columns, spec.fields)
+    for number, cells in rows:
+        if len(cells) != len(columns):
+            raise UserError(f"{path}:{number}: {len(cells)} columns; the header has {len(columns)}")
+        yield number, dict(zip(columns, cells, strict=True))
+
+
+def _own_names(spec: TaskSpec, columns: Sequence[str]) -> list[str]:
+    """The column names with the official ones replaced by the task's, where these are not there."""
+    own = {column: name for name, column in spec.columns.items() if name not in columns}
+    return [own.get(column, column) for column in columns]
+
+
+def _jsonl_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+    for number, found in json_rows(path):
+        row = dict(zip(_own_names(spec, list(found)), found.values(), strict=True))
+        where = f"{path}:{number}"
+        for name in spec.fields:
+            text_cell(row, name, where)
+        yield number, {key: json_text(value, where) for key, value in row.items()}
+
+
+def _parquet_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: reading .parquet needs pyarrow; pip install -e '.[parquet]'"
+        ) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = _own_names(spec, file.schema_arrow.names)
+            check_columns(path, columns, spec.fields)
+            number = 0
+            for batch in file.iter_batches(1024):
+                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    number += 1
+                    where = f"{path}:{number}"
+                    row = dict(zip(columns, values, strict=True))
+                    for name in spec.fields:
+                        text_cell(row, name, where)
+                    yield number, {key: _scalar(value, where) for key, value in row.items()}
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _scalar(value: Any, where: str) -> str:
+    """A cell as text. Whole numbers with gaps are often stored as floats: 1.0 is 1, NaN is none."""
+    if isinstance(value, float):
+        if value != value:
+            return ""
+        return str(int(value)) if value.is_integer() else str(value)
+    return json_text(value, where) if isinstance(value, str | int | None) else str(value)
+
+
+_INPUTS: dict[str, Callable[[Path, TaskSpec], Iterator[Row]]] = {
+    ".txt": _txt_rows,
+    ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
+    ".jsonl": _jsonl_rows,
+    ".parquet": _parquet_rows,
+}

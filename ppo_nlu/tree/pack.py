@@ -1,0 +1,347 @@
+"""The prefix tree as integers: every distinct token of a batch once, in one row.
+
+A batch of prompts, each with one or more answers, becomes a tree of runs of tokens: the prefixes
+that prompts share (often one), the rest of each prompt, the answers. All runs lie end to end in one
+row without padding, with explicit positions; a plan says which of them attend to which.
+
+    prefix    System_prompt: ... Prompt: ... the sentence "          once
+    suffix    it 's charming ". Assistant: <Judgement>               one run a prompt
+    answer    Positive </Judgement>                                  one run an answer
+
+Where every prompt has just one answer, the answer is joined to its prompt's suffix. A model whose
+positions cannot be given, or whose attention is its own, takes the plain path: one row an answer,
+left-padded. The code that runs a tree does not know the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ppo_nlu.tree.plan import Link, Plan, Run, plan_of
+from ppo_nlu.tree.prefixes import PrefixCache, Tokens, shared_prefixes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens of a pass, padding not counted: as run, and as one row an answer would need; `pairs`
+    counts each token that is run with each one it attends to, `wanted` those whose states are
+    asked for, where the last block runs no others."""
+
+    tokens_run: int
+    tokens_full: int
+    pairs: int
+    wanted: int | None = None
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Where the runs of a packed tree lie: (start, length) of the prefixes and of each prompt's
+    suffix, and the prefix of each prompt, -1 for none. Behind a `cache` the one prefix lies there.
+    """
+
+    prefixes: list[Run]
+    suffixes: list[Run]
+    prefix_of: list[int]
+    cache: PrefixCache | None = None
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What to run, where each prompt ends, and where each answer token is predicted from.
+
+    `ids` are the packed tokens (N,), or left-padded rows (rows, length) on the plain path, which
+    has neither `plan` nor `branches`; `places`, of the same shape, are positions, and `seen` is the
+    mask of the rows. `ends (P,)` and `positions (B, R)` are indices into the flattened hidden
+    states; `mask (B, R)` tells which answer tokens count. `lengths` are those of the prompts.
+    """
+
+    ids: Tensor
+    places: Tensor
+    ends: Tensor
+    positions: Tensor
+    mask: Tensor
+    lengths: list[int]
+    cost: Cost
+    plan: Plan | None = None
+    branches: Branches | None = None
+    seen: Tensor | None = None
+
+    def to(self, device: torch.device) -> Tree:
+        """The same tree with its tensors on `device`."""
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            places=self.places.to(device),
+            ends=self.ends.to(device),
+            positions=self.positions.to(device),
+            mask=self.mask.to(device),
+            plan=None if self.plan is None else self.plan.to(device),
+            seen=None if self.seen is None else self.seen.to(device),
+        )
+
+
+def build(
+    prompts: Sequence[Tokens],
+    answers: Sequence[Tokens] = (),
+    prompt_of: Sequence[int] | None = None,
+    shared: bool = True,
+    prefix_cache: PrefixCache | None = None,
+) -> Tree:
+    """The tree of these prompts and answers; answer j belongs to prompt `prompt_of[j]` (default:
+    j).
+
+    Every prompt holds at least one token. With `shared=False` the plain path's padded rows. A
+    `prefix_cache` that fits the prompts is not run again; it gets no gradient.
+    """
+    prompt_of = list(range(len(answers))) if prompt_of is None else list(prompt_of)
+    assert len(prompt_of) == len(answers) and all(len(prompt) for prompt in prompts)
+    if not shared:
+        return _plain(prompts, answers, prompt_of)
+    if prefix_cache is not None and not prefix_cache.fits(prompts):
+        prefix_cache = None
+    return _packed(prompts, answers, prompt_of, prefix_cache)
+
+
+def _packed(
+    prompts: Sequence[Tokens],
+    answers: Sequence[Tokens],
+    prompt_of: list[int],
+    cache: PrefixCache | None,
+) -> Tree:
+    """All runs end to end: the prefixes, then below each its prompts, then their answers."""
+    row = _Row()
+    cuts, branches = _prefixes(row, prompts, cache)
+    if len(answers) > 0 and prompt_of == list(range(len(prompts))):
+        _add_joined(row, prompts, answers, cuts, branches)
+        starts = None
+    else:
+        starts = _add_apart(row, prompts, answers, prompt_of, cuts, branches)
+    ends = [branches.suffixes[p][0] + len(prompt) - cuts[p] - 1 for p, prompt in enumerate(prompts)]
+    positions = [
+        [ends[p] + t for t in range(len(answer))]
+        if starts is None
+        else [ends[p], *(starts[j] + t for t in range(len(answer) - 1))][: len(answer)]
+        for j, (answer, p) in enumerate(zip(answers, prompt_of, strict=True))
+    ]
+    table, mask = pad(positions)
+    wanted = torch.tensor(sorted({*ends, *(place for line in positions for place in line)}))
+    return Tree(
+        torch.tensor(row.ids),
+        torch.tensor(row.places),
+        torch.tensor(ends),
+        table,
+        mask,
+        [len(prompt) for prompt in prompts],
+        row.cost(_full([len(p) for p in prompts], answers, prompt_of), len(wanted)),
+        row.plan((cache is not None, False), wanted),
+        branches,
+    )
+
+
+def _prefixes(
+    row: _Row, prompts: Sequence[Tokens], cache: PrefixCache | None
+) -> tuple[list[int], Branches]:
+    """Append the prefixes that are not in the cache; how many tokens of each prompt they hold, and
+    the branches, whose suffixes are still to come."""
+    suffixes = [(0, 0)] * len(prompts)
+    if cache is not None:
+        size = len(cache.tokens)
+        cuts = [size] * len(prompts)
+        return cuts, Branches([(0, size)], suffixes, [0] * len(prompts), cache)
+    cuts, prefix_of = shared_prefixes(prompts)
+    firsts = [prefix_of.index(prefix) for prefix in range(max(prefix_of) + 1)]
+    prefixes = [row.add(prompts[p][: cuts[p]], 0) for p in firsts]
+    return cuts, Branches(prefixes, suffixes, prefix_of)
+
+
+def _add_joined(
+    row: _Row,
+    prompts: Sequence[Tokens],
+    answers: Sequence[Tokens],
+    cuts: list[int],
+    branches: Branches,
+) -> None:
+    """Append each prompt's suffix and its one answer as one run."""
+    for prefix, members in _by_prefix(branches):
+        began = len(row.ids)
+        # Runs of like length, which attention takes together, lie together.
+        for p in sorted(members, key=lambda p: cuts[p] - len(prompts[p]) - len(answers[p])):
+            tokens = [*prompts[p][cuts[p] :], *answers[p][:-1]]
+            branches.suffixes[p] = row.add(tokens, cuts[p])
+        row.link_to_prefix(began, prefix)
+
+
+def _add_apart(
+    row: _Row,
+    prompts: Sequence[Tokens],
+    answers: Sequence[Tokens],
+    prompt_of: list[int],
+    cuts: list[int],
+    branches: Branches,
+) -> list[int]:
+    """Append below each prefix the suffixes, then the answers; where each answer starts."""
+    starts = [0] * len(answers)
+    answers_of = _answers_of(prompt_of)
+    for prefix, members in _by_prefix(branches):
+        began = len(row.ids)
+        ordered = sorted(members, key=lambda p: cuts[p] - len(prompts[p]))
+        for p in ordered:
+            branches.suffixes[p] = row.add(prompts[p][cuts[p] :], cuts[p])
+        for p in ordered:
+            mine = answers_of.get(p, ())
+            row.add_answers(answers, mine, len(prompts[p]), branches.suffixes[p], starts)
+        row.link_to_prefix(began, prefix)
+    return starts
+
+
+def _by_prefix(branches: Branches) -> Iterable[tuple[Run | None, list[int]]]:
+    """Each prefix with its prompts; first None with those that have none."""
+    for index, prefix in enumerate([None, *branches.prefixes], start=-1):
+        yield prefix, [p for p, found in enumerate(branches.prefix_of) if found == index]
+
+
+class _Row:
+    """The packed row while it grows: its runs, and the links from queries to what they continue."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.places: list[int] = []
+        self.runs: list[Run] = []
+        self.to_prefixes: list[Link] = []
+        self.to_suffixes: list[Link] = []
+
+    def add(self, tokens: Tokens, place: int) -> Run:
+        """Append a run whose first token has this position."""
+        run = (len(self.ids), len(tokens))
+        self.ids += tokens
+        self.places += range(place, place + len(tokens))
+        self.runs.append(run)
+        return run
+
+    def add_answers(
+        self,
+        answers: Sequence[Tokens],
+        mine: Iterable[int],
+        place: int,
+        suffix: Run,
+        starts: list[int],
+    ) -> None:
+        """Append a prompt's answers, each from `place` on, short of its last token, and link them
+        to the prompt's suffix; `starts` learns where they lie."""
+        began = len(self.ids)
+        for j in mine:
+            starts[j] = self.add(answers[j][:-1], place)[0]
+        self.to_suffixes.append((began, len(self.ids) - began, *suffix))
+
+    def link_to_prefix(self, began: int, prefix: Run | None) -> None:
+        """All tokens from `began` on stand behind this prefix."""
+        if prefix is not None:
+            self.to_prefixes.append((began, len(self.ids) - began, *prefix))
+
+    def plan(self, earlier: tuple[bool, bool], wanted: Tensor | None = None) -> Plan:
+        """The plan of this row; the arguments are those of `plan_of`."""
+        longest = max(self.places) + 1
+        return plan_of(self.runs, self.to_prefixes, self.to_suffixes, wanted, longest, earlier)
+
+    def cost(self, full: int, wanted: int | None = None) -> Cost:
+        """What the row costs; tokens attend inside of their run, and along the links."""
+        links = [*self.to_prefixes, *self.to_suffixes]
+        pairs = _triangles(length for _, length in self.runs)
+        pairs += sum(asked * length for _, asked, _, length in links)
+        return Cost(len(self.ids), full, pairs, wanted)
+
+
+def _answers_of(prompt_of: Sequence[int]) -> dict[int, list[int]]:
+    """The answers of each prompt that has any."""
+    found: dict[int, list[int]] = {}
+    for j, prompt in enumerate(prompt_of):
+        found.setdefault(prompt, []).append(j)
+    return found
+
+
+@dataclass(frozen=True)
+class AnswerRuns:
+    """Answers behind prompts that were run before: tokens and positions (N,), with no plan where
+    there are none. Answer tokens are predicted from `positions (B, R)`, indices into the states at
+    the prompts' ends followed by those of the tokens."""
+
+    ids: Tensor
+    places: Tensor
+    plan: Plan | None
+    positions: Tensor
+    mask: Tensor
+    cost: Cost
+
+
+def pack_answers(tree: Tree, answers: Sequence[Tokens], prompt_of: Sequence[int]) -> AnswerRuns:
+    """Answers behind the prompts of a packed tree."""
+    branches, row, answers_of = tree.branches, _Row(), _answers_of(prompt_of)
+    assert branches is not None and branches.cache is None
+    starts = [0] * len(answers)
+    for prefix, members in _by_prefix(branches):
+        began = len(row.ids)
+        for p in (p for p in members if p in answers_of):
+            row.add_answers(answers, answers_of[p], tree.lengths[p], branches.suffixes[p], starts)
+        row.link_to_prefix(began, prefix)
+    count = len(tree.lengths)
+    positions, mask = pad(
+        [
+            [p, *(count + starts[j] + t for t in range(len(answer) - 1))][: len(answer)]
+            for j, (answer, p) in enumerate(zip(answers, prompt_of, strict=True))
+        ]
+    )
+    plan = row.plan((True, True)) if row.ids else None
+    full = sum(tree.lengths[p] + len(a) - 1 for a, p in zip(answers, prompt_of, strict=True))
+    ids, places = torch.tensor(row.ids), torch.tensor(row.places)
+    return AnswerRuns(ids, places, plan, positions, mask, row.cost(full))
+
+
+def _full(lengths: Sequence[int], answers: Sequence[Tokens], prompt_of: Sequence[int]) -> int:
+    """Tokens of one row an answer, or of one a prompt where there are no answers."""
+    if not answers:
+        return sum(lengths)
+    return sum(lengths[p] + len(a) - 1 for a, p in zip(answers, prompt_of, strict=True))
+
+
+def _plain(prompts: Sequence[Tokens], answers: Sequence[Tokens], prompt_of: list[int]) -> Tree:
+    """Left-padded rows: one for each answer, or for each prompt where there are none."""
+    lengths = [len(prompt) for prompt in prompts]
+    full = _full(lengths, answers, prompt_of)
+    prompt_of = prompt_of or list(range(len(prompts)))
+    bodies = [list(a[:-1]) for a in answers] or [[] for _ in prompts]
+    rows = [list(prompts[p]) + body for p, body in zip(prompt_of, bodies, strict=True)]
+    ids, seen = pad(rows, left=True)
+    width = ids.shape[1]
+    starts = [
+        j * width + width - len(body) - 1 for j, body in enumerate(bodies)
+    ]  # the prompt's last token
+    positions = [[starts[j] + t for t in range(len(a))] for j, a in enumerate(answers)]
+    row_of = {prompt: j for j, prompt in reversed(list(enumerate(prompt_of)))}
+    ends = [starts[row_of[p]] if p in row_of else 0 for p in range(len(prompts))]
+    table, mask = pad(positions)
+    places = seen.long().cumsum(1).sub_(1).clamp_(min=0)
+    cost = Cost(full, full, _triangles(len(row) for row in rows))
+    return Tree(ids, places, torch.tensor(ends), table, mask, lengths, cost, seen=seen)
+
+
+def _triangles(lengths: Iterable[int]) -> int:
+    """Pairs of causal attention inside runs of these lengths."""
+    return sum(n * (n + 1) // 2 for n in lengths)
+
+
+def pad(rows: Sequence[Tokens], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one tensor (rows, longest) and the mask of what is real."""
+    width = max((len(row) for row in rows), default=0)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    gaps = [[fill] * (width - len(row)) for row in rows]
+    padded = [
+        gap + list(row) if left else list(row) + gap for row, gap in zip(rows, gaps, strict=True)
+    ]
+    ids = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
+    column = torch.arange(width)
+    mask = column >= width - lengths[:, None] if left else column < lengths[:, None]
+    return ids, mask

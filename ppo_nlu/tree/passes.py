@@ -1,0 +1,110 @@
+"""The passes of a decoder over a tree: over prompts, over answers behind them, over a prefix.
+
+The decoder runs a packed tree in one forward, in which each token sees its ancestors alone.
+Autograd sums the gradient over the branches by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from ppo_nlu.tree import interface, plain
+from ppo_nlu.tree.attention import Layers, PackedPass
+from ppo_nlu.tree.cache import TreeCache
+from ppo_nlu.tree.pack import Cost, Tree, build, pack_answers
+from ppo_nlu.tree.plain import PlainCache
+from ppo_nlu.tree.prefixes import PrefixCache, Tokens, common_prefix
+
+
+@dataclass
+class State:
+    """What a pass over prompts left behind: its tree, the states (P, H) behind the prompts, and
+    keys and values. Where the pass ran under autograd, its graph hangs on the tensors."""
+
+    tree: Tree
+    ends: Tensor
+    layers: Layers | None = None  # packed
+    cache: DynamicCache | None = None  # plain
+
+    def start(self, rows: Sequence[int], more: int, static: bool = False) -> TreeCache | PlainCache:
+        """A cache with a row for each of these prompts (one may come often), for `more` tokens;
+        `static`: as in `TreeCache`, where it is one."""
+        tree, branches = self.tree, self.tree.branches
+        if self.layers is None:
+            assert self.cache is not None and tree.seen is not None
+            index = torch.tensor(rows, device=tree.seen.device)
+            return PlainCache(plain.select(self.cache, index), tree.seen[index])
+        assert branches is not None
+        holds = self.layers if branches.cache is None else branches.cache.layers
+        prefixes = [
+            [(k[start : start + n], v[start : start + n]) for start, n in branches.prefixes]
+            for k, v in holds
+        ]
+        prefix_of = [branches.prefix_of[r] for r in rows]
+        suffixes = [branches.suffixes[r] for r in rows]
+        longest = max(tree.lengths) + more
+        return TreeCache(self.layers, prefixes, prefix_of, suffixes, more, longest, static)
+
+
+def run(
+    decoder: nn.Module, tree: Tree, positions: bool = True, keep: bool = False
+) -> tuple[Tensor, State]:
+    """Forward a tree; the flattened hidden states (tokens, H), and with `keep` what decoding needs.
+
+    `decoder` is a Hugging Face decoder without its head; `positions=False` for one that takes no
+    `position_ids`.
+    """
+    if tree.plan is None:
+        assert tree.seen is not None
+        places = tree.places if positions else None
+        out = plain.forward(decoder, tree.ids, tree.seen, places, None, keep)
+        flat = out.last_hidden_state.flatten(0, 1)
+        return flat, State(tree, flat.index_select(0, tree.ends), cache=plain.kept_cache(out))
+    assert tree.branches is not None
+    earlier = None if tree.branches.cache is None else tree.branches.cache.layers
+    running = PackedPass(tree.plan, earlier, [] if keep else None)
+    flat = interface.forward(decoder, tree.ids, tree.places, running)
+    # Checkpointed blocks hold the pass: keys and values left in it would never be freed.
+    layers, running.kept = running.kept, None
+    return flat, State(tree, flat.index_select(0, tree.ends), layers)
+
+
+def run_answers(
+    decoder: nn.Module, prompt_pass: State, answers: Sequence[Tokens], prompt_of: Sequence[int]
+) -> tuple[Tensor, Tensor, Cost]:
+    """Run answers behind prompts that a packed pass has run; the graph of that one goes on in
+    theirs.
+
+    Returns the states (N, H) that predict the answers' tokens, row by row, the mask (B, R), and
+    the cost, the prompts' own left out.
+    """
+    assert prompt_pass.layers is not None
+    runs = pack_answers(prompt_pass.tree, answers, prompt_of)
+    hidden = prompt_pass.ends
+    device = hidden.device
+    if runs.plan is not None:
+        running = PackedPass(runs.plan.to(device), prompt_pass.layers)
+        ids, places = runs.ids.to(device), runs.places.to(device)
+        hidden = torch.cat([hidden, interface.forward(decoder, ids, places, running)])
+    positions, mask = runs.positions.to(device), runs.mask.to(device)
+    return hidden.index_select(0, positions[mask]), mask, runs.cost
+
+
+@torch.no_grad()
+def cache_prefix(
+    decoder: nn.Module, prompts: Sequence[Tokens], most: int | None = None
+) -> PrefixCache | None:
+    """What all of these prompts begin with, up to `most` tokens, run once; None where that is too
+    little."""
+    tokens = common_prefix(prompts, most)
+    if not tokens:
+        return None
+    tree = build([tokens]).to(next(decoder.parameters()).device)
+    layers = run(decoder, tree, keep=True)[1].layers
+    assert layers is not None
+    return PrefixCache(tokens, layers)

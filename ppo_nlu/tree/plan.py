@@ -1,0 +1,147 @@
+"""Which queries of a packed row meet which keys: the products that its attention is made of.
+
+Every run of tokens meets itself (causal), and the runs that it continues (all of them). Runs of
+like length are taken together, as rows of one product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+LOOSE = 0.85  # rows shorter than this share of the longest go to a batch of their own
+
+Index: TypeAlias = "Tensor | slice"
+Run: TypeAlias = tuple[int, int]  # start, length
+Link: TypeAlias = tuple[int, int, int, int]  # start, length of queries; start, length of keys
+
+
+@dataclass
+class Part:
+    """Queries and keys of one product, as indices of packed tokens: (rows, length), or a slice.
+
+    `bias` (rows, 1, 1, keys) is -inf on padded keys, None where no key is padding. Of the flattened
+    queries `real` are no padding (None: all of them), and `tokens` are their tokens; `padded`
+    (rows, 1, queries) marks the others. The keys are those of an `earlier` pass, or of this one.
+    """
+
+    queries: Index
+    keys: Index
+    causal: bool
+    bias: Tensor | None
+    tokens: Index
+    real: Tensor | None
+    padded: Tensor | None
+    earlier: bool = False
+
+    @classmethod
+    def of(cls, queries: Sequence[Run], keys: Sequence[Run] | None = None) -> Part:
+        """Of runs of queries and of keys; without keys, each run against itself."""
+        if len(queries) == 1:
+            (start, length), (first, count) = queries[0], (keys or queries)[0]
+            run = slice(start, start + length)
+            return cls(run, slice(first, first + count), keys is None, None, run, None, None)
+        index, real = table(queries)
+        at, bias = index, None
+        if keys is not None:
+            at, seen = table(keys)
+            if not bool(seen.all()):
+                bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None, None]
+        tokens = _as_slice(index[real])
+        if bool(real.all()):
+            return cls(index, at, keys is None, bias, tokens, None, None)
+        picked = real.flatten().nonzero().squeeze(1)
+        return cls(index, at, keys is None, bias, tokens, picked, ~real[:, None])
+
+    def to(self, device: torch.device) -> Part:
+        """The same part with its tensors on `device`."""
+        tensors = ((name, x) for name, x in vars(self).items() if isinstance(x, Tensor))
+        moved: dict[str, Any] = {name: x.to(device) for name, x in tensors}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts of one pass over `size` tokens, in sequences of at most `longest`: `own` covers
+    every token once; `ancestors` leads to the runs before.
+
+    The last block's states are `wanted` at these tokens alone (None: at all of them).
+    """
+
+    own: list[Part]
+    ancestors: list[Part]
+    wanted: Tensor | None
+    size: int
+    longest: int
+
+    def to(self, device: torch.device) -> Plan:
+        """The same plan with its tensors on `device`."""
+        own, ancestors = [p.to(device) for p in self.own], [p.to(device) for p in self.ancestors]
+        wanted = None if self.wanted is None else self.wanted.to(device)
+        return replace(self, own=own, ancestors=ancestors, wanted=wanted)
+
+
+def plan_of(
+    runs: Sequence[Run],
+    shared: Sequence[Link],
+    own: Sequence[Link],
+    wanted: Tensor | None,
+    longest: int,
+    earlier: tuple[bool, bool] = (False, False),
+) -> Plan:
+    """The plan of a packed row; `wanted` and `longest` as in `Plan`.
+
+    Args:
+        runs: of tokens, which together cover the row.
+        shared: from queries to the prefix that they stand behind; a few, each with many queries, so
+            each is a product of its own.
+        own: the same for runs with few queries each, such as a prompt's answers.
+        earlier: whether `shared`, and `own`, lead to tokens of an earlier pass.
+    """
+    ordered = sorted((run for run in runs if run[1]), key=lambda run: -run[1])
+    covered = [Part.of(batch) for batch in _batches(ordered, [length for _, length in ordered])]
+    links = sorted((link for link in own if link[1] and link[3]), key=lambda link: -link[3])
+    batches = [([link], earlier[0]) for link in shared if link[1] and link[3]]
+    batches += [(batch, earlier[1]) for batch in _batches(links, [link[3] for link in links])]
+    ancestors = [
+        replace(Part.of([x[:2] for x in batch], [x[2:] for x in batch]), earlier=before)
+        for batch, before in batches
+    ]
+    return Plan(covered, ancestors, wanted, sum(length for _, length in runs), longest)
+
+
+def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:
+    """Consecutive items of like length; the lengths fall."""
+    batch: list[Any] = []
+    longest = 0
+    for item, length in zip(items, lengths, strict=True):
+        if batch and length < LOOSE * longest:
+            yield batch
+            batch = []
+        if not batch:
+            longest = length
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def table(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
+    """Indices (rows, longest) of the tokens of these runs, and which are real; padding repeats the
+    last token of its run."""
+    starts, lengths = torch.tensor(runs, dtype=torch.long).unbind(1)
+    column = torch.arange(int(lengths.max()))
+    real = column < lengths[:, None]
+    return starts[:, None] + torch.minimum(column, lengths[:, None] - 1), real
+
+
+def _as_slice(tokens: Tensor) -> Index:
+    """The same tokens as a slice, where they follow each other: copies are then plain ones."""
+    first, count = int(tokens[0]), len(tokens)
+    if torch.equal(tokens, torch.arange(first, first + count)):
+        return slice(first, first + count)
+    return tokens

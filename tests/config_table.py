@@ -26,6 +26,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ppo_nlu.config import METHOD_DEFAULTS, PRESETS, Config, strict_config
+from ppo_nlu.config.fields import Leaf, schema
 
 DOCUMENT = Path(__file__).parents[1] / "configs" / "README.md"
 BEGIN = "<!-- written by: python -m tests.config_table --write -->"
@@ -74,7 +75,7 @@ def tables() -> str:
 
 def _sections() -> Iterator[str]:
     sections: dict[str, list[str]] = {}
-    for key in strict_config.schema(Config):
+    for key in schema(Config):
         sections.setdefault(key.rpartition(".")[0], []).append(key)
     kinds, said = get_type_hints(Config), meanings(Config)
     for name, keys in sections.items():
@@ -83,7 +84,7 @@ def _sections() -> Iterator[str]:
 
 
 def _row(key: str, meaning: str) -> str:
-    leaf = strict_config.schema(Config)[key]
+    leaf = schema(Config)[key]
     allowed = _allowed(leaf).replace("<", "&lt;")
     lower = meaning[1:2].islower()  # no acronym
     said = f"{meaning[:1].lower() if lower else meaning[:1]}{meaning[1:]}".rstrip(".")
@@ -103,7 +104,7 @@ def _yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _allowed(leaf: strict_config.Leaf) -> str:
+def _allowed(leaf: Leaf) -> str:
     """The type, and the limits where there are any."""
     if "choices" in leaf.limits:
         return ", ".join(f"`{choice}`" for choice in leaf.limits["choices"])

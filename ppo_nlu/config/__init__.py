@@ -3,7 +3,7 @@
 A YAML file states only what differs from the defaults below, under the same names. Later layers
 win: defaults < preset < file < command line (`section.key=value`). How files are read, and what is
 said of mistakes in them, is in `strict_config`. A relative path in a config is relative to the
-current directory. Nothing here imports torch.
+current directory. Nothing here imports torch. The module is long because all keys stand in it.
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ppo_nlu.config import strict_config
-from ppo_nlu.config.foreign_names import ABSENT, FOREIGN_NAMES, NOTES
-from ppo_nlu.config.strict_config import (
+from ppo_nlu.config.checks import checked
+from ppo_nlu.config.fields import (
     below_one,
     count,
-    diff,
-    dump,
-    load_dataclass,
     long_text,
     number,
     one_of,
-    parse_overrides,
     positive,
-    save_config,
+    schema,
     share,
+)
+from ppo_nlu.config.foreign_names import ABSENT, FOREIGN_NAMES, NOTES
+from ppo_nlu.config.presets import METHOD_DEFAULTS, PRESETS
+from ppo_nlu.config.strict_config import (
+    diff,
+    dump,
+    load_dataclass,
+    parse_overrides,
+    save_config,
     to_dict,
 )
 from ppo_nlu.errors import UserError
@@ -362,77 +367,6 @@ def _conflicts(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "lora.targets", "is empty; use all-linear, attention, or module name endings"
 
 
-# The semantics of the paper's released code: PPOTrainer.step of TRL 0.11. Values that equal today's
-# defaults are stated too, so that a change of the defaults does not move the preset. Departures:
-# the code drops out 0.05 in LoRA and 0.1 in the value head, which moves the ratio away from 1 at
-# the first update; trains the base's biases, so that LoRA off is not its reference; draws the
-# longest answer anew from 12 to 31; stops at the end of the sequence only and trains all behind
-# the tag.
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "legacy": {
-        "model.value_head": "linear",
-        "lora.r": 16,
-        "lora.alpha": 32.0,
-        "lora.rslora": True,
-        "lora.targets": ["q_proj", "v_proj"],
-        "reward.scale": "code",
-        "rollout.batch_size": 16,
-        "rollout.samples_per_prompt": 1,
-        "rollout.max_new_tokens": 32,
-        "rollout.temperature": 1.0,
-        "ppo.epochs": 4,
-        "ppo.minibatch_size": 16,
-        "ppo.micro_batch_size": 8,
-        "ppo.clip": 0.2,
-        "ppo.clip_high": None,
-        "ppo.dual_clip": None,
-        "ppo.value_clip": 0.2,
-        "ppo.gamma": 1.0,
-        "ppo.lam": 0.95,
-        "ppo.kl_coef": 0.2,
-        "ppo.kl_estimator": "k1",
-        "ppo.kl_adaptive": True,
-        "ppo.kl_target": 6.0,
-        "ppo.kl_horizon": 10000,
-        "ppo.value_coef": 0.1,
-        "ppo.entropy_coef": 0.0,
-        "ppo.whiten_advantages": True,
-        "ppo.whiten_rewards": False,
-        "ppo.critic_target": "gae",
-        "ppo.target_kl": None,
-        "ppo.max_ratio": 10.0,
-        "optim.name": "adafactor",
-        "optim.lr": 9e-6,
-        "optim.value_lr": None,
-        "optim.weight_decay": 0.0,
-        "optim.max_grad_norm": 0.0,
-        "optim.schedule": "constant",
-        "optim.warmup": 0.0,
-    },
-}
-
-
-# What each method takes where nothing is said: AdamW for supervised training (arXiv 2410.11020,
-# section 4), and for the encoder the settings of Devlin et al. (2019), section 4.1. GRPO compares
-# 8 answers, as TRL and most reports do; its rate is ten times TRL's 1e-6, which is one for full
-# weights, and LoRA takes about ten times that.
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "ppo": {},
-    "grpo": {"rollout.samples_per_prompt": 8, "optim.name": "adamw", "optim.lr": 1e-5},
-    "sft": {"optim.name": "adamw", "optim.lr": 2e-4},
-    "encoder": {
-        "optim.name": "adamw",
-        "optim.lr": 2e-5,
-        "optim.beta2": 0.999,
-        "optim.eps": 1e-6,
-        "optim.weight_decay": 0.01,
-        "optim.schedule": "linear",
-        "optim.min_lr_ratio": 0.0,
-    },
-}
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file, the defaults of its method and preset, and
     `section.key=value` overrides."""
@@ -443,7 +377,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         given = {key: (where, value) for key, value in METHOD_DEFAULTS[method].items()} | given
     if "ppo.preset" in given:
         where, name = given["ppo.preset"]
-        leaf = strict_config.schema(Config)["ppo.preset"]
-        name = strict_config.checked(leaf, name, where, "ppo.preset")
+        leaf = schema(Config)["ppo.preset"]
+        name = checked(leaf, name, where, "ppo.preset")
         given = {key: (where, value) for key, value in PRESETS[name].items()} | given
     return strict_config.build(Config, given, str(path))

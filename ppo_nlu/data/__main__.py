@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ppo_nlu import data
 from ppo_nlu.config import Config, DataConfig, load_config, strict_config
+from ppo_nlu.config.mistakes import COMMAND_LINE
 from ppo_nlu.data import download
 from ppo_nlu.data.archives import archive_of
 from ppo_nlu.errors import UserError, printable
@@ -60,9 +61,9 @@ def _asked(words: Sequence[str]) -> tuple[list[TaskSpec], Config]:
         cfg = load_config(files[0], overrides)
         return [*specs_of(cfg).values(), *map(get_task, names)], cfg
     given = strict_config.parse_overrides(overrides, Config)
-    said = {key: (strict_config.COMMAND_LINE, value) for key, value in given.items()}
+    said = {key: (COMMAND_LINE, value) for key, value in given.items()}
     any_task = {"task": ("", next(iter(TASKS)))}
-    cfg = strict_config.build(Config, any_task | said, strict_config.COMMAND_LINE)
+    cfg = strict_config.build(Config, any_task | said, COMMAND_LINE)
     return [get_task(name) for name in names], cfg
 
 

@@ -38,7 +38,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ppo_nlu.config.strict_config import below_one, load_dataclass, number, one_of, positive, share
+from ppo_nlu.config.fields import (
+    below_one,
+    number,
+    one_of,
+    positive,
+    share,
+)
+from ppo_nlu.config.strict_config import load_dataclass
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import cli
 from ppo_nlu.storage.files import atomic_write_bytes, atomic_write_text, make_folder

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 from ppo_nlu.config import Config
-from ppo_nlu.config.strict_config import meant
+from ppo_nlu.config.mistakes import meant
 from ppo_nlu.errors import UserError, first_line, one_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -27,7 +27,7 @@ from typing import Any, get_args
 
 from ppo_nlu import evaluate, export, predict, submit, teach_form, train
 from ppo_nlu.config import FOREIGN_NAMES, Config, dump, load_config
-from ppo_nlu.config.strict_config import Leaf, schema
+from ppo_nlu.config.fields import Leaf, schema
 from ppo_nlu.data import __main__ as data_program
 from ppo_nlu.model import peft_format
 from ppo_nlu.pretrain import __main__ as pretrain

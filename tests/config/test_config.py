@@ -28,6 +28,7 @@ from ppo_nlu.config import (
     strict_config,
     to_dict,
 )
+from ppo_nlu.config.fields import schema
 from ppo_nlu.config.idle_keys import idle_keys
 from ppo_nlu.errors import UserError
 
@@ -239,7 +240,7 @@ def test_a_mark_at_the_head_of_the_file_is_no_letter(write: Write) -> None:
 
 NUMBERS = {
     key: leaf
-    for key, leaf in strict_config.schema(Config).items()
+    for key, leaf in schema(Config).items()
     if {int, float} & {leaf.kind, *get_args(leaf.kind)}
 }
 
@@ -267,7 +268,7 @@ def test_every_number_has_its_range(write: Write, key: str) -> None:
 @pytest.mark.parametrize("name", config.FOREIGN_NAMES)
 def test_every_foreign_name_leads_to_keys_that_exist(write: Write, name: str) -> None:
     """Alone, in a section of ours, and in capitals; no name hides a key of ours of that place."""
-    known = strict_config.schema(Config)
+    known = schema(Config)
     targets = config.FOREIGN_NAMES[name]
     assert name not in known
     assert all(key in known or key in ("--output", "--resume") for key in targets)
@@ -279,7 +280,7 @@ def test_every_foreign_name_leads_to_keys_that_exist(write: Write, name: str) ->
 
 @pytest.mark.parametrize("name", config.ABSENT)
 def test_a_foreign_name_without_counterpart_is_told_so(write: Write, name: str) -> None:
-    assert name not in config.FOREIGN_NAMES and name not in strict_config.schema(Config)
+    assert name not in config.FOREIGN_NAMES and name not in schema(Config)
     for written in (name, f"model.{name}", name.upper()):
         said = message(write(TASK), (f"{written}=1",))
         assert f"there is no such thing here: {config.ABSENT[name]}" in said
@@ -577,7 +578,7 @@ def test_every_field_is_read_somewhere() -> None:
         if path != Path(config.__file__):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    keys = [key for key in strict_config.schema(Config) if key != "ppo.preset"]  # done once loaded
+    keys = [key for key in schema(Config) if key != "ppo.preset"]  # done once loaded
     unread = [key for key in keys if key.rpartition(".")[2] not in read]
     if unread and not (ROOT / "ppo_nlu" / "train.py").is_file():
         pytest.skip(f"no engine yet; not read: {', '.join(unread)}")

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ppo_nlu.config import Config
-from ppo_nlu.config.strict_config import schema
+from ppo_nlu.config.fields import schema
 from ppo_nlu.runtime import cli
 from tests.campaigns import bad_input
 from tests.campaigns.bad_input import Case

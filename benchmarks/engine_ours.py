@@ -27,7 +27,7 @@ def ours(job: Job, meter: Meter) -> None:
     """PPO, GRPO or SFT of ours, through the classes that training goes through."""
     from ppo_nlu.config import load_config
     from ppo_nlu.methods.learners import LEARNERS
-    from ppo_nlu.model import policy as models
+    from ppo_nlu.model import load as models
     from ppo_nlu.runtime import flops, optim, profiling
     from ppo_nlu.tasks import Example, get_task
 
@@ -204,7 +204,7 @@ def startup(job: Job, meter: Meter) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from ppo_nlu import train
-    from ppo_nlu.model import policy as models
+    from ppo_nlu.model import load as models
 
     spent = {"imports": time.perf_counter() - began}
     models.load_base = timed(models.load_base, "model", spent)

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from ppo_nlu import evaluate  # noqa: E402
 from ppo_nlu.config import load_config  # noqa: E402
 from ppo_nlu.data import demonstrations
-from ppo_nlu.model.policy import load_policy  # noqa: E402
+from ppo_nlu.model.load import load_policy  # noqa: E402
 from ppo_nlu.tasks import get_task  # noqa: E402
 
 

@@ -25,9 +25,11 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.methods import encoder
 from ppo_nlu.methods.encoder import Encoder
 from ppo_nlu.methods.rollout import Fitted, fit_prompt, longest_prompt, seeded
-from ppo_nlu.model import lora
+from ppo_nlu.model import lora, peft_format
 from ppo_nlu.model.generate import Sampling, generate
-from ppo_nlu.model.policy import VALUE_HEAD, Policy, check_words, load_policy
+from ppo_nlu.model.load import check_words, load_policy
+from ppo_nlu.model.policy import Policy
+from ppo_nlu.model.value_head import VALUE_HEAD
 from ppo_nlu.runtime import cli
 from ppo_nlu.runtime.run_folder import require_run_dir
 from ppo_nlu.runtime.summary import peak_memory_mb
@@ -289,7 +291,7 @@ def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
     folder = require_run_dir(run_dir)
     cfg = stored_config(folder, overrides)
     kept = encoder_folder(folder) if cfg.method == "encoder" else folder / "adapter"
-    named = "config.json" if cfg.method == "encoder" else lora.CONFIG_FILE
+    named = "config.json" if cfg.method == "encoder" else peft_format.CONFIG_FILE
     if not (kept / named).is_file():
         raise UserError(
             f"{folder}: the run has not finished and left no {kept.name}/; "
@@ -309,7 +311,7 @@ def load_trained(cfg: Config, run_dir: str | Path) -> Policy | Encoder:
         return encoder.load_saved(cfg, specs_of(cfg)[cfg.names[0]], encoder_folder(run_dir))
     adapter = Path(run_dir) / "adapter"
     policy = load_policy(replace(cfg, init_from=None))  # the run's own adapter is whole
-    lora.load_adapter(policy.model, adapter)
+    peft_format.load_adapter(policy.model, adapter)
     if cfg.method != "ppo":
         return policy  # no critic was trained
     path = adapter / VALUE_HEAD

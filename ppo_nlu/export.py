@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from ppo_nlu.answering.provenance import stored_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.model import lora
-from ppo_nlu.model.policy import VALUE_HEAD, load_base
+from ppo_nlu.model import lora, peft_format
+from ppo_nlu.model.base_model import load_base
+from ppo_nlu.model.value_head import VALUE_HEAD
 from ppo_nlu.runtime import checkpoint, cli, run_folder
 from ppo_nlu.storage.access import write_errors
 from ppo_nlu.storage.files import atomic_write_text, sync_folder, temporary_name
@@ -107,7 +108,7 @@ def export_merged(run: Path, cfg: Config, which: str | None, folder: Path) -> st
 
 def base_name(cfg: Config) -> str:
     """What the base model is called: as the user named it, of a full path the last part."""
-    return lora.portable_name(cfg.model.name_or_path)
+    return peft_format.portable_name(cfg.model.name_or_path)
 
 
 # ---- what a run holds ------------------------------------------------------------------------
@@ -129,13 +130,13 @@ def _policy(run: Path, cfg: Config, which: str | None) -> tuple[nn.Module, Any]:
     source = _final_adapter(run) if which is None else None
     groups, path = ({}, run) if which is None else _checkpoint(run, which)
     if source is None:
-        settings: Any = replace(cfg.lora, targets=lora.targets_of(groups["adapter"]))
+        settings: Any = replace(cfg.lora, targets=peft_format.targets_of(groups["adapter"]))
     else:
-        settings = lora.read_adapter_config(source)
+        settings = peft_format.read_adapter_config(source)
     model, tokenizer = load_base(cfg.model)
     lora.attach(model, settings)
     if source is not None:
-        lora.load_adapter(model, source)
+        peft_format.load_adapter(model, source)
     else:
         lora.load_state_dict(model, groups["adapter"], str(path))
     return model.eval(), tokenizer
@@ -153,23 +154,23 @@ def _checkpoint(run: Path, which: str) -> tuple[checkpoint.Tensors, Path]:
 
 def _copy_adapter(source: Path, base: str, folder: Path) -> None:
     """The run's adapter and value head, whole and finite, with the base's name in the config."""
-    lora.read_adapter_config(source)  # refuses what cannot be read
+    peft_format.read_adapter_config(source)  # refuses what cannot be read
     contents = {}
-    for name in (VALUE_HEAD, lora.WEIGHTS_FILE):
-        if (source / name).is_file() or name == lora.WEIGHTS_FILE:
+    for name in (VALUE_HEAD, peft_format.WEIGHTS_FILE):
+        if (source / name).is_file() or name == peft_format.WEIGHTS_FILE:
             for key, tensor in read_tensors(source / name).items():
                 lora.require_numbers(tensor, torch.float32, f"{source / name}: {key}")
             contents[name] = read_checked(source / name)
-    config = parse_object(read_checked(source / lora.CONFIG_FILE).decode())
+    config = parse_object(read_checked(source / peft_format.CONFIG_FILE).decode())
     text = to_json(config | {"base_model_name_or_path": base}, indent=2) + "\n"
-    write_folder(folder, contents | {lora.CONFIG_FILE: text.encode()})
+    write_folder(folder, contents | {peft_format.CONFIG_FILE: text.encode()})
 
 
 def _write_checkpoint(run: Path, cfg: Config, which: str, folder: Path) -> None:
     groups, _ = _checkpoint(run, which)
     model, _ = _policy(run, cfg, which)
     beside = {VALUE_HEAD: dump_tensors(groups["value_head"])} if "value_head" in groups else {}
-    lora.save_adapter(model, folder, cfg.lora, base_name(cfg), beside)
+    peft_format.save_adapter(model, folder, cfg.lora, base_name(cfg), beside)
 
 
 # ---- the check -------------------------------------------------------------------------------

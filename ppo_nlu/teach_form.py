@@ -30,8 +30,11 @@ from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import sft
 from ppo_nlu.methods.rollout import fit_prompt, longest_prompt, seeded
+from ppo_nlu.model.base_model import load_base
 from ppo_nlu.model.generate import Sampling, generate
-from ppo_nlu.model.policy import Policy, ValueHead, check_words, load_base, measure, settle
+from ppo_nlu.model.load import check_words, measure, path_and_limit
+from ppo_nlu.model.policy import Policy
+from ppo_nlu.model.value_head import ValueHead
 from ppo_nlu.runtime import cli, optim
 from ppo_nlu.runtime.progress import Progress
 from ppo_nlu.runtime.summary import peak_memory_mb
@@ -124,7 +127,7 @@ def _load(cfg: Config) -> Policy:
     model, tokenizer = load_base(cfg.model)
     loaded, limit = measure(model, tokenizer, cfg)
     policy = Policy(model, tokenizer, ValueHead(1, "linear"), cfg.model)
-    settle(policy, cfg, loaded, limit)
+    policy.settle(*path_and_limit(policy, cfg, loaded, limit))
     model.requires_grad_(True)
     return policy
 

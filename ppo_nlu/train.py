@@ -27,7 +27,8 @@ from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import memory, updates
 from ppo_nlu.methods.learners import LEARNERS, Learner, LoraLearner
-from ppo_nlu.model.policy import DTYPES, Policy
+from ppo_nlu.model.base_model import DTYPES
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import (
     checkpoint,
     cli,

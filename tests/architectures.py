@@ -42,7 +42,8 @@ from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import memory
 from ppo_nlu.model import generate, lora
-from ppo_nlu.model.policy import Policy, load_policy
+from ppo_nlu.model.load import load_policy
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import flops
 from ppo_nlu.tree.checkpointing import checkpoint_blocks
 

@@ -42,11 +42,11 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
 
     from ppo_nlu.config import dump, load_config
-    from ppo_nlu.model import lora
-    from ppo_nlu.model import policy as model
+    from ppo_nlu.model import BUNDLED, lora, peft_format
+    from ppo_nlu.model.load import load_policy
     from ppo_nlu.runtime import run_folder
 
-    if not (model.BUNDLED / "config.json").is_file():
+    if not (BUNDLED / "config.json").is_file():
         pytest.skip("the bundled model is not in ppo_nlu/assets")
     root = tmp_path_factory.mktemp("finished")
     (root / "run.yaml").write_text(
@@ -56,12 +56,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = load_config(root / "run.yaml")
     folder = root / "run"
     run_folder.claim(folder, dump(cfg)).release()
-    policy = model.load_policy(cfg)
+    policy = load_policy(cfg)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in lora.lora_parameters(policy.model):
             weight.copy_(0.03 * torch.randn(weight.shape, generator=generator))
     (folder / "adapter").mkdir()
     save_file(policy.value_head.state_dict(), folder / "adapter" / "value_head.safetensors")
-    lora.save_adapter(policy.model, folder / "adapter", cfg.lora, "bundled")
+    peft_format.save_adapter(policy.model, folder / "adapter", cfg.lora, "bundled")
     return folder

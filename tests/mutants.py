@@ -969,6 +969,11 @@ MODEL = of(
         "hidden",
         "model.detach_value has an effect",
     ),
+)
+
+STOP = of(
+    "model/stop",
+    "model/model",
     eos_does_not_stop=(
         "row[-1] in self.eos or STOP in",
         "STOP in",
@@ -1094,5 +1099,5 @@ MUTANTS = [
     *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REFERENCE, *GENERATE,
     *KEPT_GRAPH, *PACK, *ROW, *PREFIXES, *PLAIN, *PLAN, *ATTENTION, *PASSES, *TORCH_LORA, *SOFTMAX,
     *LOGPROBS,
-    *LORA, *OPS, *MODEL, *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
+    *LORA, *OPS, *MODEL, *STOP, *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
 ]  # fmt: skip

@@ -18,7 +18,7 @@ import pytest
 from ppo_nlu import data, evaluate, submit
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
-from ppo_nlu.model import lora
+from ppo_nlu.model import peft_format
 from ppo_nlu.runtime import cli, run_folder
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
 
@@ -55,7 +55,7 @@ class World:
         folder = self.root / name
         run_folder.claim(folder, dump(load_config(self.root / "run.yaml"))).release()
         (folder / "adapter").mkdir()
-        (folder / "adapter" / lora.CONFIG_FILE).write_text("{}")
+        (folder / "adapter" / peft_format.CONFIG_FILE).write_text("{}")
         for task, given in (answers or {}).items():
             self.keep(folder, task, given)
         return folder

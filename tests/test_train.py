@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ppo_nlu import evaluate, train
 from ppo_nlu.methods import memory, ppo
-from ppo_nlu.model import BUNDLED, lora
+from ppo_nlu.model import BUNDLED, peft_format
 from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.storage import files, sealed
 
@@ -144,7 +144,9 @@ MOMENTS: dict[str, Callable[[], None]] = {
         "evaluate_all",
         lambda policy, spec, cfg, rows, decodes, *a: decodes == ("greedy",),
     ),
-    "at the end, half an adapter written": lambda: _die_at(lora, "save_adapter", lambda *a: True),
+    "at the end, half an adapter written": lambda: _die_at(
+        peft_format, "save_adapter", lambda *a: True
+    ),
     "at the end, before the summary": lambda: _die_at(
         evaluate, "write_predictions", lambda *a: True
     ),

@@ -27,8 +27,10 @@ from ppo_nlu.methods import rollout
 from ppo_nlu.model import lora, norms
 from ppo_nlu.model.as_loaded import AsLoaded
 from ppo_nlu.model.generate import Generation
+from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.path_check import choose_path
-from ppo_nlu.model.policy import Policy, ValueHead, load_policy
+from ppo_nlu.model.policy import Policy
+from ppo_nlu.model.value_head import ValueHead
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.prompts import STOP, render
 from ppo_nlu.tree import interface, pack
@@ -110,7 +112,7 @@ def policy(
     norms.attach(model)
     head = ValueHead(model.config.hidden_size, cfg.value_head, cfg.value_hidden)
     made = Policy(model, words, head, cfg)
-    made.tree = choose_path(made, cfg.path, loaded)
+    made.settle(choose_path(made, cfg.path, loaded))
     if shaken:
         shake(made, seed)
     return made

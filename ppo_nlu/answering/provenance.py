@@ -26,7 +26,8 @@ import ppo_nlu
 from ppo_nlu.config import Config, load_config, parse_overrides
 from ppo_nlu.config.strict_config import values
 from ppo_nlu.errors import UserError
-from ppo_nlu.model.policy import adapter_folder, resolve
+from ppo_nlu.model.base_model import resolve
+from ppo_nlu.model.load import adapter_folder
 from ppo_nlu.runtime import run_folder
 from ppo_nlu.tasks import REWARD_KINDS, Example
 

@@ -31,8 +31,8 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.methods.rollout import seeded
 from ppo_nlu.methods.updates import BadStep, Metrics, chunks
 from ppo_nlu.model import BUNDLED
+from ppo_nlu.model.base_model import DTYPES, hub_answers, pick_device, reason_of
 from ppo_nlu.model.lora import require_numbers
-from ppo_nlu.model.policy import DTYPES, hub_answers, pick_device, reason_of
 from ppo_nlu.runtime.optim import clip_gradients
 from ppo_nlu.storage.access import write_errors
 from ppo_nlu.storage.files import make_folder, temporary_name

@@ -23,8 +23,10 @@ from ppo_nlu.methods import encoder, grpo, ppo, sft, updates
 from ppo_nlu.methods.reference_cache import ReferenceCache
 from ppo_nlu.methods.rollout import Rollout, seeded, tell_reuse
 from ppo_nlu.methods.updates import Budget, Metrics, check_first_ratio
-from ppo_nlu.model import lora
-from ppo_nlu.model.policy import VALUE_HEAD, Policy, load_policy
+from ppo_nlu.model import lora, peft_format
+from ppo_nlu.model.load import load_policy
+from ppo_nlu.model.policy import Policy
+from ppo_nlu.model.value_head import VALUE_HEAD
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.rewards import RunningScale
 
@@ -105,7 +107,7 @@ class LoraLearner(Learner):
     def save(self, folder: Path) -> None:
         name, groups = self.cfg.model.name_or_path, self.weights()
         beside = {VALUE_HEAD: dump_tensors(groups["value_head"])} if "value_head" in groups else {}
-        lora.save_adapter(self.model.model, folder / "adapter", self.cfg.lora, name, beside)
+        peft_format.save_adapter(self.model.model, folder / "adapter", self.cfg.lora, name, beside)
 
 
 class OnPolicy(LoraLearner):

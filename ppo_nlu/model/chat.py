@@ -88,13 +88,15 @@ class Chat:
     def _header(self, messages: Sequence[Message], form: Form, text: str) -> str:
         """What stands before an answer that the template was given, where it does not write this
         on being asked for a new one."""
+        from jinja2 import TemplateError
+
         arranged = _arranged(messages, form)
         content: Any = [{"type": "text", "text": ANSWER}] if form.parts else ANSWER
         try:
             if self._rendered(arranged, ask=False) != text:
                 return ""
             answered = self._rendered([*arranged, {"role": "assistant", "content": content}])
-        except Exception:  # it knows no other way of being asked, and so none could be missed
+        except (TemplateError, TypeError):  # it takes no answer, so that no header can be missed
             return ""
         before, found, _ = answered.rpartition(ANSWER)
         header = before.removeprefix(text)

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import inspect
-import pickle
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppo_nlu import ops
-from ppo_nlu.config import Config, ModelConfig, PromptConfig
-from ppo_nlu.errors import UserError, first_line
-from ppo_nlu.model import BUNDLED, lora, norms, path_check
-from ppo_nlu.model.as_loaded import AsLoaded
+from ppo_nlu.config import ModelConfig
+from ppo_nlu.errors import UserError
+from ppo_nlu.model import lora
 from ppo_nlu.model.chat import Chat
 from ppo_nlu.model.head_form import head_form, head_of
 from ppo_nlu.model.shape import (
     Shape,
     context_of,
     decoder_of,
-    limit_of,
     shape_of,
-    text_config,
     windows,
 )
+from ppo_nlu.model.stop import StopDetector
 from ppo_nlu.model.tokens import Codec
+from ppo_nlu.model.value_head import ValueHead
 from ppo_nlu.runtime import profiling
-from ppo_nlu.tasks import TaskSpec
-from ppo_nlu.tasks.answers import parse
-from ppo_nlu.tasks.prompts import OPENING, STOP, Message, answer, render
+from ppo_nlu.tasks.prompts import Message
 from ppo_nlu.tree import pack, passes
 from ppo_nlu.tree.checkpointing import checkpoint_blocks
 from ppo_nlu.tree.decode_graph import Recorder
@@ -41,26 +35,6 @@ from ppo_nlu.tree.packed_row import Cost
 from ppo_nlu.tree.passes import State
 from ppo_nlu.tree.prefixes import PrefixCache, Tokens
 from ppo_nlu.tree.trim import trim
-
-VALUE_HEAD = "value_head.safetensors"  # beside the adapter
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class ValueHead(nn.Module):
-    """V(s) from the last hidden state, in fp32, zero at the start: an MLP, or a linear layer."""
-
-    def __init__(self, hidden: int, kind: str = "mlp", width: int = 0):
-        super().__init__()
-        width = width or hidden
-        self.body = nn.Sequential(nn.Linear(hidden, width), nn.GELU()) if kind == "mlp" else None
-        self.out = nn.Linear(width if kind == "mlp" else hidden, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(N, H) hidden states to (N,) values."""
-        x = hidden.float()
-        return self.out(x if self.body is None else self.body(x)).squeeze(-1)
 
 
 @dataclass
@@ -85,16 +59,30 @@ class Policy:
         trim(self.decoder)
         self.decoder.warn_if_padding_and_no_attention_mask = _no_warning
         self.detach_value = cfg.detach_value
-        self.tree = True  # for rows that no window ends in
         self.window = min(windows(self.config), default=None)
-        self.limit: int | None = None  # of the context, where it is not the model's own
         self.last_pass = Cost(0, 0, 0)
-        self.checkpointing = False
-        self.recorder: Recorder | None = None  # decode by recorded steps
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self.stop = StopDetector(model, tokenizer)
         self._codec: Codec | None = None
         self._chat: Chat | None = None
+        self.settle()
+
+    def settle(
+        self,
+        tree: bool = True,
+        limit: int | None = None,
+        checkpointing: bool = False,
+        recorded: bool = False,
+    ) -> None:
+        """How rows are run: in the prefix `tree` where no window ends in them, with a context of at
+        most `limit` tokens (None: the model's own), blocks computed again in the backward with
+        `checkpointing`, and decoded by `recorded` steps where there is a GPU and the tree."""
+        self.tree, self.limit, self.checkpointing = tree, limit, checkpointing
+        self.recorder: Recorder | None = None
+        if recorded and tree and self.device.type == "cuda":
+            self.recorder = Recorder(self.decoder)
+        if checkpointing:
+            checkpoint_blocks(self.decoder)
 
     @property
     def config(self) -> Any:
@@ -256,208 +244,6 @@ def unflatten(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-class StopDetector:
-    """Tells when a response is over: an eos id, or a text that holds `</Judgement>`.
-
-    The tag is looked for in the text that the parser reads, whatever its tokenisation; a row is
-    decoded only when its newest token could hold the tag's last character.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any):
-        self.tokenizer = tokenizer
-        listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        many = listed if isinstance(listed, list) else [listed]
-        self.eos = {int(i) for i in [*many, tokenizer.eos_token_id] if i is not None}
-        size = text_config(model).vocab_size
-        pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-        closing = [i for i, piece in enumerate(pieces) if piece is None or STOP[-1] in piece]
-        self.may_end = torch.zeros(size, dtype=torch.bool)
-        self.may_end[closing + [i for i in self.eos if i < size]] = True
-
-    def ended(self, rows: Sequence[Tokens]) -> list[bool]:
-        """Whether each response is over with its last token."""
-        return [row[-1] in self.eos or STOP in self._text(row) for row in rows]
-
-    def _text(self, row: Tokens) -> str:
-        if not self.may_end[row[-1]]:
-            return ""
-        return self.tokenizer.decode(
-            list(row), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
-
-def resolve(name: str) -> str:
-    """`bundled` as the folder of the bundled model; any other name as it is."""
-    return str(BUNDLED) if name == "bundled" else name
-
-
-def load_base(cfg: ModelConfig) -> tuple[Any, Any]:
-    """The Hugging Face causal LM (eval mode, frozen) and its tokenizer; UserError where none."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    name, device = resolve(cfg.name_or_path), pick_device(cfg.device)
-    path = Path(name).expanduser()
-    options: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
-    if path.is_dir():
-        name = str(path)
-        if not (path / "config.json").is_file():
-            raise UserError(f"model.name_or_path: {path} holds no config.json; give a model folder")
-    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name_or_path: there is no folder {path}; check the path")
-    else:
-        options["local_files_only"] = not hub_answers(name)
-    options_of_model = options | {
-        "dtype": DTYPES[cfg.dtype],
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # told below
-    }
-    load = AutoModelForCausalLM.from_pretrained
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        try:
-            loaded: Any = load(name, attn_implementation=cfg.attention, **options_of_model)
-        except ValueError as error:
-            if cfg.attention == "eager" or "attention implementation" not in str(error):
-                raise
-            loaded = load(name, attn_implementation="eager", **options_of_model)
-            kind = loaded[0].config.model_type
-            tell(f"attention is eager: {kind} has no {cfg.attention}")
-    except Exception as error:  # whatever a broken folder makes of the library
-        raise UserError(
-            f"model.name_or_path: cannot load {cfg.name_or_path!r} ({reason_of(error)}); give a "
-            "folder with config.json, weights and tokenizer, or a model name of the hub"
-        ) from error
-    model, info = loaded
-    # The library fills these with random numbers.
-    wrong = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
-    if wrong:
-        raise UserError(
-            f"model.name_or_path: the weights of {cfg.name_or_path!r} are not whole: {len(wrong)} "
-            f"tensors are missing or of another shape, such as {min(wrong)}; give a complete model"
-        )
-    return model.to(device).eval().requires_grad_(False), tokenizer
-
-
-def hub_answers(name: str) -> bool:
-    """One try: without it the library repeats each file's request for half a minute."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
-    except HfHubHTTPError:
-        return True  # an answer, if no good one; the loading says which
-    except Exception:
-        return False  # what is in the cache can still be loaded
-    return True
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what the library says."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "its weights are a pickle of more than tensors; ask for safetensors"
-    first = first_line(error)
-    return first if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; a GPU that is asked for and absent is a UserError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"model.device: no such device {name!r}; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("model.device: cuda is asked for, but torch sees no GPU; use cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"model.device: there is no {name}; torch sees {count} GPU(s), from cuda:0")
-    return device
-
-
-def load_policy(cfg: Config) -> Policy:
-    """The base with fresh LoRA layers (zero at the start) and a fresh value head, from `seed`."""
-    model, tokenizer = load_base(cfg.model)
-    loaded, limit = measure(model, tokenizer, cfg)
-    torch.manual_seed(cfg.seed)
-    lora.attach(model, cfg.lora, idle=loaded.idle)
-    norms.attach(model)
-    width = head_of(model).in_features
-    head = ValueHead(width, cfg.model.value_head, cfg.model.value_hidden)
-    policy = Policy(model, tokenizer, head.to(next(model.parameters()).device), cfg.model)
-    settle(policy, cfg, loaded, limit)
-    if cfg.init_from:
-        # Start from a trained adapter, which as a frozen copy is the reference too.
-        lora.load_adapter(model, adapter_folder(cfg.init_from))
-        lora.freeze_reference(model)
-    if policy.tree and policy.device.type == "cuda" and cfg.rollout.cuda_graph:
-        policy.recorder = Recorder(policy.decoder)
-    if cfg.model.checkpointing:
-        if not policy.tree:
-            raise UserError(
-                "model.checkpointing: needs the prefix tree, which this model cannot take; set it "
-                "to false and lower ppo.micro_batch_size"
-            )
-        policy.checkpointing = True
-        checkpoint_blocks(policy.decoder)
-    return policy
-
-
-def measure(model: Any, tokenizer: Any, cfg: Config) -> tuple[AsLoaded, int]:
-    """What the model gives before anything of it is replaced, and where its context ends, which is
-    told where it is early."""
-    asked = cfg.data.max_prompt_tokens and cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    limit, note = limit_of(model, asked)
-    tell(note)
-    return AsLoaded.of(model, tokenizer, min(limit, asked or limit)), limit
-
-
-def settle(policy: Policy, cfg: Config, loaded: AsLoaded, limit: int) -> None:
-    """Choose the path, and how long rows may be; a model that neither path runs is a UserError."""
-    policy.tree = path_check.choose_path(policy, cfg.model.path, loaded)
-    policy.limit = limit
-    if policy.tree and path_check.longest_row(policy, loaded) is not None:
-        policy.limit = policy.window
-        tell(f"rows end at {policy.window} tokens, the window of this model's attention")
-
-
-def tell(note: str | None) -> None:
-    """A line about the model for the user; on stderr, since stdout may be for answers."""
-    if note:
-        print(f"model: {note}", file=sys.stderr, flush=True)
-
-
-def adapter_folder(path: str) -> Path:
-    """The adapter of a run folder, or the adapter folder itself."""
-    for folder in (Path(path) / "adapter", Path(path)):
-        if (folder / lora.CONFIG_FILE).is_file():
-            return folder
-    raise UserError(
-        f"init_from: {path} holds no {lora.CONFIG_FILE}; give a finished run or an adapter folder"
-    )
-
-
 def trainable(policy: Policy) -> list[nn.Parameter]:
     """LoRA weights, then the value head's: all that trains."""
     return [*lora.lora_parameters(policy.model), *policy.value_head.parameters()]
-
-
-def check_words(policy: Policy, spec: TaskSpec, style: PromptConfig | None = None) -> None:
-    """Each label word and the closing tag must survive the tokenizer; else a UserError."""
-    form = (style or PromptConfig()).form
-    fields = dict.fromkeys(spec.fields, "a film")
-    prompt = render(spec, fields, form=form)
-    for word in spec.words or ("a film",):
-        wanted = answer(word, form)
-        text = policy.decode(policy.encode(prompt + answer(policy.seal(word), form)))
-        reply = text.rpartition(OPENING[form])[2]
-        if parse(spec, reply, form) != word or STOP not in reply:
-            raise UserError(
-                f"model.name_or_path: the tokenizer of {policy.model.name_or_path!r} does not keep "
-                f"{wanted.strip()!r} (it reads back {reply.strip()[-40:]!r}); "
-                "use a model whose tokenizer knows these characters"
-            )

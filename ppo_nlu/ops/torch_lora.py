@@ -9,6 +9,7 @@ mask is drawn again from its seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +47,11 @@ def lora_linear_grouped(
     Args: weights (O_i, K), biases (O_i,) or None, lora_as (r_i, K), lora_bs (O_i, r_i).
     """
     factors = tuple(s / (1.0 - dropout_p) for s in scalings)
-    trained = (x, *biases, *lora_as, *lora_bs)
+    members = (*weights, *biases, *lora_as, *lora_bs)
+    trained = (x, *members[len(weights) :])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        members = (*weights, *biases, *lora_as, *lora_bs)
         return _LoraLinear.apply(factors, dropout_p, seed, x, *members)
-    return _forward(x, weights, biases, lora_as, lora_bs, factors, dropout_p, seed)[0]
+    return _forward(x, members, factors, dropout_p, seed)[0]
 
 
 def _dropped(rows: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -73,21 +74,15 @@ def _parts(group: Tensor, lora_as: Sequence[Tensor], dim: int) -> Sequence[Tenso
 
 
 def _forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    factors: Sequence[float],
-    p: float,
-    seed: int,
+    x: Tensor, members: Sequence[Any], factors: Sequence[float], p: float, seed: int
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Each y (..., O_i) and S (T, Σ r_i)."""
+    """Each y (..., O_i) and S (T, Σ r_i). `members`: all weights, then biases, A and B."""
+    weights, biases, lora_as, lora_bs = _pieces(members, 4)
     rows = x.reshape(-1, x.shape[-1])
     low = _dropped(rows, p, seed)[0] @ _stacked(lora_as, x.dtype).t()
     ys = []
-    members = zip(weights, biases, lora_bs, factors, _parts(low, lora_as, 1), strict=True)
-    for weight, bias, lora_b, factor, part in members:
+    layers = zip(weights, biases, lora_bs, factors, _parts(low, lora_as, 1), strict=True)
+    for weight, bias, lora_b, factor, part in layers:
         part.mul_(factor)
         y = F.linear(rows, weight, bias).addmm_(part, lora_b.to(x.dtype).t())
         # No view: a block may work in place on what it gets (Falcon's does).
@@ -98,8 +93,8 @@ def _forward(
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, factors, p, seed, x, *members):  # type: ignore[override]
-        weights, biases, lora_as, lora_bs = _pieces(members, 4)
-        ys, low = _forward(x, weights, biases, lora_as, lora_bs, factors, p, seed)
+        weights, _, lora_as, lora_bs = _pieces(members, 4)
+        ys, low = _forward(x, members, factors, p, seed)
         ctx.save_for_backward(x, low, *weights, *lora_as, *lora_bs)
         ctx.factors, ctx.p, ctx.seed = factors, p, seed
         ctx.set_materialize_grads(False)

@@ -29,7 +29,7 @@ from ppo_nlu import evaluate, export, predict, submit, teach_form, train
 from ppo_nlu.config import FOREIGN_NAMES, Config, dump, load_config
 from ppo_nlu.config.fields import Leaf, schema
 from ppo_nlu.data import __main__ as data_program
-from ppo_nlu.model import lora
+from ppo_nlu.model import peft_format
 from ppo_nlu.pretrain import __main__ as pretrain
 from ppo_nlu.reproduce import __main__ as reproduce
 from ppo_nlu.reproduce import report
@@ -360,7 +360,7 @@ def furnish(folder: Path) -> None:
     cfg = load_config(folder / "c.yaml", ["task=sst2"])
     run_folder.claim(folder / "run", dump(cfg)).release()
     (folder / "run" / "adapter").mkdir()
-    (folder / "run" / "adapter" / lora.CONFIG_FILE).write_text("{}")
+    (folder / "run" / "adapter" / peft_format.CONFIG_FILE).write_text("{}")
 
 
 def snapshot() -> dict[str, int]:

@@ -13,7 +13,8 @@ from ppo_nlu.config import Config, OptimConfig, PPOConfig, RolloutConfig, TrainC
 from ppo_nlu.methods import memory
 from ppo_nlu.model import BUNDLED, lora
 from ppo_nlu.model.generate import Sampling, generate
-from ppo_nlu.model.policy import Policy, load_policy
+from ppo_nlu.model.load import load_policy
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import optim
 from ppo_nlu.tree.checkpointing import checkpoint_blocks
 from ppo_nlu.tree.trim import whole

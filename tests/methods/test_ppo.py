@@ -28,7 +28,8 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.losses import AdaptiveKL
 from ppo_nlu.methods import learners, ppo, updates
 from ppo_nlu.model import lora
-from ppo_nlu.model.policy import Policy, load_policy, trainable
+from ppo_nlu.model.load import load_policy
+from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.runtime.optim import build_optimizer
 from ppo_nlu.tasks.rewards import RunningScale
 from ppo_nlu.tree import pack

@@ -19,8 +19,9 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import label_probabilities, require_fit
 from ppo_nlu.methods.rollout import fit_prompt, sealed
 from ppo_nlu.methods.sft import targets
-from ppo_nlu.model.policy import Policy, ValueHead
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.tokens import SEAL, Codec
+from ppo_nlu.model.value_head import ValueHead
 from ppo_nlu.runtime import cli
 from ppo_nlu.tasks import Example
 from ppo_nlu.tasks.answers import parse
@@ -263,6 +264,22 @@ def test_the_answer_begins_where_the_models_own_would(template: str, end: str) -
     text = fit_prompt(made, tiny.SST2, ROW, 4000, CHAT).text
     asked = query(tiny.SST2, ROW.fields)
     assert text.partition(asked)[2] == end + "<Judgement>"
+
+
+@pytest.mark.parametrize(
+    ("told", "fits"), [("{{ raise_exception('users only') }}", True), ("{{ 1 // 0 }}", False)]
+)
+def test_a_template_may_refuse_an_answer_but_not_break_on_it(told: str, fits: bool) -> None:
+    """One that takes no turn of the assistant has no header that could be missed. Any other error
+    on such a turn is the template's own, and the user is told."""
+    made = policy(template=f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{told}"
+                  "{% endif %}{{ m.content }}\n{% endfor %}")  # fmt: skip
+    if fits:
+        text = fit_prompt(made, tiny.SST2, ROW, 4000, CHAT).text
+        assert text.endswith(query(tiny.SST2, ROW.fields) + "\n<Judgement>")
+        return
+    with pytest.raises(UserError, match="prompt.chat_template: .*ZeroDivisionError"):
+        require_fit(made, tiny.SST2, Config(task="sst2", prompt=CHAT))
 
 
 # ---- the opening token

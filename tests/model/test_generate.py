@@ -14,7 +14,8 @@ from torch import Tensor
 from ppo_nlu.config import ModelConfig
 from ppo_nlu.model import generate as generation
 from ppo_nlu.model.generate import Sampling, generate, invert
-from ppo_nlu.model.policy import Policy, ValueHead
+from ppo_nlu.model.policy import Policy
+from ppo_nlu.model.value_head import ValueHead
 
 GREEDY = Sampling(greedy=True)
 KINDS = (*tiny.TREE_KINDS, "mpt", "mistral")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ppo_nlu.config import LoraConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.model import lora
+from ppo_nlu.model import lora, peft_format
 from ppo_nlu.storage.folders import CHECKSUMS
 
 peft = pytest.importorskip("peft")
@@ -286,7 +286,7 @@ def test_a_word_is_no_list() -> None:
 def test_peft_loads_our_adapter(name: str, targets: str, rslora: bool, tmp_path: Path) -> None:
     cfg = replace(CFG, targets=targets, rslora=rslora)
     model = randomise(with_lora(name, cfg))
-    lora.save_adapter(model, tmp_path, cfg, "some/base")
+    peft_format.save_adapter(model, tmp_path, cfg, "some/base")
     base = tiny(name)
     plain = logits(base)
     with warnings.catch_warnings():  # a wrong key only warns there, and loads nothing
@@ -312,11 +312,11 @@ def test_we_load_an_adapter_of_peft(name: str, rslora: bool, tmp_path: Path) -> 
     )  # fmt: skip
     theirs = randomise(peft.get_peft_model(base, settings)).eval()
     theirs.save_pretrained(str(tmp_path))
-    cfg = lora.read_adapter_config(tmp_path)
+    cfg = peft_format.read_adapter_config(tmp_path)
     assert (cfg.r, cfg.alpha, cfg.rslora, cfg.dropout) == (4, 6.0, rslora, 0.1)
     model = tiny(name)
     lora.attach(model, cfg)
-    lora.load_adapter(model, tmp_path)
+    peft_format.load_adapter(model, tmp_path)
     assert gap(logits(model), logits(theirs)) <= 1e-5
     assert gap(logits(model), plain) > 1e-3
 
@@ -324,12 +324,12 @@ def test_we_load_an_adapter_of_peft(name: str, rslora: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_saved_and_loaded_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     model = randomise(with_lora(name))
-    lora.save_adapter(model, tmp_path, CFG, "base")
+    peft_format.save_adapter(model, tmp_path, CFG, "base")
     again = tiny(name)
-    lora.attach(again, lora.read_adapter_config(tmp_path))
-    lora.load_adapter(again, tmp_path)
+    lora.attach(again, peft_format.read_adapter_config(tmp_path))
+    peft_format.load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
-    names = [lora.CONFIG_FILE, lora.WEIGHTS_FILE, CHECKSUMS]
+    names = [peft_format.CONFIG_FILE, peft_format.WEIGHTS_FILE, CHECKSUMS]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
@@ -363,8 +363,8 @@ def test_target_modules_name_our_layers_and_no_others(tmp_path: Path) -> None:
         (["transformer.h.1.mlp.c_fc"], ["1.mlp.c_fc"]),
     ):
         cfg = replace(CFG, targets=targets)
-        lora.save_adapter(with_lora("gpt2", cfg), tmp_path, cfg, "base")
-        written = json.loads((tmp_path / lora.CONFIG_FILE).read_text())
+        peft_format.save_adapter(with_lora("gpt2", cfg), tmp_path, cfg, "base")
+        written = json.loads((tmp_path / peft_format.CONFIG_FILE).read_text())
         assert written["target_modules"] == want
 
 
@@ -374,7 +374,7 @@ def test_target_modules_name_our_layers_and_no_others(tmp_path: Path) -> None:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """An adapter as other tools leave it: without checksums."""
-    lora.save_adapter(randomise(with_lora("llama")), tmp_path, CFG, "base")
+    peft_format.save_adapter(randomise(with_lora("llama")), tmp_path, CFG, "base")
     (tmp_path / CHECKSUMS).unlink()
     return tmp_path
 
@@ -383,12 +383,12 @@ KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
 
 
 def edit_weights(folder: Path, change) -> None:
-    tensors = load_file(folder / lora.WEIGHTS_FILE)
-    save_file(change(tensors), folder / lora.WEIGHTS_FILE)
+    tensors = load_file(folder / peft_format.WEIGHTS_FILE)
+    save_file(change(tensors), folder / peft_format.WEIGHTS_FILE)
 
 
 def edit_config(folder: Path, **values: object) -> None:
-    path = folder / lora.CONFIG_FILE
+    path = folder / peft_format.CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
@@ -397,7 +397,7 @@ def refused(folder: Path, *words: str) -> None:
     model = with_lora("llama")
     before = lora.state_dict(model)
     with pytest.raises(UserError) as error:
-        lora.load_adapter(model, folder)
+        peft_format.load_adapter(model, folder)
     message = str(error.value)
     assert str(folder) in message and "\n" not in message
     assert all(word in message for word in words), message
@@ -462,7 +462,7 @@ def test_refuses_a_config_that_says_otherwise(
 
 
 def test_refuses_a_config_nested_too_deeply(adapter: Path) -> None:
-    (adapter / lora.CONFIG_FILE).write_text('{"r": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    (adapter / peft_format.CONFIG_FILE).write_text('{"r": ' + "[" * 100_000 + "]" * 100_000 + "}")
     refused(adapter, "nested too deeply")
 
 
@@ -490,12 +490,12 @@ def test_refuses_a_number_too_large_for_fp32(adapter: Path) -> None:
 
 def test_half_precision_weights_are_taken(adapter: Path) -> None:
     edit_weights(adapter, lambda t: {k: v.bfloat16() for k, v in t.items()})
-    lora.load_adapter(with_lora("llama"), adapter)
+    peft_format.load_adapter(with_lora("llama"), adapter)
 
 
 def test_any_changed_byte_of_an_adapter_is_noticed(tmp_path: Path) -> None:
     """Bits flipped all over the three files; peft's own folders have no sums and are taken."""
-    lora.save_adapter(randomise(with_lora("llama")), tmp_path, CFG, "base")
+    peft_format.save_adapter(randomise(with_lora("llama")), tmp_path, CFG, "base")
     draw = random.Random(0)
     for path in sorted(tmp_path.iterdir()):
         whole = path.read_bytes()
@@ -507,7 +507,7 @@ def test_any_changed_byte_of_an_adapter_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(whole[:-1])
         refused(tmp_path, "damaged")
         path.write_bytes(whole)
-    lora.load_adapter(with_lora("llama"), tmp_path)
+    peft_format.load_adapter(with_lora("llama"), tmp_path)
 
 
 def test_a_base_is_named_without_its_machines_path(tmp_path: Path) -> None:
@@ -518,18 +518,18 @@ def test_a_base_is_named_without_its_machines_path(tmp_path: Path) -> None:
         ("owner/name", "owner/name"),
         ("bundled", "bundled"),
     ):
-        lora.save_adapter(with_lora("llama"), tmp_path, CFG, given)
-        config = json.loads((tmp_path / lora.CONFIG_FILE).read_text())
+        peft_format.save_adapter(with_lora("llama"), tmp_path, CFG, given)
+        config = json.loads((tmp_path / peft_format.CONFIG_FILE).read_text())
         assert config["base_model_name_or_path"] == written
 
 
 def test_refuses_what_is_not_there_or_not_whole(adapter: Path) -> None:
-    config, weights = adapter / lora.CONFIG_FILE, adapter / lora.WEIGHTS_FILE
+    config, weights = adapter / peft_format.CONFIG_FILE, adapter / peft_format.WEIGHTS_FILE
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    refused(adapter, lora.WEIGHTS_FILE, "damaged")
+    refused(adapter, peft_format.WEIGHTS_FILE, "damaged")
     weights.unlink()
-    refused(adapter, "has no " + lora.WEIGHTS_FILE)
+    refused(adapter, "has no " + peft_format.WEIGHTS_FILE)
     (adapter / "adapter_model.bin").write_bytes(b"pickle")
     refused(adapter, "is a pickle")
     config.write_text("{")
@@ -548,7 +548,7 @@ def test_a_failed_write_leaves_the_old_file(adapter: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="no space left"):
-        lora.save_adapter(randomise(with_lora("llama"), seed=9), adapter, CFG, "base")
+        peft_format.save_adapter(randomise(with_lora("llama"), seed=9), adapter, CFG, "base")
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
 
 

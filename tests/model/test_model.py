@@ -16,16 +16,12 @@ from transformers import AutoTokenizer
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
+from ppo_nlu.model.base_model import pick_device
+from ppo_nlu.model.load import check_words, load_policy
 from ppo_nlu.model.path_check import choose_path
-from ppo_nlu.model.policy import (
-    StopDetector,
-    ValueHead,
-    check_words,
-    load_policy,
-    pick_device,
-    trainable,
-    unflatten,
-)
+from ppo_nlu.model.policy import trainable, unflatten
+from ppo_nlu.model.stop import StopDetector
+from ppo_nlu.model.value_head import ValueHead
 from ppo_nlu.tasks.prompts import STOP, answer, render
 from ppo_nlu.tree import interface, packed_row
 from ppo_nlu.tree import plain as plain_path

@@ -26,8 +26,9 @@ from ppo_nlu.model import lora, norms, path_check, shape
 from ppo_nlu.model.as_loaded import AsLoaded
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.head_form import HeadForm, head_form
+from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.path_check import choose_path
-from ppo_nlu.model.policy import Policy, load_policy
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import flops
 from ppo_nlu.tree import attention, interface
 from ppo_nlu.tree import plain as plain_path

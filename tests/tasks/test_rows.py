@@ -13,7 +13,7 @@ from ppo_nlu.config import dump, load_config
 from ppo_nlu.data.__main__ import main as data_program
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
-from ppo_nlu.reproduce import results
+from ppo_nlu.reproduce import comparisons
 from ppo_nlu.reproduce.__main__ import main as reproduce
 from ppo_nlu.reproduce.grid import GRIDS, Backbone, Cell, plan
 from ppo_nlu.runtime import checkpoint
@@ -88,7 +88,7 @@ def test_the_averages_need_it_and_not_its_probe() -> None:
         assert average("superglue", whole, style) == pytest.approx(0.5)
     # Ten columns, of which one is at 1: (9 * 0.5 + 1) / 10.
     assert average("glue", scores | {"tone": {"accuracy": 1.0}}) == pytest.approx(0.55)
-    assert results.is_diagnostic("tone-x") and not results.is_diagnostic("tone")
+    assert comparisons.is_diagnostic("tone-x") and not comparisons.is_diagnostic("tone")
 
 
 def test_the_grid_trains_it_and_measures_the_probe_with_its_run() -> None:

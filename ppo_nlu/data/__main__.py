@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from heapq import nlargest
 from pathlib import Path
@@ -73,9 +74,7 @@ def _asked(words: Sequence[str]) -> tuple[list[TaskSpec], Config]:
 def check(specs: Iterable[TaskSpec], cfg: Config, named: bool) -> int:
     """Print a line for each split. A file that cannot be read is an error, and so is a task that is
     absent altogether if it was named."""
-    table, sources, absent = [], [], []
-    mixed: dict[str, int] = {}
-    odd: list[str] = []
+    lines, sources, absent = [], [], []
     for spec in specs:
         source = _found(spec, cfg.data, named)
         if source is None:
@@ -84,8 +83,8 @@ def check(specs: Iterable[TaskSpec], cfg: Config, named: bool) -> int:
         sources.append(source)
         splits = dict.fromkeys(["train", "dev", *spec.files]) if _own(spec) else spec.files
         for split in splits:
-            table.append(_row(spec, split, source, cfg, mixed, odd))
-    if not table:
+            lines.append(_line(spec, split, source, cfg))
+    if not lines:
         raise UserError(
             "data.path: no task is there; give data.path=FOLDER or $PPO_NLU_DATA, or fetch one: "
             "python -m ppo_nlu.data get sst2"
@@ -93,13 +92,13 @@ def check(specs: Iterable[TaskSpec], cfg: Config, named: bool) -> int:
     for kind in dict.fromkeys(source.kind for source in sources if source.kind != "custom"):
         folder = _common([str(s.folder) for s in sources if s.kind == kind])
         print(printable(f"{kind}: {folder}"))
-    print(_aligned([HEADER, *table]))
+    print(_aligned([HEADER, *(line.cells for line in lines)]))
     reader = printable(_codec(cfg.model.name_or_path)[1])
     print(f"words, tokens: of the longest prompt without examples; tokens of {reader}")
-    for place, count in mixed.items():
-        print(f"{place}: {count:,} rows hold control tokens that stay so with this tokenizer")
-    for line in odd:
-        print(line)
+    below = [line.leaks for line in lines if line.leaks]
+    below += [what for line in lines for what in line.odd]
+    for what in below:
+        print(what)
     if absent:
         print(f"absent: {', '.join(absent)}")
     return 0
@@ -132,28 +131,31 @@ def _common(folders: Sequence[str]) -> str:
     return str(Path(*same)) if same else "."
 
 
-def _row(
-    spec: TaskSpec,
-    split: str,
-    source: data.Source,
-    cfg: Config,
-    mixed: dict[str, int],
-    odd: list[str],
-) -> tuple[str, ...]:
-    """A line of the table; `mixed` learns how many rows hold control tokens that stay some, and
-    `odd` what else is to be said of the rows."""
+@dataclass(frozen=True)
+class Line:
+    """A split's line of the table, and what is said below it: of control tokens in the texts that
+    the tokenizer leaves so, and of rows that look like a mistake."""
+
+    cells: tuple[str, ...]
+    leaks: str = ""
+    odd: tuple[str, ...] = ()
+
+
+def _line(spec: TaskSpec, split: str, source: data.Source, cfg: Config) -> Line:
     if not data.has_split(spec, split, source):
         name = spec.files[split][0]
-        return (spec.name, split, name, "-", "-", "-", "-", "-", "absent")
+        return Line((spec.name, split, name, "-", "-", "-", "-", "-", "absent"))
     found = data.load_split(spec, split, cfg.data)
     codec, _ = _codec(cfg.model.name_or_path)
+    cells = _cells(spec, split, found, codec)
+    said = data.oddities(found.examples) + [data.one_label(found.examples)] * (split == "train")
+    odd = tuple(f"{spec.name} {split}: {what}" for what in said if what)
+    return Line(cells, _leaks(f"{spec.name} {split}", found.examples, codec), odd)
+
+
+def _cells(spec: TaskSpec, split: str, found: data.Dataset, codec: Codec | None) -> tuple[str, ...]:
     rows = found.examples
     words = max(len(render(spec, row.fields).split()) for row in rows)
-    state = "partial" if found.partial else ""
-    said = data.oddities(rows) + [data.one_label(rows)] * (split == "train")
-    odd += [f"{spec.name} {split}: {what}" for what in said if what]
-    if codec and (count := sum(any(map(codec.leaks, row.fields.values())) for row in rows)):
-        mixed[f"{spec.name} {split}"] = count
     return (
         spec.name,
         split,
@@ -163,8 +165,14 @@ def _row(
         f"{found.malformed:,}" if found.malformed else "",
         f"{words:,}",
         _tokens(spec, rows, codec),
-        state,
+        "partial" if found.partial else "",
     )
+
+
+def _leaks(place: str, rows: Sequence[Example], codec: Codec | None) -> str:
+    count = sum(any(map(codec.leaks, row.fields.values())) for row in rows) if codec else 0
+    said = f"{place}: {count:,} rows hold control tokens that stay so with this tokenizer"
+    return said if count else ""
 
 
 def _balance(spec: TaskSpec, rows: Sequence[Example]) -> str:

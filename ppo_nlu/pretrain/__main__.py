@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from ppo_nlu.config.strict_config import load_dataclass
-from ppo_nlu.model.policy import load_policy
+from ppo_nlu.model.load import load_policy
 from ppo_nlu.pretrain import scores, stages
 from ppo_nlu.pretrain.card import model_card
 from ppo_nlu.pretrain.config import TinyConfig

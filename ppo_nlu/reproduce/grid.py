@@ -1,12 +1,11 @@
-"""The cells of a grid: which there are, what each is run with, and the folder that holds them.
+"""The cells of a grid: which there are, and the folder that holds them.
 
-A cell is one method on one task (or a mixture of tasks) with one seed. `reproduce` runs them.
+A cell is one method on one task (or a mixture of tasks) with one seed. `commands` says how each
+is run, `runner` runs them.
 """
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +13,14 @@ from typing import Any
 
 import yaml
 
-from ppo_nlu.config import Config, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.reproduce import results
 from ppo_nlu.reproduce.methods import METHODS, in_running_order
-from ppo_nlu.runtime import run_folder
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import TASKS, benchmark_tasks
 
 ASSETS = Path(__file__).parents[1] / "assets" / "reproduce"
 FORMAT = 1
-MOST_SFT = 40  # sft-seconds: at most so many times the steps of sft-st
 
 
 # Comes before all others where a preset has a file for it: it teaches a base that does not know it
@@ -211,87 +207,6 @@ def _cells(
         if home in learned:
             source = name_of(learned) if kind.several else name_of([home])
             yield Cell(name_of([task]), method, (task,), seed, backbone, (source,), source)
-
-
-# --- one cell -----------------------------------------------------------------------------------
-
-
-def batch_size(cell: Cell, cfg: Config) -> int:
-    """The labelled rows that one training step draws."""
-    family = family_of(cell)
-    if family == "_sft":
-        return cfg.sft.batch_size
-    return cfg.encoder.batch_size if family == "_encoder" else cfg.rollout.batch_size
-
-
-def sft_seconds_steps(sft: Mapping[str, Any], ppo: Mapping[str, Any]) -> tuple[int, str]:
-    """The SFT steps that take the seconds PPO took, and a note where they were capped.
-
-    steps = round(sft steps · (PPO's training seconds / SFT's training seconds)), from the
-    summaries of the two finished cells, at most 40 times the steps of SFT.
-    """
-    steps, ratio = int(sft["train_steps"]), float(ppo["train_s"]) / float(sft["train_s"])
-    if ratio > MOST_SFT:
-        note = f"capped at {MOST_SFT} x the steps of sft-st; equal seconds would be {ratio:.0f} x"
-        return MOST_SFT * steps, note
-    return max(1, round(steps * ratio)), ""
-
-
-def steps_of(grid: Grid, cell: Cell) -> tuple[int, str]:
-    """The training steps of a cell, and what is to be said about them."""
-    if cell.method == "sft-seconds":
-        sft, ppo = (grid.summary(name) for name in cell.needs)
-        return sft_seconds_steps(sft, ppo)
-    cfg = load_config(grid.config_of(cell), grid.overrides)
-    if cell.method == "encoder":
-        preset = yaml.safe_load(grid.config_of(cell).read_text("utf-8"))
-        if "steps" in preset.get("train", {}):
-            return cfg.train.steps, "the preset's own number of steps, not the budget of labels"
-    labels, size = grid.budget * len(cell.tasks), batch_size(cell, cfg)
-    steps = math.ceil(labels / size)
-    over = steps * size - labels
-    return steps, f"{over} labels over the budget, to fill the last batch" if over else ""
-
-
-def command_of(grid: Grid, cell: Cell) -> tuple[list[str], str]:
-    """The command line of a cell, resuming its run where there is one, and a note."""
-    folder = grid.cell_dir(cell.name)
-    train = [sys.executable, "-m", "ppo_nlu.train"]
-    evaluate = [sys.executable, "-m", "ppo_nlu.evaluate"]
-    where = ["--output", str(folder)]
-    task = [f"task={cell.tasks[0]}"]
-    if cell.source:
-        alone = ["tasks=[]"] if METHODS[cell.method].several else []
-        trusted = [text for text in grid.overrides if "trust_remote_code" in text]
-        run = str(grid.cell_dir(cell.source))
-        return [*evaluate, run, *task, *alone, *trusted, *where], ""
-    said = [f"seed={cell.seed}"]
-    said += task if len(cell.tasks) == 1 else ["task=null", f"tasks=[{', '.join(cell.tasks)}]"]
-    if cell.backbone.model and cell.method != "encoder" and not cell.start:
-        said.append(f"model.name_or_path={cell.backbone.model}")
-    if cell.start:
-        said.append(f"model.name_or_path={grid.cell_dir(cell.start) / 'model'}")
-    config = str(grid.config_of(cell))
-    if cell.method == FORM:
-        return [
-            sys.executable,
-            "-m",
-            "ppo_nlu.teach_form",
-            config,
-            *said,
-            *grid.overrides,
-            *where,
-        ], ""
-    method = METHODS[cell.method]
-    if not method.trains:
-        said.append(f"prompt.shots={method.shots}")
-        return [*evaluate, config, *said, *grid.overrides, *where], ""
-    steps, note = steps_of(grid, cell)
-    if run_folder.is_run_dir(folder):
-        stored = [str(folder / "config.yaml"), *grid.overrides]
-        return [*train, *stored, "--resume", str(folder)], note
-    said += [f"train.steps={steps}", "eval.before=false"]
-    return [*train, config, *said, *grid.overrides, *where], note
 
 
 # --- the folder -----------------------------------------------------------------------------------

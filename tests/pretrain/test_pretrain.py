@@ -14,7 +14,8 @@ from torch import Tensor
 from ppo_nlu.config import Config, DataConfig, ModelConfig
 from ppo_nlu.data import load_split, normalise
 from ppo_nlu.model.generate import generate
-from ppo_nlu.model.policy import Policy, load_policy
+from ppo_nlu.model.load import load_policy
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.pretrain import __main__ as pretrain
 from ppo_nlu.pretrain import corpus, scores, stages
 from ppo_nlu.pretrain.config import ModelConfig as TinyModel

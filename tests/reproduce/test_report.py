@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 
 from ppo_nlu.errors import UserError
-from ppo_nlu.reproduce import document, published, report, report_plots, report_tables, results
+from ppo_nlu.reproduce import (
+    comparisons,
+    document,
+    plots,
+    published,
+    question,
+    report,
+    results,
+    tables,
+)
 from ppo_nlu.reproduce.grid import GRIDS, Backbone, Grid, plan, settle
 from ppo_nlu.tasks import get_task
 
@@ -170,14 +179,14 @@ def test_the_mean_difference_counts_every_task_the_same(tmp_path: Path) -> None:
     set_scores(folder, {("sft-st", t, s): same for t in ("cb", "copa") for s in (0, 1)})
     ahead = {("cb", 0): 0.6, ("cb", 1): 0.8, ("copa", 0): 0.45, ("copa", 1): 0.55}
     set_scores(folder, {("ppo-st", t, s): {"sample": v} for (t, s), v in ahead.items()})
-    found = results.compare(results.load(folder), "ppo-st", "sft-st", "sample")
+    found = comparisons.compare(results.load(folder), "ppo-st", "sft-st", "sample")
     assert found is not None and (found.pairs, found.tasks) == (4, 2)
     # (10 + 30) / 2 = 20 points on CB, (-5 + 5) / 2 = 0 on COPA
     assert found.by_task == pytest.approx({"cb": 20, "copa": 0})
     assert (found.a, found.b, found.difference) == pytest.approx((60, 50, 10))
     assert found.interval[0] < 10 < found.interval[1]
     (folder / "cells" / "s1-ppo-st-copa" / "summary.json").unlink()
-    found = results.compare(results.load(folder), "ppo-st", "sft-st", "sample")
+    found = comparisons.compare(results.load(folder), "ppo-st", "sft-st", "sample")
     # COPA has one seed left and counts as much as CB: (20 - 5) / 2
     assert found is not None and (found.pairs, found.difference) == (3, pytest.approx(7.5))
 
@@ -188,10 +197,10 @@ def test_the_interval_is_that_of_a_bootstrap(tmp_path: Path) -> None:
     folder = made_grid(tmp_path / "g", "tiny", ("sft-st", "ppo-st"), ("cb",), (0, 1))
     set_scores(folder, {("sft-st", "cb", s): {"greedy": 0.5} for s in (0, 1)})
     set_scores(folder, {("ppo-st", "cb", s): {"greedy": 0.5 + 0.1 * s} for s in (0, 1)})
-    found = results.compare(results.load(folder), "ppo-st", "sft-st", "greedy")
+    found = comparisons.compare(results.load(folder), "ppo-st", "sft-st", "greedy")
     assert found is not None and found.interval == pytest.approx((0, 10))
     set_scores(folder, {("ppo-st", "cb", s): {"greedy": 0.6} for s in (0, 1)})
-    found = results.compare(results.load(folder), "ppo-st", "sft-st", "greedy")
+    found = comparisons.compare(results.load(folder), "ppo-st", "sft-st", "greedy")
     assert found is not None and found.interval == pytest.approx((10, 10))
 
 
@@ -203,13 +212,13 @@ def test_seeds_of_one_task_are_no_independent_draws(tmp_path: Path) -> None:
     set_scores(folder, {("sft-st", t, s): {"greedy": 0.5} for t in tasks for s in seeds})
     ahead = {"cb": 0.5, "copa": 0.6}
     set_scores(folder, {("ppo-st", t, s): {"greedy": ahead[t]} for t in tasks for s in seeds})
-    found = results.compare(results.load(folder), "ppo-st", "sft-st", "greedy")
+    found = comparisons.compare(results.load(folder), "ppo-st", "sft-st", "greedy")
     assert found is not None and found.pairs == 6
     assert found.interval == pytest.approx((0, 10))
 
 
-def comparison(a: float, b: float, low: float, high: float) -> results.Comparison:
-    return results.Comparison(a, b, a - b, (low, high), 33, 11, {})
+def comparison(a: float, b: float, low: float, high: float) -> comparisons.Comparison:
+    return comparisons.Comparison(a, b, a - b, (low, high), 33, 11, {})
 
 
 @pytest.mark.parametrize(
@@ -224,15 +233,15 @@ def comparison(a: float, b: float, low: float, high: float) -> results.Compariso
 )
 def test_the_sentence_follows_the_numbers(sampled: Any, greedy: Any, said: str) -> None:
     found = {"sample": comparison(*sampled), "greedy": comparison(*greedy)}
-    assert re.search(said, report.sharpening("PPO-ST", "SFT-ST", found))
+    assert re.search(said, question.sharpening("PPO-ST", "SFT-ST", found))
 
 
 def test_the_verdict_is_that_of_the_interval() -> None:
-    assert report.verdict(comparison(70, 65, 0.1, 9)) == "above"
-    assert report.verdict(comparison(60, 65, -9, -0.1)) == "below"
-    assert report.verdict(comparison(66, 65, -0.1, 2)) == "not distinguishable from"
+    assert question.verdict(comparison(70, 65, 0.1, 9)) == "above"
+    assert question.verdict(comparison(60, 65, -9, -0.1)) == "below"
+    assert question.verdict(comparison(66, 65, -0.1, 2)) == "not distinguishable from"
     found = {"sample": comparison(60, 65, -9, -0.1)}
-    text = report.sentence("At equal numbers of labels", "PPO-ST", "SFT-ST", found)
+    text = question.sentence("At equal numbers of labels", "PPO-ST", "SFT-ST", found)
     assert "PPO-ST is below SFT-ST when both answer with one sample" in text and "−5.0" in text
 
 
@@ -299,13 +308,13 @@ def test_published_numbers_never_stand_in_our_rows(tmp_path: Path) -> None:
                 part["score"], part["metrics"] = score, dict.fromkeys(part["metrics"], score)
         path.write_text(json.dumps(found))
     loaded = results.load(folder)
-    parts = list(report_tables.benchmark_table(loaded, "glue"))
+    parts = list(tables.benchmark_table(loaded, "glue"))
     ours, theirs = groups(parts)
     assert not ours.foreign and theirs.foreign
     assert "arXiv 2410.11020" in theirs.title and "arXiv" not in ours.title
     cells = {cell for row in ours.rows for cell in row[3:]}
     assert cells == {"12.3 ± 0.0", "87.7 ± 0.0", "12.3 ± 0.0 (10)", "87.7 ± 0.0 (10)"}
-    shown = {cell for row in theirs.rows for cell in row[3:]} - {report_tables.DASH}
+    shown = {cell for row in theirs.rows for cell in row[3:]} - {tables.DASH}
     assert shown == {
         f"{v[0]:.1f}" for row in published.TABLES["glue"].values() for v in row.values()
     }
@@ -319,29 +328,29 @@ def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
     scores = {0: 0.60, 1: 0.62, 2: 0.70}
     set_scores(folder, {("ppo-st", "copa", s): {"greedy": v} for s, v in scores.items()})
     # mean 64; sd = sqrt((16 + 4 + 36) / 2) = 5.29
-    cell = report_tables.paper_cell(results.load(folder), "ppo-st", "copa", "greedy")
+    cell = tables.paper_cell(results.load(folder), "ppo-st", "copa", "greedy")
     assert cell == "64.0 ± 5.3"
     edit(folder, "s0-ppo-st-copa", lambda found: found["tasks"].clear())
     edit(folder, "s1-ppo-st-copa", lambda found: found["tasks"].clear())
-    assert report_tables.paper_cell(results.load(folder), "ppo-st", "copa", "greedy") == "70.0"
+    assert tables.paper_cell(results.load(folder), "ppo-st", "copa", "greedy") == "70.0"
 
 
 def test_an_average_needs_all_its_tasks(tmp_path: Path) -> None:
     folder = made_grid(tmp_path / "g", "superglue", ("zero-shot",), seeds=(0,))
     loaded = results.load(folder)
-    whole = results.averages(loaded, "superglue", "zero-shot", "greedy", "official")
+    whole = comparisons.averages(loaded, "superglue", "zero-shot", "greedy", "official")
     values = [r.value("greedy") for r in loaded.scores if r.task not in ("ax-b", "ax-g")]
     assert whole is not None and whole.mean == pytest.approx(
         statistics.fmean(v for v in values if v)
     )
     (folder / "cells" / "s0-zero-shot-wic" / "summary.json").unlink()
     loaded = results.load(folder)
-    assert results.averages(loaded, "superglue", "zero-shot", "greedy", "official") is None
+    assert comparisons.averages(loaded, "superglue", "zero-shot", "greedy", "official") is None
     tasks = GRIDS["superglue"].tasks
-    found = results.mean_of_present(loaded, "zero-shot", "greedy", tasks)
+    found = comparisons.mean_of_present(loaded, "zero-shot", "greedy", tasks)
     assert found is not None and found[1] == 7
-    (ours, _) = groups(list(report_tables.benchmark_table(loaded, "superglue")))
-    assert all(row[-3:-1] == [report_tables.DASH, report_tables.DASH] for row in ours.rows)
+    (ours, _) = groups(list(tables.benchmark_table(loaded, "superglue")))
+    assert all(row[-3:-1] == [tables.DASH, tables.DASH] for row in ours.rows)
     assert all(row[-1].endswith("(7)") for row in ours.rows)
 
 
@@ -351,8 +360,8 @@ def test_the_cost_ratio_takes_runs_that_both_have(tmp_path: Path) -> None:
         edit(folder, f"s0-{name}", lambda found, s=seconds: found.update(train_s=s))
     (folder / "cells" / "s0-sft-st-copa" / "summary.json").unlink()
     loaded = results.load(folder)
-    assert results.cost_ratio(loaded, "ppo-st", "sft-st") == (1.5, 1)
-    (sft, ppo) = results.costs(loaded)
+    assert comparisons.cost_ratio(loaded, "ppo-st", "sft-st") == (1.5, 1)
+    (sft, ppo) = comparisons.costs(loaded)
     assert (sft.per_step, sft.per_label) == pytest.approx((10 / 60, 10 / 3840))
     assert (ppo.runs, ppo.seconds) == (2, 57.0)
 
@@ -388,14 +397,14 @@ def test_the_page_needs_no_other_file(whole: Path) -> None:
     assert all(text.startswith("data:image/png;base64,") for text in checker.fetched)
     assert not re.search(r"https?://|url\(|@import|file:", page)
     assert "report_files" not in page
-    if report_plots.available():
+    if plots.available():
         assert len(checker.fetched) == 5
 
 
 def test_the_markdown_names_figures_that_are_there(whole: Path) -> None:
     text = (whole / "report.md").read_text("utf-8")
     named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(named) == (5 if report_plots.available() else 0)
+    assert len(named) == (5 if plots.available() else 0)
     assert all((whole / name).is_file() for name in named)
     for line in re.findall(r"(?:^\|.*\|\n?)+", text, flags=re.MULTILINE):
         assert len({row.count("|") for row in line.strip().splitlines()}) == 1
@@ -460,10 +469,10 @@ def test_several_models_have_a_table_of_their_own(tmp_path: Path) -> None:
     methods = ("zero-shot", "ppo-st")
     folder = made_grid(tmp_path / "g", "backbones", methods, None, (0, 1), models)
     loaded = results.load(folder)
-    (ours, theirs) = groups(list(report_tables.backbone_table(loaded)))
+    (ours, theirs) = groups(list(tables.backbone_table(loaded)))
     assert {row[0] for row in ours.rows} == {"one", "two"} and theirs.foreign
     assert ["Qwen2.5-7B", "PPO-ST", "sampled", "92.2", "97.0"] in [list(row) for row in theirs.rows]
-    assert not list(report_tables.benchmark_table(loaded, "glue"))
+    assert not list(tables.benchmark_table(loaded, "glue"))
     report.main([str(folder)])
 
 
@@ -482,7 +491,7 @@ def test_failed_and_missing_cells_are_named(tmp_path: Path) -> None:
 def test_without_matplotlib_there_are_tables_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_plots, "available", lambda: False)
+    monkeypatch.setattr(plots, "available", lambda: False)
     folder = made_grid(tmp_path / "g", "tiny", ("sft-st", "ppo-st"), ("cb",), (0,))
     report.main([str(folder)])
     page = (folder / "report.html").read_text()

@@ -19,10 +19,10 @@ import pytest
 from ppo_nlu.config import load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.reproduce import __main__ as reproduce
-from ppo_nlu.reproduce import grid as grids
-from ppo_nlu.reproduce.__main__ import Runner
+from ppo_nlu.reproduce import commands, runner
 from ppo_nlu.reproduce.grid import ASSETS, GRIDS, Backbone, Cell, Grid, plan, settle
 from ppo_nlu.reproduce.methods import METHODS
+from ppo_nlu.reproduce.runner import Runner
 from ppo_nlu.runtime import cli
 from ppo_nlu.storage import locks
 
@@ -67,7 +67,7 @@ def summary(method: str, task: str, seed: int, score: float = 0.5, **more: Any) 
     }  # fmt: skip
 
 
-def stub(special: dict[str, dict[str, Any]] | None = None) -> reproduce.Build:
+def stub(special: dict[str, dict[str, Any]] | None = None) -> runner.Build:
     def build(grid: Grid, cell: Cell) -> tuple[list[str], str]:
         said = {"summary": summary(cell.method, cell.tasks[0], cell.seed)}
         said |= (special or {}).get(cell.name, {})
@@ -137,7 +137,7 @@ def command(tmp_path: Path, method: str, tasks: list[str], **more: Any) -> list[
     backbone = Backbone("tiny", more.get("model"))
     cells = plan(GRIDS["tiny"], [method], tasks, [7], [backbone])
     settle(grid, cells, [backbone], "")
-    return grids.command_of(grid, cells[0])[0][1:]
+    return commands.command_of(grid, cells[0])[0][1:]
 
 
 @pytest.mark.parametrize(
@@ -180,18 +180,18 @@ def test_an_unfinished_run_is_resumed(tmp_path: Path) -> None:
     (folder / "config.yaml").write_text("task: sst2\n")
     grid = Grid(tmp_path / "grid", "tiny", 1000)
     (cell,) = plan(GRIDS["tiny"], ["ppo-st"], ["sst2"], [7], [TINY])
-    said, _ = grids.command_of(grid, cell)
+    said, _ = commands.command_of(grid, cell)
     assert said[-3:] == [str(folder / "config.yaml"), "--resume", str(folder)]
 
 
 def test_sft_for_the_seconds_of_ppo() -> None:
     sft = {"train_steps": 160, "train_s": 20.0}
     # 160 steps took 20 s, so 50 s are 400 steps; 33 s are 264
-    assert grids.sft_seconds_steps(sft, {"train_s": 50.0}) == (400, "")
-    assert grids.sft_seconds_steps(sft, {"train_s": 33.0}) == (264, "")
-    steps, note = grids.sft_seconds_steps(sft, {"train_s": 2000.0})
+    assert commands.sft_seconds_steps(sft, {"train_s": 50.0}) == (400, "")
+    assert commands.sft_seconds_steps(sft, {"train_s": 33.0}) == (264, "")
+    steps, note = commands.sft_seconds_steps(sft, {"train_s": 2000.0})
     assert steps == 40 * 160 and "capped at 40 x" in note and "100 x" in note
-    assert grids.sft_seconds_steps(sft, {"train_s": 0.001})[0] == 1
+    assert commands.sft_seconds_steps(sft, {"train_s": 0.001})[0] == 1
 
 
 def test_sft_seconds_reads_the_cells_of_its_task_and_seed(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_sft_seconds_reads_the_cells_of_its_task_and_seed(tmp_path: Path) -> Non
         folder.mkdir(parents=True)
         found = summary(cell.method, "cb", 0, train_s=seconds)
         (folder / "summary.json").write_text(json.dumps(found))
-    assert "train.steps=10" in grids.command_of(grid, cells[2])[0]  # 4 steps x 5 / 2
+    assert "train.steps=10" in commands.command_of(grid, cells[2])[0]  # 4 steps x 5 / 2
 
 
 @pytest.mark.parametrize("path", sorted(ASSETS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -278,8 +278,8 @@ def test_a_cell_whose_command_cannot_be_made_is_a_failure_too(tmp_path: Path) ->
 
 
 def test_the_threads_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "cores", lambda: 8)
-    assert [reproduce.threads(jobs) for jobs in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
+    monkeypatch.setattr(runner, "cores", lambda: 8)
+    assert [runner.threads(jobs) for jobs in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
     grid, cells = make(tmp_path, ["zero-shot"], ["cb"])
     Runner(grid, cells, 2, stub()).run()
     assert (grid.cell_dir(cells[0].name) / "starts").read_text() == "4\n"
@@ -306,7 +306,7 @@ def test_a_signal_stops_the_cells_politely_and_the_grid_goes_on_later(
     limit = time.monotonic() + 60
     while len(list(ready.glob("*/ready"))) < 2 and time.monotonic() < limit:
         time.sleep(0.05)
-    with pytest.raises(UserError, match="still running"), reproduce.locked(tmp_path / "grid"):
+    with pytest.raises(UserError, match="still running"), runner.locked(tmp_path / "grid"):
         pass
     running.send_signal(number)
     assert running.wait(30) == code

@@ -12,8 +12,8 @@ from ppo_nlu import submit
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.data.__main__ import main as data_program
 from ppo_nlu.errors import UserError
-from ppo_nlu.model import peft_format
-from ppo_nlu.reproduce import results
+from ppo_nlu.model import lora
+from ppo_nlu.reproduce import comparisons
 from ppo_nlu.reproduce.__main__ import main as reproduce
 from ppo_nlu.reproduce.grid import GRIDS, Backbone, Cell, plan
 from ppo_nlu.runtime import checkpoint
@@ -88,7 +88,7 @@ def test_the_averages_need_it_and_not_its_probe() -> None:
         assert average("superglue", whole, style) == pytest.approx(0.5)
     # Ten columns, of which one is at 1: (9 * 0.5 + 1) / 10.
     assert average("glue", scores | {"tone": {"accuracy": 1.0}}) == pytest.approx(0.55)
-    assert results.is_diagnostic("tone-x") and not results.is_diagnostic("tone")
+    assert comparisons.is_diagnostic("tone-x") and not comparisons.is_diagnostic("tone")
 
 
 def test_the_grid_trains_it_and_measures_the_probe_with_its_run() -> None:
@@ -110,7 +110,7 @@ def test_the_submission_holds_both_files(folder: Path, tmp_path: Path) -> None:
     run = checkpoint.claim(tmp_path / "run", dump(load_config(tmp_path / "run.yaml")))
     checkpoint.release(run)
     (run / "adapter").mkdir()
-    (run / "adapter" / peft_format.CONFIG_FILE).write_text("{}")
+    (run / "adapter" / lora.CONFIG_FILE).write_text("{}")
     parts, missing = submit.collect("glue", [submit.Run.read(str(run), [])])
     assert [(part.file.name, part.file.rows, part.trained.name) for part in parts] == [
         ("Tone-X.tsv", 2, "tone"),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ppo_nlu.reproduce import published
-from ppo_nlu.reproduce import results as measured
+from ppo_nlu.reproduce import comparisons, published
+from ppo_nlu.reproduce.comparisons import Spread, spread
 from ppo_nlu.reproduce.document import Group, Heading, Part, Table, Text
 from ppo_nlu.reproduce.methods import METHODS, method_title
-from ppo_nlu.reproduce.report_plots import title_of
-from ppo_nlu.reproduce.results import DECODES, Results, Spread, spread
+from ppo_nlu.reproduce.results import DECODES, Results
 from ppo_nlu.tasks import TASKS, benchmark_tasks
 
 DASH = "–"
@@ -44,6 +43,15 @@ def between(interval: Sequence[float]) -> str:
 def counted(count: int, thing: str) -> str:
     """`3 seeds`, `1 seed`."""
     return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def title_of(task: str) -> str:
+    """A task's printed name; the two RTEs are told apart."""
+    spec = TASKS.get(task)
+    if spec is None:
+        return task
+    benchmark = {"glue": "GLUE", "superglue": "SuperGLUE"}.get(spec.benchmark, spec.benchmark)
+    return f"{spec.title} ({benchmark})" if "/" in task else spec.title
 
 
 # --- the paper's tables ---------------------------------------------------------------------------
@@ -121,11 +129,11 @@ def _seeds(results: Results, method: str, tasks: Sequence[str]) -> str:
 
 def _averages(results: Results, benchmark: str, method: str, decode: str) -> list[str]:
     whole = [
-        with_sd(measured.averages(results, benchmark, method, decode, style))
+        with_sd(comparisons.averages(results, benchmark, method, decode, style))
         for style in ("paper", "official")
     ]
     tasks = [spec.name for spec in benchmark_tasks(benchmark)]
-    present = measured.mean_of_present(results, method, decode, tasks)
+    present = comparisons.mean_of_present(results, method, decode, tasks)
     return [*whole, f"{with_sd(present[0])} ({present[1]})" if present else DASH]
 
 

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ppo_nlu.reproduce.axes import BLUE, GREY, INK, ORANGE, TEAL, new, panels, png, style
+from ppo_nlu.reproduce.curves import reward_mixed, reward_single
 from ppo_nlu.reproduce.document import Figure
 from ppo_nlu.reproduce.methods import method_title
 from ppo_nlu.reproduce.results import Results
-from ppo_nlu.runtime.curves import moving_average
-from ppo_nlu.runtime.runlog import read_metrics
-from ppo_nlu.tasks import TASKS
+from ppo_nlu.reproduce.tables import title_of
 
-BLUE, ORANGE, GREY, INK, TEAL = "#2563eb", "#d97706", "#9ca3af", "#1f2937", "#0d9488"
-LINES = ("#2563eb", "#d97706", "#0d9488", "#db2777", "#7c3aed", "#65a30d", "#0891b2", "#b45309",
-         "#475569", "#dc2626", "#4f46e5")  # fmt: skip
 COLOURS = {"sft-st": ORANGE, "sft-seconds": TEAL, "ppo-st": BLUE, "sft-mt": ORANGE, "ppo-mt": BLUE}
-DPI = 160
 
 
 def available() -> bool:
@@ -45,52 +39,6 @@ def draw_all(results: Results) -> dict[str, Figure]:
     return {figure.name: figure for figure in drawn if figure is not None}
 
 
-def title_of(task: str) -> str:
-    """A task's printed name; the two RTEs are told apart."""
-    spec = TASKS.get(task)
-    if spec is None:
-        return task
-    benchmark = {"glue": "GLUE", "superglue": "SuperGLUE"}.get(spec.benchmark, spec.benchmark)
-    return f"{spec.title} ({benchmark})" if "/" in task else spec.title
-
-
-# --- drawing ------------------------------------------------------------------------------------
-
-
-def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes (rows, columns), without pyplot and its global state."""
-    figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(width, height), layout="constrained", facecolor="white"
-    )
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, hspace=0.04, wspace=0.04)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _png(figure: Any) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DPI)
-    return data.getvalue()
-
-
-def _style(axes: Any, grid: str = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=INK, labelsize=8.5, length=3)
-    axes.grid(axis=grid, alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _panels(count: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure of `count` panels, the places left over empty."""
-    columns = min(columns, count)
-    lines = math.ceil(count / columns)
-    figure, axes = _new(width * columns, height * lines, lines, columns)
-    flat = list(axes.flat)
-    for spare in flat[count:]:
-        spare.set_axis_off()
-    return figure, flat[:count]
-
-
 # --- sampled and greedy -------------------------------------------------------------------------
 
 
@@ -110,7 +58,7 @@ def sampled_and_greedy(results: Results, methods: Sequence[str], name: str) -> F
     table = {task: row for task, row in table.items() if row}
     if not table:
         return None
-    figure, axes = _new(8.6, 1.3 + 0.52 * len(table))
+    figure, axes = new(8.6, 1.3 + 0.52 * len(table))
     axis, present = axes[0, 0], [m for m in methods if any(m in row for row in table.values())]
     step = 0.72 / max(len(present), 1)
     for place, row in enumerate(table.values()):
@@ -123,7 +71,7 @@ def sampled_and_greedy(results: Results, methods: Sequence[str], name: str) -> F
     axis.set_yticks(range(len(table)), [title_of(task) for task in table])
     axis.set_ylim(len(table) - 0.45, -0.55)
     axis.set_xlabel("score on the evaluation rows (percent; mean of seeds)", fontsize=9)
-    _style(axis, "x")
+    style(axis, "x")
     for method in present:
         axis.plot([], [], color=COLOURS[method], linewidth=3, label=method_title(method))
     axis.plot([], [], "o", mfc="white", mec=INK, ms=6, label="one sample at T=1")
@@ -133,7 +81,7 @@ def sampled_and_greedy(results: Results, methods: Sequence[str], name: str) -> F
         "Each bar goes from the score of one sample at T=1 (ring) to that of greedy decoding "
         "(dot). A short bar means a sharp answer distribution: sampling costs little."
     )
-    return Figure(name, "Sampled versus greedy", caption, _png(figure))
+    return Figure(name, "Sampled versus greedy", caption, png(figure))
 
 
 def _dumbbell(axis: Any, ends: tuple[Any, Any], y: float, colour: str) -> None:
@@ -146,122 +94,6 @@ def _mean(results: Results, method: str, task: str, decode: str) -> float | None
     values = [row.value(decode) for row in results.pick(method, task)]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-# --- reward curves ------------------------------------------------------------------------------
-
-Curve = tuple[np.ndarray, np.ndarray]  # steps (S,), smoothed values of each seed (runs, S)
-
-
-def _curves(results: Results, method: str) -> dict[str, dict[str, Curve]]:
-    """{cells that differ in the seed alone: {metric: curve}}."""
-    logs: dict[str, list[Mapping[float, Mapping[str, Any]]]] = {}
-    for name, (plan, _) in results.summaries.items():
-        if plan["method"] == method:
-            run = read_metrics(results.folder / "cells" / name)
-            key = "+".join(plan["tasks"])
-            logs.setdefault(key, []).append({r["step"]: r for r in run if "step" in r})
-    found: dict[str, dict[str, Curve]] = {}
-    for key, runs in logs.items():
-        names = {n: None for run in runs for row in run.values() for n in row if _is_reward(n)}
-        curves = {n: _curve([run for run in runs if run], n) for n in names}
-        found[key] = {n: curve for n, curve in curves.items() if curve is not None}
-    return {key: curves for key, curves in found.items() if "reward/mean" in curves}
-
-
-def _is_reward(name: str) -> bool:
-    return name.startswith("reward/") and name.endswith("mean")
-
-
-def _curve(runs: Sequence[Mapping[float, Mapping[str, Any]]], name: str) -> Curve | None:
-    """Smoothed over a twelfth of the run; the steps that all seeds have a value at."""
-    series = [{s: row[name] for s, row in run.items() if row.get(name) is not None} for run in runs]
-    series = [values for values in series if values]
-    if not series:
-        return None
-    steps = sorted(set.intersection(*(set(values) for values in series)))
-    if len(steps) < 2:
-        return None
-    window = max(1, len(steps) // 12)
-    smooth = [moving_average([values[s] for s in steps], window) for values in series]
-    return np.array(steps), np.array(smooth)
-
-
-def _band(axis: Any, curve: Curve, colour: str, width: float = 1.8, shade: float = 0.16) -> None:
-    """The mean over seeds, and a standard deviation to either side."""
-    steps, values = curve
-    mean = values.mean(0)
-    axis.plot(steps, mean, color=colour, linewidth=width)
-    if len(values) > 1:
-        sd = values.std(0, ddof=1)
-        axis.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=shade, linewidth=0)
-
-
-def reward_mixed(results: Results) -> Figure | None:
-    """The reward of PPO-MT over its steps, of all tasks together and of each."""
-    found = _curves(results, "ppo-mt")
-    if not found:
-        return None
-    figure, axes = _panels(len(found), 1, 8.6, 4.2)
-    for axis, curves in zip(axes, found.values(), strict=True):
-        single = {name: c for name, c in curves.items() if name != "reward/mean"}
-        ends = []
-        for place, (name, curve) in enumerate(single.items()):
-            colour = LINES[place % len(LINES)]
-            _band(axis, curve, colour, 1.2, 0.07)
-            task = name.removeprefix("reward/").removesuffix("/mean")
-            ends.append((curve[1].mean(0)[-1], title_of(task), colour))
-        _band(axis, curves["reward/mean"], INK, 2.4)
-        ends.append((curves["reward/mean"][1].mean(0)[-1], "all tasks", INK))
-        last = curves["reward/mean"][0][-1]
-        axis.set_xlim(0, last)
-        _label_ends(axis, ends, last)
-        axis.set_xlabel("training step", fontsize=9)
-        axis.set_ylabel("mean reward per answer", fontsize=9)
-        _style(axis)
-    caption = (
-        "Mean over seeds with one standard deviation to either side, smoothed over a twelfth of "
-        "the run. A right label earns 1, a wrong one 0, no label -1; ratings earn 2.5 minus their "
-        "error."
-    )
-    return Figure("reward_ppo_mt", "Reward of PPO-MT while it trains", caption, _png(figure))
-
-
-def _label_ends(axis: Any, ends: Sequence[tuple[float, str, str]], last: float) -> None:
-    """A name at the right end of each line, moved apart where they would overlap."""
-    low, high = axis.get_ylim()
-    gap = 0.058 * (high - low)
-    placed: list[float] = []
-    for value, text, colour in sorted(ends):
-        y = max(value, placed[-1] + gap) if placed else value
-        placed.append(y)
-        axis.annotate(
-            text, (last, value), (last * 1.02, y), color=colour, fontsize=8.5, va="center",
-            weight="bold" if text == "all tasks" else "normal", annotation_clip=False,
-        )  # fmt: skip
-    axis.set_ylim(low, max(high, placed[-1] + gap / 2))
-
-
-def reward_single(results: Results) -> Figure | None:
-    """The reward of every PPO-ST, a panel a task."""
-    found = _curves(results, "ppo-st")
-    order = [task for task in results.tasks() if task in found]
-    if not order:
-        return None
-    figure, axes = _panels(len(order), 4, 2.65, 2.1)
-    for axis, task in zip(axes, order, strict=True):
-        _band(axis, found[task]["reward/mean"], BLUE)
-        axis.set_title(title_of(task), fontsize=9.5, loc="left", color=INK)
-        axis.xaxis.get_major_locator().set_params(integer=True, nbins=4)
-        axis.yaxis.get_major_locator().set_params(nbins=4)
-        _style(axis)
-    figure.supxlabel("training step", fontsize=9)
-    figure.supylabel("mean reward per answer", fontsize=9)
-    caption = (
-        "Mean over seeds with one standard deviation to either side, smoothed. Every panel has its "
-        "own scale; ratings (STS-B) earn 2.5 minus their error, labels 1, 0 or -1."
-    )
-    return Figure("reward_ppo_st", "Reward of PPO-ST while it trains", caption, _png(figure))
 
 
 # --- what is answered ---------------------------------------------------------------------------
@@ -302,7 +134,7 @@ def confusions(results: Results) -> Figure | None:
         return None
     columns = 4 if len(methods) == 2 else 3
     most = max(len(table) for _, _, table in found)
-    figure, axes = _panels(len(found), columns, 2.75, 1.75 + 0.22 * max(0, most - 2))
+    figure, axes = panels(len(found), columns, 2.75, 1.75 + 0.22 * max(0, most - 2))
     for axis, (task, method, table) in zip(axes, found, strict=True):
         _confusion(axis, table)
         axis.set_title(f"{title_of(task)}: {method_title(method)}", fontsize=9, color=INK)
@@ -313,7 +145,7 @@ def confusions(results: Results) -> Figure | None:
         "A column that is dark from top to bottom is a model that always says the same. "
         "`none`: the answer names no label."
     )
-    return Figure("confusion", "Confusion matrices", caption, _png(figure))
+    return Figure("confusion", "Confusion matrices", caption, png(figure))
 
 
 def _confusion(axis: Any, table: Mapping[str, Mapping[str, int]]) -> None:
@@ -342,7 +174,7 @@ def _short(word: str) -> str:
 def histograms(results: Results) -> Figure | None:
     """How often each label is answered, beside how often it is right."""
     methods = _methods_for(results)
-    panels = []
+    shown = []
     for task in results.tasks():
         bars = {method_title(m): _summed(results, m, task, "predicted") for m in methods}
         bars = {title: counts for title, counts in bars.items() if sum(counts.values())}
@@ -350,12 +182,12 @@ def histograms(results: Results) -> Figure | None:
         table = next((found for found in tables if found), {})
         gold = {word: sum(row.values()) for word, row in table.items()}
         if bars:
-            panels.append((task, ({"gold": gold} if gold else {}) | bars))
-    if not panels:
+            shown.append((task, ({"gold": gold} if gold else {}) | bars))
+    if not shown:
         return None
-    figure, axes = _panels(len(panels), 4, 2.65, 2.1)
+    figure, axes = panels(len(shown), 4, 2.65, 2.1)
     colours = {"gold": GREY} | {method_title(m): COLOURS.get(m, BLUE) for m in methods}
-    for axis, (task, bars) in zip(axes, panels, strict=True):
+    for axis, (task, bars) in zip(axes, shown, strict=True):
         _bars(axis, bars, colours)
         axis.set_title(title_of(task), fontsize=9.5, loc="left", color=INK)
     figure.supylabel("percent of the rows", fontsize=9)
@@ -365,7 +197,7 @@ def histograms(results: Results) -> Figure | None:
         "Greedy answers of all seeds beside the gold labels. For ratings the bars are ranges of "
         "the answered number. `none`: the answer names no label."
     )
-    return Figure("labels", "What is answered, and what is right", caption, _png(figure))
+    return Figure("labels", "What is answered, and what is right", caption, png(figure))
 
 
 def _bars(axis: Any, bars: Mapping[str, Mapping[str, int]], colours: Mapping[str, str]) -> None:
@@ -384,5 +216,5 @@ def _bars(axis: Any, bars: Mapping[str, Mapping[str, int]], colours: Mapping[str
         rotation=35 if crowded else 0, ha="right" if crowded else "center",
         rotation_mode="anchor" if crowded else "default",
     )  # fmt: skip
-    _style(axis)
+    style(axis)
     axis.tick_params(axis="x", length=0, labelsize=7 if crowded else 7.5)

@@ -8,7 +8,7 @@ from ppo_nlu.config.fields import below_one, number, one_of, positive, share
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class TextConfig:
     """Where the texts are, and how often the film text is shown."""
 
     path: str | None = None  # the folder above glue/; null: $PPO_NLU_DATA
@@ -35,7 +35,7 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ArchitectureConfig:
     """The Llama architecture."""
 
     hidden: int = positive(256)
@@ -102,7 +102,7 @@ class InstructConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class ScoreConfig:
     """The scores on the model card."""
 
     batch_size: int = positive(64)
@@ -117,12 +117,12 @@ class TinyConfig:
     task: str = one_of("sst2", "sst2")
     seed: int = number(0, min=0)
     output: str = "runs/tiny"
-    data: DataConfig = field(default_factory=DataConfig)
+    data: TextConfig = field(default_factory=TextConfig)
     seen: SeenConfig = field(default_factory=SeenConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     recall: RecallConfig = field(default_factory=RecallConfig)
     rating: RatingConfig = field(default_factory=RatingConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: ScoreConfig = field(default_factory=ScoreConfig)

@@ -16,7 +16,7 @@ from pathlib import Path
 from ppo_nlu.data import normalise
 from ppo_nlu.data.readers import read_split
 from ppo_nlu.errors import UserError
-from ppo_nlu.pretrain.config import DataConfig, SeenConfig, TinyConfig
+from ppo_nlu.pretrain.config import SeenConfig, TextConfig, TinyConfig
 from ppo_nlu.tasks import Example, TaskSpec, get_task
 
 
@@ -189,7 +189,7 @@ class Corpus:
     dropped: dict[str, int]
 
 
-def build_corpus(root: Path, split: Split, leaks: LeakFilter, cfg: DataConfig) -> Corpus:
+def build_corpus(root: Path, split: Split, leaks: LeakFilter, cfg: TextConfig) -> Corpus:
     """Film text first, then everything else; no line with a forbidden sentence."""
     long = [text for text in split.phrases if len(text.split()) >= cfg.phrase_min_words]
     texts = {"SST-2 train sentences": split.sentences, "SST-2 train phrases": long}

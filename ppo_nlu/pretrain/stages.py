@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ppo_nlu import config
+from ppo_nlu.config import ModelConfig, OptimConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.model.policy import Policy, ValueHead
 from ppo_nlu.pretrain.config import (
+    ArchitectureConfig,
     InstructConfig,
-    ModelConfig,
     PretrainConfig,
     RatingConfig,
     RecallConfig,
@@ -41,7 +41,7 @@ from ppo_nlu.tasks.prompts import render
 StageConfig = PretrainConfig | RecallConfig | RatingConfig | InstructConfig
 
 
-def new_policy(cfg: ModelConfig, tokenizer: Any) -> Policy:
+def new_policy(cfg: ArchitectureConfig, tokenizer: Any) -> Policy:
     """A Llama with random weights, all of which train; it drops nothing out."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,7 +60,7 @@ def new_policy(cfg: ModelConfig, tokenizer: Any) -> Policy:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(llama).eval()
-    return Policy(model, tokenizer, ValueHead(1, "linear"), config.ModelConfig())
+    return Policy(model, tokenizer, ValueHead(1, "linear"), ModelConfig())
 
 
 class Descent:
@@ -68,7 +68,7 @@ class Descent:
 
     def __init__(self, policy: Policy, key: str, cfg: StageConfig, steps: int, schedule: str):
         self.key, self.steps, self.done = key, steps, 0
-        self.settings = config.OptimConfig(
+        self.settings = OptimConfig(
             name="adamw",
             lr=cfg.lr,
             weight_decay=cfg.weight_decay,
@@ -111,8 +111,8 @@ def pack(corpus: Corpus, tokenizer: Any, cfg: PretrainConfig, seed: int) -> Tens
 
 def pretrain(policy: Policy, m: Material, cfg: TinyConfig) -> dict[str, Any]:
     """Causal pretraining; the loss is the mean of the last tenth of the steps."""
-    began = time.perf_counter()
     rows = pack(m.corpus, policy.tokenizer, cfg.pretrain, cfg.seed)
+    began = time.perf_counter()
     batches = rows.split(cfg.pretrain.batch_size)
     descent = Descent(policy, "pretrain", cfg.pretrain, len(batches), "cosine")
     losses = []

@@ -18,8 +18,7 @@ from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.pretrain import __main__ as pretrain
 from ppo_nlu.pretrain import corpus, scores, stages
-from ppo_nlu.pretrain.config import ModelConfig as TinyModel
-from ppo_nlu.pretrain.config import RecallConfig, SeenConfig
+from ppo_nlu.pretrain.config import ArchitectureConfig, RecallConfig, SeenConfig
 from ppo_nlu.pretrain.lessons import Lesson, lesson
 from ppo_nlu.pretrain.tokenizer import LABEL_WORDS, load_tokenizer
 from ppo_nlu.runtime import cli
@@ -199,7 +198,7 @@ def by_transformers(policy: Policy, rows: Lesson) -> Tensor:
 def test_the_teaching_reaches_every_weight_as_plain_passes_do(tokenizer: Any) -> None:
     """Two layers, so that what stands above the first one is not the embedding alone."""
     torch.manual_seed(0)
-    policy = stages.new_policy(TinyModel(hidden=16, layers=2, heads=2, ffn=24), tokenizer)
+    policy = stages.new_policy(ArchitectureConfig(hidden=16, layers=2, heads=2, ffn=24), tokenizer)
     rows = lesson(SST2, [("a warm evening", "Positive"), ("dull , and long", "Negative")])
     parameters = dict(policy.model.named_parameters())
     expected = by_transformers(policy, rows)
@@ -217,7 +216,7 @@ def test_the_teaching_reaches_every_weight_as_plain_passes_do(tokenizer: Any) ->
 
 def test_norms_are_not_decayed(tokenizer: Any) -> None:
     """With no gradient AdamW's step is the decay alone: every weight times 1 - lr * decay."""
-    policy = stages.new_policy(TinyModel(hidden=16, layers=1, heads=2, ffn=24), tokenizer)
+    policy = stages.new_policy(ArchitectureConfig(hidden=16, layers=1, heads=2, ffn=24), tokenizer)
     before = {name: value.clone() for name, value in policy.model.named_parameters()}
     settings = RecallConfig(lr=0.1, warmup=0.0, weight_decay=0.5)
     descent = stages.Descent(policy, "recall", settings, 4, "cosine")
@@ -276,6 +275,12 @@ def test_smoke_run_makes_a_loadable_model_and_resumes(
     facts = json.loads((output / "stages" / "facts.json").read_text())
     assert facts["dev"]["rows"] == 2 and 0 <= facts["dev"]["unparsed"] <= 1
 
+    (output / "stages" / "recalled.safetensors").unlink()
+    assert smoke(made_up, output, "recall.lr=1e30") == 2  # and nothing is left that stood on it
+    assert [path.name for path in (output / "stages").glob("*.safetensors")] == [
+        "pretrained.safetensors"
+    ]
+    capsys.readouterr()
     assert smoke(made_up, output, "model.hidden=16") == 2
     assert "--again pretrain" in capsys.readouterr().err
 

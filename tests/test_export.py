@@ -21,7 +21,6 @@ from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
 from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
 
 transformers = pytest.importorskip("transformers")
 
@@ -164,30 +163,6 @@ def test_the_readme_of_the_bundled_model_finds_it_by_itself(
     output = tmp_path / "out"
     assert export.main([str(finished_run), "--output", str(output)]) == 0
     assert by_readme(output, monkeypatch, tmp_path)["model"] is not None
-
-
-def test_what_a_killed_export_left_is_deleted(run: Path) -> None:
-    """Of the same output; one that is at work keeps its own."""
-    left, other = (files.temporary_name(run.parent / "out" / "exported") for _ in range(2))
-    for folder in (left, other):
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_text("half")
-    with files.FolderLock(other):
-        assert export.main([str(run), "--output", str(run.parent / "out" / "exported")]) == 0
-    assert not left.exists() and other.exists()
-
-
-def test_two_exports_to_one_folder(run: Path, tmp_path: Path) -> None:
-    """Both found it free: the one that comes second gets a line, and the first stays."""
-    output = tmp_path / "out"
-    with pytest.raises(UserError, match="cannot be written") as error:
-        with export._appearing(output) as folder:
-            (folder / "second").write_text("")
-            output.mkdir()
-            (output / "first").write_text("")
-    assert "\n" not in str(error.value)
-    assert [p.name for p in output.iterdir()] == ["first"]
-    assert not list(tmp_path.glob(".tmp*"))
 
 
 # ---- merged ----------------------------------------------------------------------------------

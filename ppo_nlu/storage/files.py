@@ -510,3 +510,30 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+# --- a whole folder ------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder to fill, which gets its name when the block ends well and is deleted otherwise.
+
+    An empty folder that bears the name is replaced; a full one is left alone, and a UserError says
+    so. What an earlier maker of the same folder left behind, because it was killed, is deleted.
+    """
+    path = Path(path).absolute()
+    temp = temporary_name(path)
+    sweep_folders(path)
+    make_folder(temp)
+    try:
+        with FolderLock(temp):  # by which a sweep knows that this one is at work
+            yield temp
+        with write_errors(path):
+            sync_tree(temp)
+            if path.is_dir():
+                path.rmdir()  # empty, or this fails; not every system renames over a folder
+            os.rename(temp, path)
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)

@@ -34,7 +34,7 @@ from ppo_nlu.methods.encoder import Encoder
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import cli
 from ppo_nlu.storage.files import atomic_open, make_folder, parse_object
-from ppo_nlu.tasks import TASKS, Example, TaskSpec
+from ppo_nlu.tasks import TASKS, Example, TaskSpec, benchmark_tasks
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.tasks.metrics import chosen_row
 
@@ -48,34 +48,14 @@ class File:
     rows: int
 
 
-FILES = {
-    "glue": (
-        File("AX.tsv", "ax", 1104),
-        File("CoLA.tsv", "cola", 1063),
-        File("MNLI-m.tsv", "mnli", 9796),
-        File("MNLI-mm.tsv", "mnli-mm", 9847),
-        File("MRPC.tsv", "mrpc", 1725),
-        File("QNLI.tsv", "qnli", 5463),
-        File("QQP.tsv", "qqp", 390965),
-        File("RTE.tsv", "glue/rte", 3000),
-        File("SST-2.tsv", "sst2", 1821),
-        File("STS-B.tsv", "stsb", 1379),
-        File("WNLI.tsv", "wnli", 146),
-    ),
-    "superglue": (
-        File("AX-b.jsonl", "ax-b", 1104),
-        File("AX-g.jsonl", "ax-g", 356),
-        File("BoolQ.jsonl", "boolq", 3245),
-        File("CB.jsonl", "cb", 250),
-        File("COPA.jsonl", "copa", 500),
-        File("MultiRC.jsonl", "multirc", 9693),  # in 166 objects
-        File("RTE.jsonl", "superglue/rte", 3000),
-        File("ReCoRD.jsonl", "record", 10000),
-        File("WSC.jsonl", "wsc", 146),
-        File("WiC.jsonl", "wic", 1400),
-    ),
-}
-ALSO = {"mnli": ("mnli-mm", "ax"), "superglue/rte": ("ax-b", "ax-g")}  # tasks without training
+def files_of(benchmark: str) -> list[File]:
+    """The files that a benchmark's server takes, by their names."""
+    specs = [spec for spec in benchmark_tasks(benchmark) if spec.leaderboard_file]
+    files = [File(spec.leaderboard_file, spec.name, spec.leaderboard_rows) for spec in specs]
+    return sorted(files, key=lambda file: file.name)
+
+
+BENCHMARKS = ("glue", "superglue")  # those with a server
 # SuperGLUE labels that are not the data's value as a string.
 JSON_LABELS: dict[str, Callable[[str], Any]] = {
     "copa": int,
@@ -121,7 +101,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "targets", nargs="+", metavar="RUN_DIR|section.key=value", help="finished runs"
     )
-    parser.add_argument("--benchmark", choices=tuple(FILES), required=True)
+    parser.add_argument("--benchmark", choices=BENCHMARKS, required=True)
     parser.add_argument("--output", type=Path, required=True, metavar="ZIP")
     parser.add_argument(
         "--decode",
@@ -210,7 +190,7 @@ def collect(benchmark: str, runs: Sequence[Run]) -> tuple[list[Part], list[str]]
 
     Raises UserError where two runs answer one task, or a run none of the benchmark.
     """
-    files = FILES[benchmark]
+    files = files_of(benchmark)
     sources = assign({file.task for file in files}, runs)
     for run in runs:
         if not any(owner is run for owner, _ in sources.values()):
@@ -249,15 +229,15 @@ def assign(tasks: set[str], runs: Sequence[Run]) -> dict[str, tuple[Run, TaskSpe
                 )
             if name in tasks:
                 found[name] = (run, spec)
-    for name, others in ALSO.items():
-        for other in others:
-            if name in found:
-                found.setdefault(other, found[name])
+    for name in tasks:
+        teacher = TASKS[name].trained_with
+        if teacher in found:
+            found.setdefault(name, found[teacher])
     return found
 
 
 def _teacher(task: str) -> str:
-    return next((name for name, others in ALSO.items() if task in others), task)
+    return TASKS[task].trained_with or task
 
 
 def _lacking(part: Part) -> Iterator[str]:

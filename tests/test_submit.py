@@ -97,16 +97,9 @@ def _no_model(*_: object) -> None:
 
 def sized(monkeypatch: pytest.MonkeyPatch, **rows: int) -> None:
     """Test files of so many rows, by task; any other has two."""
-    monkeypatch.setattr(
-        submit,
-        "FILES",
-        {
-            benchmark: tuple(
-                replace(file, rows=rows.get(file.task.replace("-", "_"), 2)) for file in files
-            )
-            for benchmark, files in submit.FILES.items()
-        },
-    )
+    for name, spec in TASKS.items():
+        count = rows.get(name.replace("-", "_"), 2)
+        monkeypatch.setitem(TASKS, name, replace(spec, leaderboard_rows=count))
 
 
 def submitted(benchmark: str, runs: Sequence[Path], *more: str, name: str = "out.zip") -> Path:
@@ -699,7 +692,7 @@ def test_the_real_test_files_have_the_official_rows(
     (tmp_path / "c.yaml").write_text(f'task: {task}\ndata: {{path: "{real_data}"}}\n')
     cfg = load_config(tmp_path / "c.yaml")
     examples = data.load_split(TASKS[task], "test", cfg.data).examples
-    file = next(file for file in submit.FILES[benchmark] if file.task == task)
+    file = next(file for file in submit.files_of(benchmark) if file.task == task)
     run = submit.Run(tmp_path, cfg, {task: TASKS[task]})
     part = submit.Part(file, run, TASKS[task], examples)
     assert list(submit._lacking(part)) == []

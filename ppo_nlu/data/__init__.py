@@ -158,7 +158,6 @@ def cache_root(data_cfg: DataConfig) -> Path:
 
 
 WHOLE = ("AX.tsv", "msr_paraphrase_test.txt")  # other names of whole official files
-TRAIN_ON = {"ax": "mnli", "ax-b": "superglue/rte", "ax-g": "superglue/rte"}
 
 
 def load_split(spec: TaskSpec, split: str, data_cfg: DataConfig) -> Dataset:
@@ -167,9 +166,10 @@ def load_split(spec: TaskSpec, split: str, data_cfg: DataConfig) -> Dataset:
     if isinstance(spec, CustomSpec):
         return _load_custom(spec, split)
     if split not in spec.files:
-        if split == "train" and spec.name in TRAIN_ON:
-            other = TRAIN_ON[spec.name]
-            raise UserError(f"task: {spec.title} has no training rows; train on {other} instead")
+        if split == "train" and spec.trained_with:
+            raise UserError(
+                f"task: {spec.title} has no training rows; train on {spec.trained_with} instead"
+            )
         raise UserError(f"eval.split: {spec.title} has no split {split!r}; {', '.join(spec.files)}")
     source = locate(spec, data_cfg)
     if source.folder is None:

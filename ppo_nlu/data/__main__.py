@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ppo_nlu import data
 from ppo_nlu.config import Config, DataConfig, load_config, strict_config
-from ppo_nlu.data import archives, download
+from ppo_nlu.data import download
+from ppo_nlu.data.archives import archive_of
 from ppo_nlu.errors import UserError, printable
 from ppo_nlu.model.tokens import Codec
 from ppo_nlu.runtime import cli
@@ -225,8 +226,8 @@ def get(specs: Sequence[TaskSpec], cfg: DataConfig, output: Path | None, sums: b
     if not specs:
         raise UserError("get: no task is named; give one or more, such as sst2")
     for spec in specs:
-        if spec.name not in archives.ARCHIVES:
-            known = ", ".join(archives.ARCHIVES)
+        if archive_of(spec) is None:
+            known = ", ".join(name for name, other in TASKS.items() if archive_of(other))
             raise UserError(f"get: no archive of {spec.title} is known; there is one of {known}")
     root = cli.require_place("--output", data.cache_root(cfg) if output is None else output)
     for spec in specs:
@@ -236,7 +237,9 @@ def get(specs: Sequence[TaskSpec], cfg: DataConfig, output: Path | None, sums: b
 
 def _get(spec: TaskSpec, url: str, root: Path, sums: bool) -> str:
     folder = root / spec.benchmark / spec.folder
-    names = archives.ARCHIVES[spec.name].files
+    archive = archive_of(spec)
+    assert archive is not None
+    names = archive.files
     there = [name for name in names if (folder / name).is_file()]
     if len(there) == len(names):
         return f"{spec.title}: {folder} holds it already"
@@ -245,7 +248,7 @@ def _get(spec: TaskSpec, url: str, root: Path, sums: bool) -> str:
             f"--output: {folder} holds something already, but not the whole official set; "
             "move it away or give another --output"
         )
-    print(f"{spec.title}: fetching {archives.ARCHIVES[spec.name].name}", file=sys.stderr)
+    print(f"{spec.title}: fetching {archive.name}", file=sys.stderr)
     try:
         fetched = download.fetch(spec, url, root, sums)
     except download.DownloadError as error:

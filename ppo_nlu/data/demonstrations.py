@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ppo_nlu import data
-from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
+from ppo_nlu.tasks import Example, TaskSpec, get_task
 
 if TYPE_CHECKING:
     from ppo_nlu.config import Config
@@ -54,7 +54,8 @@ def of(spec: TaskSpec, cfg: Config) -> tuple[Example, ...]:
     key = repr((spec, cfg.prompt, cfg.data, cfg.custom, cfg.seed, cfg.model.name_or_path))
     if key not in _chosen:
         seen = data.saw_labels(cfg.model.name_or_path)
-        source = get_task(data.TRAIN_ON.get(spec.name, spec.name)) if spec.name in TASKS else spec
+        own = not spec.trained_with or "train" in spec.files
+        source = spec if own else get_task(spec.trained_with)
         rows = data.train_examples(source, cfg.data, seen).examples
         count = cfg.prompt.shots + SPARE
         _chosen[key] = tuple(choose(rows, count, cfg.prompt.balanced, cfg.seed))

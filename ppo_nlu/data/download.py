@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urljoin
 
-from ppo_nlu.data.archives import ARCHIVES, Archive
+from ppo_nlu.data.archives import Archive, archive_of
 from ppo_nlu.errors import UserError, printable
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import TaskSpec
@@ -56,7 +56,7 @@ def once(spec: TaskSpec, url: str, cache: Path) -> Path:
     key = (spec.name, url, cache)
     if key in _failures:
         raise DownloadError(_failures[key])
-    archive = ARCHIVES.get(spec.name)
+    archive = archive_of(spec)
     try:
         if archive and not archive.automatic:
             raise DownloadError(
@@ -79,7 +79,7 @@ def fetch(spec: TaskSpec, url: str, root: Path, check_sums: bool = True) -> Fetc
 
     The folder appears by one rename, complete and checked, or not at all. DownloadError says why.
     """
-    archive = ARCHIVES.get(spec.name)
+    archive = archive_of(spec)
     if archive is None:
         raise DownloadError(f"no archive of {spec.title} is known")
     target = root / spec.benchmark / spec.folder

@@ -30,7 +30,6 @@ from ppo_nlu.reproduce.grid import (
     ASSETS,
     BUDGETS,
     GRIDS,
-    METHODS,
     OWN_KEYS,
     Backbone,
     Cell,
@@ -40,6 +39,7 @@ from ppo_nlu.reproduce.grid import (
     settle,
     with_form,
 )  # fmt: skip
+from ppo_nlu.reproduce.methods import METHODS, in_running_order
 from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import get_task
@@ -307,7 +307,8 @@ def parse(argv: list[str] | None) -> Any:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every cell")
     parser.add_argument("--model", nargs="+", default=[], help="in place of the preset's own")
     parser.add_argument("--preset", nargs="+", default=[], metavar="NAME", help=", ".join(BUDGETS))
-    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help=", ".join(METHODS))
+    methods = ", ".join(in_running_order(METHODS))
+    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help=methods)
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK")
     parser.add_argument("--seeds", nargs="+", default=[], metavar="N", help="default: 0 1 2")
     parser.add_argument("--budget", type=int, metavar="LABELS", help="labelled rows of each task")
@@ -374,7 +375,8 @@ def main(argv: list[str] | None = None) -> int:
     methods = args.methods or list(table.methods)
     for name in methods:
         if name not in METHODS:
-            raise UserError(f"--methods: {name!r} is none; choose from {', '.join(METHODS)}")
+            known = ", ".join(in_running_order(METHODS))
+            raise UserError(f"--methods: {name!r} is none; choose from {known}")
     tasks = [get_task(name).name for name in args.tasks] or list(table.tasks)
     seeds = whole(args.seeds) or [0, 1, 2]
     check_overrides(args.overrides)

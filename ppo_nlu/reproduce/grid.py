@@ -17,35 +17,16 @@ import yaml
 from ppo_nlu.config import Config, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.reproduce import results
+from ppo_nlu.reproduce.methods import METHODS, in_running_order
 from ppo_nlu.runtime import checkpoint
 from ppo_nlu.storage import files
+from ppo_nlu.tasks import TASKS, benchmark_tasks
 
 ASSETS = Path(__file__).parents[1] / "assets" / "reproduce"
 FORMAT = 1
 MOST_SFT = 40  # sft-seconds: at most so many times the steps of sft-st
 
 
-@dataclass(frozen=True)
-class Method:
-    """One row of the paper's tables: the family whose preset it takes, and what it does."""
-
-    family: str  # "": that of PPO, which evaluation shares; "_sft", "_encoder"
-    trains: bool = True
-    several: bool = False  # one run for all tasks
-    shots: int = 0
-
-
-# In the order in which they run: what is cheap or asked for by others comes first.
-METHODS = {
-    "zero-shot": Method("", trains=False),
-    "few-shot": Method("", trains=False, shots=5),
-    "encoder": Method("_encoder"),
-    "sft-st": Method("_sft"),
-    "ppo-st": Method(""),
-    "sft-seconds": Method("_sft"),
-    "sft-mt": Method("_sft", several=True),
-    "ppo-mt": Method("", several=True),
-}
 # Comes before all others where a preset has a file for it: it teaches a base that does not know it
 # the form of the answers, without a label, and all others take the model it makes.
 FORM = "form"
@@ -54,29 +35,32 @@ BUDGETS = {"tiny": 672, "llama2-7b": 24000, "qwen2.5-7b": 24000, "mpt-7b": 24000
 
 @dataclass(frozen=True)
 class Table:
-    """What a grid holds where the command line does not say."""
+    """What a grid holds where the command line does not say: all tasks of a benchmark, or those
+    that are listed."""
 
-    tasks: tuple[str, ...]
+    benchmark: str = ""
+    listed: tuple[str, ...] = ()
     methods: tuple[str, ...] = tuple(METHODS)
     presets: tuple[str, ...] = ("tiny",)
     mixed: tuple[str, ...] | None = None  # tasks of the multi-task runs; None = all
     encoder: tuple[str, ...] | None = None  # tasks of the encoder; None = all
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks by name."""
+        return self.listed or tuple(spec.name for spec in benchmark_tasks(self.benchmark))
 
-GLUE = ("mnli", "mnli-mm", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "glue/rte", "wnli", "ax")
-SUPERGLUE = (
-    "boolq", "cb", "copa", "multirc", "record", "superglue/rte", "wic", "wsc", "ax-b", "ax-g",
-)  # fmt: skip
+
 GRIDS = {
-    "glue": Table(GLUE),
-    "superglue": Table(SUPERGLUE),
+    "glue": Table("glue"),
+    "superglue": Table("superglue"),
     "backbones": Table(
-        ("stsb", "copa"),
-        ("zero-shot", "few-shot", "sft-st", "ppo-st", "sft-seconds"),
-        ("llama2-7b", "qwen2.5-7b", "mpt-7b"),
+        listed=("stsb", "copa"),
+        methods=("zero-shot", "few-shot", "sft-st", "ppo-st", "sft-seconds"),
+        presets=("llama2-7b", "qwen2.5-7b", "mpt-7b"),
     ),
     "tiny": Table(
-        tasks=(
+        listed=(
             "sst2", "cola", "glue/rte", "mrpc", "stsb", "qnli", "mnli",
             "boolq", "cb", "copa", "wic",
         ),
@@ -84,14 +68,6 @@ GRIDS = {
         encoder=("sst2",),
     ),
 }  # fmt: skip
-# Sets that are measured with the run of another task: they have no training rows of their own, or
-# those of that task (Wang et al., 2018 and 2019).
-MEASURED_WITH = {
-    "mnli-mm": "mnli",
-    "ax": "mnli",
-    "ax-b": "superglue/rte",
-    "ax-g": "superglue/rte",
-}
 OWN_KEYS = (
     "task", "tasks", "method", "seed", "train.steps", "prompt.shots", "eval.before",
     "model.name_or_path",
@@ -168,10 +144,9 @@ def plan(
     backbones: Sequence[Backbone],
 ) -> list[Cell]:
     """All cells, seed after seed, so that a grid that was stopped has whole seeds."""
-    asked = [name for name in METHODS if name in methods]
     cells: list[Cell] = []
     for seed in seeds:
-        for method in asked:
+        for method in in_running_order(methods):
             for backbone in backbones:
                 prefix = f"{backbone.name}-" if len(backbones) > 1 else ""
                 cells += _cells(table, method, tasks, seed, backbone, f"{prefix}s{seed}")
@@ -186,7 +161,7 @@ def with_form(cells: Sequence[Cell], table: Table) -> list[Cell]:
     forms: dict[Backbone, Cell] = {}
     for backbone in backbones:
         asked = [task for cell in language if cell.backbone == backbone for task in cell.tasks]
-        known = [task for task in [*table.tasks, *asked] if task not in MEASURED_WITH]
+        known = [task for task in [*table.tasks, *asked] if not TASKS[task].trained_with]
         learned = tuple(dict.fromkeys(known))
         there = (ASSETS / f"{backbone.preset}_{FORM}.yaml").is_file()
         if asked and there and backbone.model is None:
@@ -221,7 +196,7 @@ def _cells(
             yield Cell(name_of([task]), method, (task,), seed, backbone)
         return
     mixed = kind.several and table.mixed is not None
-    learned = [name for name in tasks if name not in MEASURED_WITH]
+    learned = [name for name in tasks if not TASKS[name].trained_with]
     learned = [name for name in learned if not mixed or name in (table.mixed or ())]
     if kind.several:
         if len(learned) < 2:
@@ -229,16 +204,12 @@ def _cells(
         whole = tuple(learned)
         yield Cell(name_of(whole), method, whole, seed, backbone)
     for task in () if kind.several else learned:
-        needs = (
-            tuple(name_of([task], of) for of in ("sft-st", "ppo-st"))
-            if method == "sft-seconds"
-            else ()
-        )
+        needs = tuple(name_of([task], of) for of in kind.after)
         yield Cell(name_of([task]), method, (task,), seed, backbone, needs)
     for task in tasks:
-        home = MEASURED_WITH.get(task)
+        home = TASKS[task].trained_with
         if home in learned:
-            source = name_of(learned) if kind.several else name_of([str(home)])
+            source = name_of(learned) if kind.several else name_of([home])
             yield Cell(name_of([task]), method, (task,), seed, backbone, (source,), source)
 
 

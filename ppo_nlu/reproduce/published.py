@@ -2,7 +2,7 @@
 
 All are percent, from the test servers of GLUE and SuperGLUE, one sampled answer a row at T=1; the
 language model is Llama-2-7B-chat unless a table says otherwise. The BERT rows are those the paper
-cites. A tuple has the metrics of `metrics.PAPER_METRICS`, in its order: F1 for QQP and MRPC,
+cites. A tuple has the metrics of `TaskSpec.shown`, in its order: F1 for QQP and MRPC,
 Spearman for STS-B, Matthews for CoLA and AX, F1 and accuracy for CB, and so on.
 """
 
@@ -13,7 +13,7 @@ COST_RATIO = 1.32  # time of PPO over that of SFT, as the paper states it
 
 Numbers = tuple[float, ...]
 
-GLUE_COLUMNS = (
+_GLUE_COLUMNS = (  # as the paper prints them
     "mnli", "mnli-mm", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "glue/rte", "wnli", "ax",
 )  # fmt: skip
 _GLUE: dict[str, tuple[float | None, ...]] = {  # the last number is the paper's average
@@ -27,7 +27,7 @@ _GLUE: dict[str, tuple[float | None, ...]] = {  # the last number is the paper's
     "ppo-mt": (88.7, 88.3, 67.3, 90.2, 94.6, 47.7, 94.7, 86.7, 86.9, 66.4, 43.4, 82.9),
 }
 
-SUPERGLUE_COLUMNS = (
+_SUPERGLUE_COLUMNS = (
     "boolq", "cb", "copa", "multirc", "record", "superglue/rte", "wic", "wsc", "ax-b", "ax-g",
 )  # fmt: skip
 _SUPERGLUE: dict[str, tuple[float | Numbers, ...]] = {
@@ -60,7 +60,6 @@ BACKBONES: dict[str, dict[str, tuple[float, float]]] = {  # method: model: STS-B
     "few-shot": {"Llama-2-7B": (45.5, 47.6), "Qwen2.5-7B": (87.0, 47.6), "MPT-7B": (21.7, 49.6)},
     "ppo-st": {"Llama-2-7B": (92.6, 88.6), "Qwen2.5-7B": (92.2, 97.0), "MPT-7B": (89.3, 84.0)},
 }
-COLUMNS = {"glue": GLUE_COLUMNS, "superglue": SUPERGLUE_COLUMNS}
 
 
 def _row(
@@ -72,6 +71,8 @@ def _row(
 
 # method: {task or "average": numbers}; what the paper leaves blank is absent.
 TABLES: dict[str, dict[str, dict[str, Numbers]]] = {
-    "glue": {method: _row(GLUE_COLUMNS, values) for method, values in _GLUE.items()},
-    "superglue": {method: _row(SUPERGLUE_COLUMNS, values) for method, values in _SUPERGLUE.items()},
+    "glue": {method: _row(_GLUE_COLUMNS, values) for method, values in _GLUE.items()},
+    "superglue": {
+        method: _row(_SUPERGLUE_COLUMNS, values) for method, values in _SUPERGLUE.items()
+    },
 }

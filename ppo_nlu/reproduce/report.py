@@ -24,6 +24,7 @@ from ppo_nlu.reproduce.document import (
     to_html,
     to_markdown,
 )
+from ppo_nlu.reproduce.methods import method_title
 from ppo_nlu.reproduce.report_plots import title_of
 from ppo_nlu.reproduce.report_tables import (
     DASH,
@@ -35,7 +36,7 @@ from ppo_nlu.reproduce.report_tables import (
     other_table,
     signed,
 )
-from ppo_nlu.reproduce.results import DECODES, METHODS, Comparison, Results
+from ppo_nlu.reproduce.results import DECODES, Comparison, Results
 from ppo_nlu.runtime import cli
 from ppo_nlu.storage import files
 
@@ -120,14 +121,14 @@ def question(results: Results, figures: Mapping[str, Figure]) -> Iterator[Part]:
         found = {d: row for d, row in known.items() if row is not None}
         if not found:
             continue
-        rival = METHODS["sft-st" if b == "sft-seconds" else b]
-        said = sentence(condition, METHODS[a], rival, found)
+        rival = method_title("sft-st" if b == "sft-seconds" else b)
+        said = sentence(condition, method_title(a), rival, found)
         if {"sample", "greedy"} <= set(found):
-            said += f" {sharpening(METHODS[a], rival, found)}"
+            said += f" {sharpening(method_title(a), rival, found)}"
         sentences.append(said)
         first = first or (found if (a, b) == ("ppo-st", "sft-st") else None)
         rows += [
-            [f"{METHODS[a]} vs {METHODS[b]}", DECODES[d], number(row.a), number(row.b),
+            [f"{method_title(a)} vs {method_title(b)}", DECODES[d], number(row.a), number(row.b),
              signed(row.difference), between(row.interval), verdict(row), str(row.tasks),
              str(row.pairs)]
             for d, row in found.items()
@@ -184,7 +185,11 @@ def _by_task(results: Results) -> Iterator[Part]:
     present = [pair for pair in pairs if any(key[:2] == pair for key in found)]
     head = [
         "task",
-        *(f"{METHODS[a]} − {METHODS[b]}, {DECODES[d]}" for a, b in present for d in DECODES),
+        *(
+            f"{method_title(a)} − {method_title(b)}, {DECODES[d]}"
+            for a, b in present
+            for d in DECODES
+        ),
     ]
     tasks = [t for t in results.tasks() if any(t in row for row in found.values())]
     keys = [(a, b, d) for a, b in present for d in DECODES]
@@ -206,15 +211,15 @@ def cost_part(results: Results) -> Iterator[Part]:
         return
     yield Heading("What it costs")
     rows = [
-        [METHODS[c.method], str(c.runs), f"{c.labels:,.0f}", f"{c.steps:,.0f}", f"{c.per_step:.3f}",
-         f"{1000 * c.per_label:.1f}", f"{c.seconds:,.0f}", f"{c.wall:,.0f}"]
+        [method_title(c.method), str(c.runs), f"{c.labels:,.0f}", f"{c.steps:,.0f}",
+         f"{c.per_step:.3f}", f"{1000 * c.per_label:.1f}", f"{c.seconds:,.0f}", f"{c.wall:,.0f}"]
         for c in found
     ]  # fmt: skip
     head = ("method", "runs", "labels a run", "steps a run", "seconds a step",
             "milliseconds a label", "training seconds a run", "wall seconds a run")  # fmt: skip
     yield Table(head, [Group("", rows)])
     ratios = [
-        (f"{METHODS[a]} / {METHODS[b]}", measured.cost_ratio(results, a, b), a, b)
+        (f"{method_title(a)} / {method_title(b)}", measured.cost_ratio(results, a, b), a, b)
         for a, b, _ in QUESTIONS
     ]
     body = [
@@ -274,7 +279,7 @@ def unparsed_part(results: Results) -> Iterator[Part]:
     rates = measured.unparsed_rates(results)
     tasks = results.tasks()
     rows = [
-        [METHODS[method], *(number(row.get(task)) for task in tasks)]
+        [method_title(method), *(number(row.get(task)) for task in tasks)]
         for method, row in rates.items()
         if method != "encoder"
     ]
@@ -300,7 +305,7 @@ def intervals(results: Results) -> Iterator[Part]:
                 seconds = row.summary.get("train_s")
                 model = [row.model] if len(results.models()) > 1 else []
                 rows.append(
-                    [title_of(task), METHODS[method], *model, str(row.seed), *cells,
+                    [title_of(task), method_title(method), *model, str(row.seed), *cells,
                      str(row.entry.get("rows", DASH)), f"{labels:,}" if labels else DASH,
                      f"{seconds:,.0f}" if seconds else DASH]
                 )  # fmt: skip
@@ -402,7 +407,7 @@ def document(results: Results, figures: Mapping[str, Figure], drawn: bool) -> li
             Text("There are no figures, since matplotlib is missing: pip install matplotlib.")
         )
     parts += question(results, figures)
-    for benchmark in published.COLUMNS:
+    for benchmark in published.TABLES:
         parts += benchmark_table(results, benchmark)
     parts += [
         *backbone_table(results),

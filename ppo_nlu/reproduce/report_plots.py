@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ppo_nlu.reproduce.document import Figure
-from ppo_nlu.reproduce.results import METHODS, Results
+from ppo_nlu.reproduce.methods import method_title
+from ppo_nlu.reproduce.results import Results
 from ppo_nlu.runtime.runlog import moving_average, read_metrics
 from ppo_nlu.tasks import TASKS
 
@@ -123,7 +124,7 @@ def sampled_and_greedy(results: Results, methods: Sequence[str], name: str) -> F
     axis.set_xlabel("score on the evaluation rows (percent; mean of seeds)", fontsize=9)
     _style(axis, "x")
     for method in present:
-        axis.plot([], [], color=COLOURS[method], linewidth=3, label=METHODS[method])
+        axis.plot([], [], color=COLOURS[method], linewidth=3, label=method_title(method))
     axis.plot([], [], "o", mfc="white", mec=INK, ms=6, label="one sample at T=1")
     axis.plot([], [], "o", color=INK, ms=6, label="greedy")
     figure.legend(loc="outside upper center", ncols=len(present) + 2, frameon=False, fontsize=8.5)
@@ -303,7 +304,7 @@ def confusions(results: Results) -> Figure | None:
     figure, axes = _panels(len(found), columns, 2.75, 1.75 + 0.22 * max(0, most - 2))
     for axis, (task, method, table) in zip(axes, found, strict=True):
         _confusion(axis, table)
-        axis.set_title(f"{title_of(task)}: {METHODS[method]}", fontsize=9, color=INK)
+        axis.set_title(f"{title_of(task)}: {method_title(method)}", fontsize=9, color=INK)
     figure.supxlabel("answered", fontsize=9)
     figure.supylabel("gold label", fontsize=9)
     caption = (
@@ -342,7 +343,7 @@ def histograms(results: Results) -> Figure | None:
     methods = _methods_for(results)
     panels = []
     for task in results.tasks():
-        bars = {METHODS[m]: _summed(results, m, task, "predicted") for m in methods}
+        bars = {method_title(m): _summed(results, m, task, "predicted") for m in methods}
         bars = {title: counts for title, counts in bars.items() if sum(counts.values())}
         tables = [_summed(results, method, task, "confusion") for method in methods]
         table = next((found for found in tables if found), {})
@@ -352,7 +353,7 @@ def histograms(results: Results) -> Figure | None:
     if not panels:
         return None
     figure, axes = _panels(len(panels), 4, 2.65, 2.1)
-    colours = {"gold": GREY} | {METHODS[m]: COLOURS.get(m, BLUE) for m in methods}
+    colours = {"gold": GREY} | {method_title(m): COLOURS.get(m, BLUE) for m in methods}
     for axis, (task, bars) in zip(axes, panels, strict=True):
         _bars(axis, bars, colours)
         axis.set_title(title_of(task), fontsize=9.5, loc="left", color=INK)

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from ppo_nlu.reproduce import published
 from ppo_nlu.reproduce import results as measured
 from ppo_nlu.reproduce.document import Group, Heading, Part, Table, Text
+from ppo_nlu.reproduce.methods import METHODS, method_title
 from ppo_nlu.reproduce.report_plots import title_of
-from ppo_nlu.reproduce.results import DECODES, METHODS, Results, Spread, spread
-from ppo_nlu.tasks.metrics import PAPER_METRICS
+from ppo_nlu.reproduce.results import DECODES, Results, Spread, spread
+from ppo_nlu.tasks import TASKS, benchmark_tasks
 
 DASH = "–"
 OURS = "measured here (evaluation rows; mean ± standard deviation over seeds)"
@@ -58,9 +59,8 @@ METRIC_NAMES = {
 
 def column_title(task: str) -> str:
     """A task and the metrics the paper shows for it."""
-    shown = "/".join(METRIC_NAMES.get(name, name) for name in PAPER_METRICS.get(task, ()))
-    title = title_of(task).partition(" (")[0]
-    return f"{title} ({shown})" if shown else title
+    shown = "/".join(METRIC_NAMES.get(name, name) for name in TASKS[task].shown)
+    return f"{TASKS[task].title} ({shown})"
 
 
 def paper_cell(
@@ -68,13 +68,13 @@ def paper_cell(
 ) -> str:
     """Our numbers of the paper's metrics for a task, mean ± sd over seeds."""
     rows = results.pick(method, task, model)
-    found = [spread([row.metric(decode, name) for row in rows]) for name in PAPER_METRICS[task]]
+    found = [spread([row.metric(decode, name) for row in rows]) for name in TASKS[task].shown]
     return DASH if None in found else " / ".join(with_sd(each) for each in found)
 
 
 def benchmark_table(results: Results, benchmark: str) -> Iterator[Part]:
     """Table 1 (GLUE) or 2 (SuperGLUE), ours and the published one below it."""
-    columns = published.COLUMNS[benchmark]
+    columns = [spec.name for spec in benchmark_tasks(benchmark)]
     if len(results.models()) > 1 or not any(results.pick(task=task) for task in columns):
         return
     yield Heading(f"Table {NUMBERS[benchmark]}: {NAMES[benchmark]}")
@@ -83,10 +83,13 @@ def benchmark_table(results: Results, benchmark: str) -> Iterator[Part]:
         for decode in DECODES:
             cells = [paper_cell(results, method, task, decode) for task in columns]
             if any(cell != DASH for cell in cells):
-                rows.append([METHODS[method], DECODES[decode], _seeds(results, method, columns),
-                             *cells, *_averages(results, benchmark, method, decode)])  # fmt: skip
+                seeds, means = (
+                    _seeds(results, method, columns),
+                    _averages(results, benchmark, method, decode),
+                )
+                rows.append([method_title(method), DECODES[decode], seeds, *cells, *means])
     theirs = [
-        [METHODS.get(method, method), "sampled" if method in METHODS else DASH, DASH,
+        [method_title(method), "sampled" if method in METHODS else DASH, DASH,
          *(_published_cell(row.get(task)) for task in (*columns, "average")), DASH, DASH]
         for method, row in published.TABLES[benchmark].items()
     ]  # fmt: skip
@@ -121,18 +124,20 @@ def _averages(results: Results, benchmark: str, method: str, decode: str) -> lis
         with_sd(measured.averages(results, benchmark, method, decode, style))
         for style in ("paper", "official")
     ]
-    present = measured.mean_of_present(results, method, decode, published.COLUMNS[benchmark])
+    tasks = [spec.name for spec in benchmark_tasks(benchmark)]
+    present = measured.mean_of_present(results, method, decode, tasks)
     return [*whole, f"{with_sd(present[0])} ({present[1]})" if present else DASH]
 
 
 def other_table(results: Results) -> Iterator[Part]:
     """Tasks of neither benchmark, by their own metrics' mean."""
-    others = [t for t in results.tasks() if not any(t in c for c in published.COLUMNS.values())]
+    known = {spec.name for benchmark in published.TABLES for spec in benchmark_tasks(benchmark)}
+    others = [task for task in results.tasks() if task not in known]
     if not others:
         return
     yield Heading("Other tasks")
     rows = [
-        [METHODS[method], DECODES[decode],
+        [method_title(method), DECODES[decode],
          *(with_sd(spread([row.value(decode) for row in results.pick(method, task)]))
            for task in others)]
         for method in results.methods()
@@ -150,13 +155,13 @@ def backbone_table(results: Results) -> Iterator[Part]:
             for decode in DECODES:
                 cells = [paper_cell(results, method, task, decode, model) for task in tasks]
                 if method != "encoder" and any(cell != DASH for cell in cells):
-                    rows.append([model, METHODS[method], DECODES[decode], *cells])
+                    rows.append([model, method_title(method), DECODES[decode], *cells])
     if not rows:
         return
     theirs = [
         [
             model,
-            METHODS.get(method, method),
+            method_title(method),
             "sampled" if method in METHODS else DASH,
             *map(number, row[model]),
         ]

@@ -17,21 +17,11 @@ from typing import Any
 import numpy as np
 
 from ppo_nlu.errors import UserError
+from ppo_nlu.reproduce.methods import METHODS
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import TASKS, metrics
 
 DECODES = {"sample": "sampled", "greedy": "greedy", "score": "scored"}
-METHODS = {  # in the order of the tables
-    "encoder": "encoder",
-    "zero-shot": "zero-shot",
-    "few-shot": "few-shot (5)",
-    "sft-st": "SFT-ST",
-    "sft-seconds": "SFT-ST, equal seconds",
-    "ppo-st": "PPO-ST",
-    "sft-mt": "SFT-MT",
-    "ppo-mt": "PPO-MT",
-}
-DIAGNOSTIC = ("ax", "ax-b", "ax-g")  # in no average
 Json = dict[str, Any]
 
 
@@ -182,6 +172,11 @@ def short_paths(text: str) -> str:
     return re.sub(r"(?<!\S)/(?:[^\s;,()/]+/)+([^\s;,()/]+/[^\s;,()/]+)", r".../\1", text)
 
 
+def is_diagnostic(task: str) -> bool:
+    """Whether a task is in no average."""
+    return task in TASKS and TASKS[task].diagnostic
+
+
 # --- means and comparisons ------------------------------------------------------------------------
 
 
@@ -233,7 +228,7 @@ def compare(
     keys = [
         key
         for key, value in first.items()
-        if value is not None and second.get(key) is not None and key[1] not in DIAGNOSTIC
+        if value is not None and second.get(key) is not None and not is_diagnostic(key[1])
     ]
     if not keys:
         return None
@@ -293,7 +288,7 @@ def mean_of_present(
     for task in tasks:
         rows = {row.seed: row.value(decode) for row in results.pick(method, task)}
         known = {seed: value for seed, value in rows.items() if value is not None}
-        if known and task not in DIAGNOSTIC:
+        if known and not is_diagnostic(task):
             by_task[task] = known
     if not by_task:
         return None

@@ -13,6 +13,7 @@ SNLI = replace(
     folder="SNLI",
     columns=NLI_COLUMNS,
     files={"train": ("train.tsv", "train.subset10k.tsv"), "dev": ("dev.tsv",)},
+    leaderboard_file="",
 )
 
 SIGA_NLI = TaskSpec(
@@ -60,6 +61,7 @@ MR = replace(
     folder="MR",
     files={"train": ("train.tsv",), "dev": ("dev.tsv", "train.no_sst2_devtest.tsv")},
     divide_dev=True,
+    leaderboard_file="",
 )
 
 TASKS = (SNLI, SIGA_NLI, AG_NEWS, MR)

@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from ppo_nlu.errors import UserError
-from ppo_nlu.tasks import words
-from ppo_nlu.tasks.spec import Example, TaskSpec
+from ppo_nlu.tasks import Example, TaskSpec, benchmark_tasks, words
 
 UNPARSED = "unparsed"  # the name of None in a histogram and a confusion table
 PARTS = 5  # of a rating's range, in its histogram
@@ -106,49 +105,6 @@ def _histogram(rows: Rows) -> dict[str, int]:
 
 # ---- the numbers of a benchmark --------------------------------------------------------------
 
-# What the paper's tables show for each task (arXiv 2410.11020, tables 1 and 2).
-PAPER_METRICS: dict[str, tuple[str, ...]] = {
-    "mnli": ("accuracy",),
-    "mnli-mm": ("accuracy",),
-    "qqp": ("f1",),
-    "qnli": ("accuracy",),
-    "sst2": ("accuracy",),
-    "cola": ("mcc",),
-    "stsb": ("spearman",),
-    "mrpc": ("f1",),
-    "glue/rte": ("accuracy",),
-    "wnli": ("accuracy",),
-    "ax": ("mcc",),
-    "boolq": ("accuracy",),
-    "cb": ("macro_f1", "accuracy"),
-    "copa": ("accuracy",),
-    "multirc": ("f1a", "em"),
-    "record": ("record_f1", "record_em"),
-    "superglue/rte": ("accuracy",),
-    "wic": ("accuracy",),
-    "wsc": ("accuracy",),
-    "ax-b": ("mcc",),
-    "ax-g": ("gender_parity", "accuracy"),
-}
-# The columns of each average; the tasks of one column are averaged first. The diagnostic sets (AX,
-# AX-b, AX-g) are in none; the paper's GLUE average leaves WNLI out and counts MNLI twice.
-_SUPERGLUE = (
-    ("boolq",), ("cb",), ("copa",), ("multirc",), ("record",), ("superglue/rte",), ("wic",),
-    ("wsc",),
-)  # fmt: skip
-COLUMNS: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {
-    ("glue", "official"): (
-        ("cola",), ("sst2",), ("mrpc",), ("qqp",), ("stsb",), ("mnli", "mnli-mm"), ("qnli",),
-        ("glue/rte",), ("wnli",),
-    ),
-    ("glue", "paper"): (
-        ("mnli",), ("mnli-mm",), ("qqp",), ("qnli",), ("sst2",), ("cola",), ("stsb",), ("mrpc",),
-        ("glue/rte",),
-    ),
-    ("superglue", "official"): _SUPERGLUE,
-    ("superglue", "paper"): _SUPERGLUE,
-}  # fmt: skip
-
 
 def average(
     benchmark: str, scores: Mapping[str, Mapping[str, float]], style: str = "official"
@@ -158,17 +114,30 @@ def average(
     `benchmark` is glue or superglue. "official" is the leaderboard's, where every task counts with
     the mean of its metrics; "paper" is the plain mean of what the paper's table shows.
     """
-    columns = COLUMNS[benchmark, style]
-    if any(task not in scores for column in columns for task in column):
+    columns = _columns(benchmark, style)
+    if not columns or any(spec.name not in scores for column in columns for spec in column):
         return None
-    return float(np.mean([np.mean([_part(scores, task, style) for task in c]) for c in columns]))
+    return float(
+        np.mean([np.mean([_part(scores[s.name], s, style) for s in column]) for column in columns])
+    )
 
 
-def _part(scores: Mapping[str, Mapping[str, float]], task: str, style: str) -> float:
-    values = scores[task]
-    if style == "paper":
-        values = {name: values[name] for name in PAPER_METRICS[task]}
-    return task_score(values)
+def _columns(benchmark: str, style: str) -> list[list[TaskSpec]]:
+    """The tasks in each column of an average; those of one column are averaged first.
+
+    The leaderboard counts MNLI's two test sets as one task, the paper as two.
+    """
+    columns: dict[str, list[TaskSpec]] = {}
+    for spec in benchmark_tasks(benchmark):
+        if style in spec.averages:
+            home = spec.trained_with if style == "official" else ""
+            columns.setdefault(home or spec.name, []).append(spec)
+    return list(columns.values())
+
+
+def _part(values: Mapping[str, float], spec: TaskSpec, style: str) -> float:
+    names = spec.shown if style == "paper" else values
+    return task_score({name: values[name] for name in names})
 
 
 # ---- rows, units and draws -------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""What a task is: texts, prompt, answers, reward, metrics and files. A task is a row in a table."""
+"""What a task is: texts, prompt, answers, reward, metrics, files and its place in a benchmark.
+
+A task is a row in a table, and nothing else lists the tasks: what the data program, the averages,
+the submission and the grid must know of a task stands in its row.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REWARD_KINDS = ("label", "rating", "exact", "f1")  # or package.module:function
+AVERAGES = ("official", "paper")  # a benchmark's one number: the leaderboard's, and the paper's
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,26 @@ class TaskSpec:
     metrics: tuple[str, ...] = ("accuracy",)  # what the leaderboard reports; names in `metrics`
     reward: str = "label"  # one of REWARD_KINDS, or package.module:function
     rationale: str = ""  # the column of a written-out reason, for the analysis form
+    trained_with: str = ""  # the task whose training rows and run serve this one, which has none
+    averages: tuple[str, ...] = AVERAGES  # of its benchmark, in which it counts
+    paper_metrics: tuple[str, ...] = ()  # what the paper's tables show, where not all `metrics`
+    leaderboard_file: str = ""  # its name in the zip that the benchmark's server takes
+    leaderboard_rows: int = 0  # in that file (ReCoRD: queries)
 
     @property
     def kind(self) -> str:
         """What an answer is: "choice" of a word, "rating" or "text"."""
         return "choice" if self.labels else "rating" if self.rating else "text"
+
+    @property
+    def diagnostic(self) -> bool:
+        """Whether the set only shows what a model can do, and counts in no average."""
+        return not self.averages
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The metrics that the paper's tables show."""
+        return self.paper_metrics or self.metrics
 
     @property
     def words(self) -> tuple[str, ...]:

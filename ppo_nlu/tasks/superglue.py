@@ -19,6 +19,8 @@ BOOLQ = TaskSpec(
     reader="jsonl",
     files=JSONL,
     divide_dev=True,
+    leaderboard_file="BoolQ.jsonl",
+    leaderboard_rows=3245,
 )
 
 CB = TaskSpec(
@@ -37,6 +39,8 @@ CB = TaskSpec(
     reader="jsonl",
     files=JSONL,
     metrics=("macro_f1", "accuracy"),
+    leaderboard_file="CB.jsonl",
+    leaderboard_rows=250,
 )
 
 COPA = TaskSpec(
@@ -56,6 +60,8 @@ COPA = TaskSpec(
     labels=(Label("First", "0"), Label("Second", "1")),
     reader="jsonl",
     files=JSONL,
+    leaderboard_file="COPA.jsonl",
+    leaderboard_rows=500,
 )
 
 MULTIRC = TaskSpec(
@@ -75,6 +81,8 @@ MULTIRC = TaskSpec(
     reader="multirc",
     files=JSONL,
     metrics=("f1a", "em"),
+    leaderboard_file="MultiRC.jsonl",
+    leaderboard_rows=9693,  # in 166 objects
 )
 
 RECORD = TaskSpec(
@@ -93,6 +101,8 @@ RECORD = TaskSpec(
         "test": ("test.jsonl",),
     },
     metrics=("record_f1", "record_em"),
+    leaderboard_file="ReCoRD.jsonl",
+    leaderboard_rows=10000,
 )
 
 RTE = TaskSpec(
@@ -106,6 +116,8 @@ RTE = TaskSpec(
     labels=ENTAILED,
     reader="jsonl",
     files=JSONL,
+    leaderboard_file="RTE.jsonl",
+    leaderboard_rows=3000,
 )
 
 WIC = TaskSpec(
@@ -121,6 +133,8 @@ WIC = TaskSpec(
     labels=(Label("Same", "true"), Label("Different", "false")),
     reader="jsonl",
     files=JSONL,
+    leaderboard_file="WiC.jsonl",
+    leaderboard_rows=1400,
 )
 
 WSC = TaskSpec(
@@ -134,6 +148,8 @@ WSC = TaskSpec(
     labels=(Label("Yes", "true"), Label("No", "false")),
     reader="wsc",
     files=JSONL,
+    leaderboard_file="WSC.jsonl",
+    leaderboard_rows=146,
 )
 
 AX_B = replace(
@@ -144,6 +160,10 @@ AX_B = replace(
     columns={"premise": "sentence1", "hypothesis": "sentence2"},
     files={"dev": ("AX-b.jsonl",), "test": ("AX-b.jsonl",)},
     metrics=("mcc",),
+    trained_with="superglue/rte",
+    averages=(),
+    leaderboard_file="AX-b.jsonl",
+    leaderboard_rows=1104,
 )
 
 AX_G = replace(
@@ -154,6 +174,11 @@ AX_G = replace(
     reader="axg",  # rows 2i and 2i+1 are a pair
     files={"dev": ("AX-g.jsonl",), "test": ("AX-g.jsonl",)},
     metrics=("gender_parity", "accuracy"),
+    trained_with="superglue/rte",
+    averages=(),
+    leaderboard_file="AX-g.jsonl",
+    leaderboard_rows=356,
 )
 
+# In the order of the paper's table 2.
 TASKS = (BOOLQ, CB, COPA, MULTIRC, RECORD, RTE, WIC, WSC, AX_B, AX_G)

@@ -231,7 +231,7 @@ def test_the_official_files(real_data: Path) -> None:
     assert [x.id for x in test.examples] == [str(n) for n in range(1821)]
     assert not any("left out" in d.note for d in (train, dev, test))
     folder = Path(train.source)
-    for name, (_, digest) in ARCHIVES["sst2"].files.items():
+    for name, (_, digest) in ARCHIVES["glue/SST-2"].files.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
 
 

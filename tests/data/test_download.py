@@ -21,7 +21,7 @@ import pytest
 from ppo_nlu.config import DataConfig
 from ppo_nlu.data import __main__ as data_program
 from ppo_nlu.data import download, load_split, locate
-from ppo_nlu.data.archives import ARCHIVES, Archive
+from ppo_nlu.data.archives import ARCHIVES, Archive, archive_of
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import cli
 from ppo_nlu.tasks import TASKS, get_task
@@ -69,7 +69,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], str]]:
     """Starts a server that answers every GET with the given function; returns its address."""
-    monkeypatch.setitem(ARCHIVES, "sst2", Archive("SST-2.zip", SUMS))
+    monkeypatch.setitem(ARCHIVES, "glue/SST-2", Archive("SST-2.zip", SUMS))
     servers = []
 
     def start(respond: Answer) -> str:
@@ -197,7 +197,9 @@ def test_the_time_limits_are_short() -> None:
 def test_an_archive_without_end_is_given_up(
     tmp_path: Path, serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ARCHIVES, "sst2", replace(ARCHIVES["sst2"], mebibytes=50 / 2**20))
+    monkeypatch.setitem(
+        ARCHIVES, "glue/SST-2", replace(ARCHIVES["glue/SST-2"], mebibytes=50 / 2**20)
+    )
     cfg = DataConfig(cache=str(tmp_path), url=serve(_send(GOOD)), fallback="bundled")
     assert "cannot be right" in locate(SST2, cfg).note
     assert _left(tmp_path) == []
@@ -293,12 +295,12 @@ def _serve_paths(files: dict[str, bytes]) -> Answer:
 def test_superglue_is_beside_glue_and_counts_do_where_no_sum_is_known(
     tmp_path: Path, serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = ARCHIVES["cb"].name
-    assert download.address_of(ARCHIVES["cb"], DataConfig().url) == (
+    address = ARCHIVES["superglue/CB"].name
+    assert download.address_of(ARCHIVES["superglue/CB"], DataConfig().url) == (
         "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/CB.zip"
     )
     rows = {"train.jsonl": (2, ""), "val.jsonl": (1, ""), "test.jsonl": (0, "")}
-    monkeypatch.setitem(ARCHIVES, "cb", Archive(address, rows))
+    monkeypatch.setitem(ARCHIVES, "superglue/CB", Archive(address, rows))
     packed = _zip({f"CB/{name}": text for name, text in CB_FILES.items()})
     url = serve(_serve_paths({"/glue/superglue/data/v2/CB.zip": packed})) + "/data"
     fetched = download.fetch(get_task("cb"), url, tmp_path)
@@ -306,7 +308,7 @@ def test_superglue_is_beside_glue_and_counts_do_where_no_sum_is_known(
     assert fetched.unverified == ("train.jsonl", "val.jsonl", "test.jsonl")
     cfg = DataConfig(cache=str(tmp_path))
     assert len(load_split(get_task("cb"), "train", cfg).examples) == 2
-    monkeypatch.setitem(ARCHIVES, "cb", Archive(address, rows | {"val.jsonl": (2, "")}))
+    monkeypatch.setitem(ARCHIVES, "superglue/CB", Archive(address, rows | {"val.jsonl": (2, "")}))
     with pytest.raises(download.DownloadError, match=r"CB/val\.jsonl has 1 rows, not 2"):
         download.fetch(get_task("cb"), url, tmp_path / "other")
 
@@ -322,17 +324,17 @@ def test_a_known_sum_must_agree_unless_told_otherwise(tmp_path: Path, serve) -> 
 def test_a_large_archive_is_fetched_only_when_asked_for(tmp_path: Path, serve) -> None:
     url = serve(_missing)
     large = [name for name, archive in ARCHIVES.items() if not archive.automatic]
-    assert large == ["qqp", "mnli", "mnli-mm", "record"]
+    assert large == ["glue/QQP", "glue/MNLI", "superglue/ReCoRD"]
     with pytest.raises(UserError, match="MNLI.zip is large.*python -m ppo_nlu.data get mnli"):
         locate(get_task("mnli"), DataConfig(cache=str(tmp_path), url=url))
     assert serve.asked == []
     with pytest.raises(download.DownloadError, match="404"):
         download.fetch(get_task("mnli"), url, tmp_path)
-    assert ARCHIVES["mnli"].mebibytes > 312 and ARCHIVES["sst2"].mebibytes == 64
+    assert ARCHIVES["glue/MNLI"].mebibytes > 312 and ARCHIVES["glue/SST-2"].mebibytes == 64
 
 
 def test_ax_is_one_plain_file(tmp_path: Path, serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ARCHIVES, "ax", Archive("AX.tsv", {"AX.tsv": (1, "")}))
+    monkeypatch.setitem(ARCHIVES, "glue/AX", Archive("AX.tsv", {"AX.tsv": (1, "")}))
     text = b"index\tsentence1\tsentence2\n0\ta\tb\n"
     url = serve(_serve_paths({"/glue/AX.tsv": text}))
     assert download.fetch(get_task("ax"), url, tmp_path).folder == tmp_path / "glue/AX"
@@ -348,7 +350,9 @@ MRPC_ROWS = [f'{n % 2}\t{n}\t{n + 100}\tone "{n}\ttwo {n}\n' for n in range(20)]
 def test_mrpc_is_divided_by_the_official_ids(
     tmp_path: Path, serve, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    monkeypatch.setitem(ARCHIVES, "mrpc", Archive(ARCHIVES["mrpc"].name, {"test.tsv": (2, "")}))
+    monkeypatch.setitem(
+        ARCHIVES, "glue/MRPC", Archive(ARCHIVES["glue/MRPC"].name, {"test.tsv": (2, "")})
+    )
     senteval = "/senteval/senteval_data/msr_paraphrase_"
     files = {
         f"{senteval}train.txt": (MRPC_HEAD + "".join(MRPC_ROWS)).encode(),
@@ -370,15 +374,19 @@ def test_mrpc_is_divided_by_the_official_ids(
 
 
 def test_every_archive_is_one_of_a_task_and_holds_its_files() -> None:
-    for name, archive in ARCHIVES.items():
-        spec = TASKS[name]
+    used = set()
+    for name, spec in TASKS.items():
+        archive = archive_of(spec)
+        assert (archive is None) == (spec.benchmark == "extra"), name
+        if archive is None:
+            continue
+        used.add(archive.name)
         wanted = {names[0] for names in spec.files.values()}
         if name not in ("mrpc", "ax"):  # made of other files
             # The two halves of MNLI come in one archive.
             assert wanted <= set(archive.files), name
         assert all(len(digest) in (0, 64) for _, digest in archive.files.values())
-    without = {name for name, spec in TASKS.items() if spec.benchmark != "extra"} - set(ARCHIVES)
-    assert without == set()
+    assert used == {archive.name for archive in ARCHIVES.values()}
 
 
 # ---- the program
@@ -436,7 +444,7 @@ def test_check_shows_what_is_there(
     assert train[2:9] == ["train.tsv", "2", "Positive", "1,", "Negative", "1", "1"]
     assert next(line for line in lines if line[:2] == ["sst2", "test"])[-1] == "absent"
     assert "1 / 2.75 / 4.5 (min/mean/max)" in out
-    assert "absent: cola, " in out
+    assert "absent: mnli, mnli-mm, " in out
     monkeypatch.setenv("PPO_NLU_DATA", str(tmp_path))
     code, out, _ = _run(capsys, "check", "sst2")
     assert code == 0 and "stsb" not in out

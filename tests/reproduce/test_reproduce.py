@@ -21,7 +21,8 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.reproduce import __main__ as reproduce
 from ppo_nlu.reproduce import grid as grids
 from ppo_nlu.reproduce.__main__ import Runner
-from ppo_nlu.reproduce.grid import ASSETS, GRIDS, METHODS, Backbone, Cell, Grid, plan, settle
+from ppo_nlu.reproduce.grid import ASSETS, GRIDS, Backbone, Cell, Grid, plan, settle
+from ppo_nlu.reproduce.methods import METHODS
 from ppo_nlu.runtime import cli
 from ppo_nlu.storage import files
 

@@ -1,0 +1,120 @@
+"""A task is a row: what a made-up one says of itself is known wherever tasks are listed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ppo_nlu import submit
+from ppo_nlu.config import dump, load_config
+from ppo_nlu.data.__main__ import main as data_program
+from ppo_nlu.errors import UserError
+from ppo_nlu.model import lora
+from ppo_nlu.reproduce import results
+from ppo_nlu.reproduce.__main__ import main as reproduce
+from ppo_nlu.reproduce.grid import GRIDS, Backbone, Cell, plan
+from ppo_nlu.runtime import checkpoint
+from ppo_nlu.tasks import TASKS, get_task
+from ppo_nlu.tasks.metrics import average
+
+TONE = replace(
+    TASKS["sst2"], name="tone", title="Tone", folder="Tone",
+    leaderboard_file="Tone.tsv", leaderboard_rows=2,
+)  # fmt: skip
+PROBE = replace(
+    TONE,
+    name="tone-x",
+    title="Tone-X",
+    folder="Tone-X",
+    files={"test": ("test.tsv",)},
+    trained_with="tone",
+    averages=(),
+    leaderboard_file="Tone-X.tsv",
+)
+
+
+@pytest.fixture(autouse=True)
+def _two_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for spec in (TONE, PROBE):
+        monkeypatch.setitem(TASKS, spec.name, spec)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The official files of both tasks."""
+    for spec in (TONE, PROBE):
+        place = tmp_path / "data" / "glue" / spec.folder
+        place.mkdir(parents=True)
+        for split, (name,) in spec.files.items():
+            head, rows = ("index", (0, 1)) if split == "test" else ("label", (0, 1))
+            text = "".join(f"{row}\ta fine film\n" for row in rows)
+            (place / name).write_text(f"{head}\tsentence\n{text}")
+    return tmp_path / "data"
+
+
+def cells(method: str) -> dict[str, Cell]:
+    table = GRIDS["glue"]
+    return {cell.name: cell for cell in plan(table, [method], table.tasks, [0], [Backbone("tiny")])}
+
+
+def test_it_is_found_by_name() -> None:
+    assert get_task("Tone") is TONE and get_task("TONE_X") is PROBE
+
+
+def test_the_data_program_checks_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_program(["check", "tone", "tone-x", f"data.path={folder}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.split()[:2] for line in lines if line.startswith("tone")]
+    assert found == [["tone", "train"], ["tone", "dev"], ["tone", "test"], ["tone-x", "test"]]
+
+
+def test_training_on_the_probe_names_the_task_it_goes_with(folder: Path) -> None:
+    from ppo_nlu.config import DataConfig
+    from ppo_nlu.data import load_split
+
+    with pytest.raises(UserError, match="no training rows; train on tone instead"):
+        load_split(PROBE, "train", DataConfig(path=str(folder)))
+
+
+def test_the_averages_need_it_and_not_its_probe() -> None:
+    scores = {name: dict.fromkeys(spec.metrics, 0.5) for name, spec in TASKS.items()}
+    for style in ("official", "paper"):
+        whole = {name: row for name, row in scores.items() if name != "tone-x"}
+        assert average("glue", whole, style) == pytest.approx(0.5)
+        assert average("glue", {k: v for k, v in whole.items() if k != "tone"}, style) is None
+        assert average("superglue", whole, style) == pytest.approx(0.5)
+    # Ten columns, of which one is at 1: (9 * 0.5 + 1) / 10.
+    assert average("glue", scores | {"tone": {"accuracy": 1.0}}) == pytest.approx(0.55)
+    assert results.is_diagnostic("tone-x") and not results.is_diagnostic("tone")
+
+
+def test_the_grid_trains_it_and_measures_the_probe_with_its_run() -> None:
+    single, mixed = cells("ppo-st"), cells("ppo-mt")
+    assert single["s0-ppo-st-tone"].source == ""
+    assert single["s0-ppo-st-tone-x"].source == "s0-ppo-st-tone"
+    assert "tone" in next(cell for cell in mixed.values() if not cell.source).tasks
+    assert "s0-zero-shot-tone-x" in cells("zero-shot")
+
+
+def test_the_grids_program_lists_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["glue", "--preset", "tiny", "--tasks", "tone", "--methods", "zero-shot", "--seeds"]
+    assert reproduce([*words, "0", "--dry-run", "--output", str(tmp_path / "grid")]) == 0
+    assert "s0-zero-shot-tone\n" in capsys.readouterr().out
+
+
+def test_the_submission_holds_both_files(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f'task: tone\ndata: {{path: "{folder}"}}\n')
+    run = checkpoint.claim(tmp_path / "run", dump(load_config(tmp_path / "run.yaml")))
+    checkpoint.release(run)
+    (run / "adapter").mkdir()
+    (run / "adapter" / lora.CONFIG_FILE).write_text("{}")
+    parts, missing = submit.collect("glue", [submit.Run.read(str(run), [])])
+    assert [(part.file.name, part.file.rows, part.trained.name) for part in parts] == [
+        ("Tone-X.tsv", 2, "tone"),
+        ("Tone.tsv", 2, "tone"),
+    ]
+    assert any(line.startswith("CoLA.tsv: no run") for line in missing)
+    assert json.dumps(missing).count("Tone") == 0

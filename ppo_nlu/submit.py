@@ -27,11 +27,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ppo_nlu import data, evaluate
+from ppo_nlu import data
+from ppo_nlu.answering.answer import Answerer, shown
+from ppo_nlu.answering.load_run import load_trained, run_config, trained_folder
+from ppo_nlu.answering.predictions import recorded
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods.encoder import Encoder
-from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import cli
 from ppo_nlu.storage.files import atomic_open, make_folder, parse_object
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, benchmark_tasks
@@ -152,7 +153,7 @@ class Run:
     @classmethod
     def read(cls, folder: str, overrides: Sequence[str]) -> Run:
         """The run of a folder; a UserError where it has not finished."""
-        cfg = evaluate.run_config(folder, overrides)
+        cfg = run_config(folder, overrides)
         return cls(Path(folder), cfg, specs_of(cfg), tuple(overrides))
 
     def answers_folder(self, task: str) -> Path:
@@ -165,8 +166,7 @@ class Run:
     @property
     def trained_at(self) -> float:
         """When the newest file of what it learned was written."""
-        encoder = evaluate.encoder_folder(self.folder)
-        folder = encoder if self.cfg.method == "encoder" else self.folder / "adapter"
+        folder = trained_folder(self.folder, self.cfg)
         return max(file.stat().st_mtime for file in folder.iterdir())
 
 
@@ -281,17 +281,17 @@ def answered(parts: Sequence[Part], decode: str) -> Iterator[tuple[Part, list[Gi
     A run's parts must be neighbours: its model is loaded once, and only if it is needed.
     """
     holder: Run | None = None
-    policy: Policy | Encoder | None = None
+    answerer: Answerer | None = None
     for part in parts:
         if part.run is not holder:
-            holder, policy = part.run, None
+            holder, answerer = part.run, None
         # An entity is chosen by P(Yes) - P(No), which only scoring gives.
         how = "score" if part.spec.reader == "record" else decode
         path = part.run.answers_folder(part.spec.name) / f"predictions-{how}.jsonl"
         given = kept(path, part)
         if given is None:
-            policy = policy or evaluate.load_trained(part.run.cfg, part.run.folder)
-            given = ask(policy, part, path, how)
+            answerer = answerer or load_trained(part.run.cfg, part.run.folder)
+            given = ask(answerer, part, path, how)
         yield part, given
 
 
@@ -319,18 +319,17 @@ def _allowed(spec: TaskSpec, prediction: Any) -> bool:
         return False
 
 
-def ask(policy: Policy | Encoder, part: Part, path: Path, decode: str) -> list[Given]:
+def ask(answerer: Answerer, part: Part, path: Path, decode: str) -> list[Given]:
     """The model's answers to a part's test rows, written to `path` as they come.
 
     They are asked as the task that the run was trained on, whose prompt is the same and which has
     the rows for worked examples.
     """
-    cfg, spec = part.run.cfg, part.trained
-    evaluate.require_fit(policy, spec, cfg)
+    answerer.require_fit(part.trained)
     make_folder(path.parent)
-    answers = evaluate.answer_all(policy, spec, cfg, part.examples, decode)
-    rows = evaluate.shown(
-        evaluate.recorded(path, answers), part.file.name, len(part.examples), cfg.log.progress
+    answers = answerer.answer(part.trained, part.examples, decode)
+    rows = shown(
+        recorded(path, answers), part.file.name, len(part.examples), part.run.cfg.log.progress
     )
     return [Given(row.prediction, row.probabilities) for row in rows]
 

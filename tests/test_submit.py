@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import data, evaluate, submit
+from ppo_nlu import data, submit
+from ppo_nlu.answering.answer import Answer
+from ppo_nlu.answering.predictions import write_predictions
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
@@ -74,12 +76,12 @@ class World:
         place.mkdir(parents=True, exist_ok=True)
         scored = probabilities or [None] * len(given)
         made = [
-            evaluate.Answer(row, word, "", by_word)
+            Answer(row, word, "", by_word)
             for row, word, by_word in zip(rows, given, scored, strict=True)
         ]
         how = "score" if TASKS[task].reader == "record" else decode
         path = place / f"predictions-{how}.jsonl"
-        evaluate.write_predictions(path, made)
+        write_predictions(path, made)
         return path
 
 
@@ -87,7 +89,7 @@ class World:
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     made = World(tmp_path)
     monkeypatch.setattr(data, "load_split", made.load_split)
-    monkeypatch.setattr(evaluate, "load_trained", _no_model)
+    monkeypatch.setattr(submit, "load_trained", _no_model)
     return made
 
 
@@ -483,26 +485,25 @@ def test_a_run_that_was_trained_on_the_other_task_goes_first(world: World) -> No
 
 
 class Model:
-    """Stands in for a policy: counts its loads, and says Yes to everything."""
+    """Stands in for an `Answerer`: counts its loads, and says the first word to everything."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.loads: list[str] = []
         self.asked: list[tuple[str, int]] = []
-        monkeypatch.setattr(evaluate, "load_trained", self.load)
-        monkeypatch.setattr(evaluate, "require_fit", lambda *_: None)
-        monkeypatch.setattr(evaluate, "answer_all", self.answer)
+        monkeypatch.setattr(submit, "load_trained", self.load)
 
-    def load(self, cfg: Any, folder: Path) -> str:
+    def load(self, cfg: Any, folder: Path) -> Any:
         self.loads.append(Path(folder).name)
-        return "policy"
+        return self
 
-    def answer(
-        self, policy: Any, spec: TaskSpec, cfg: Any, examples: Sequence[Example], decode: str
-    ) -> Iterator[evaluate.Answer]:
-        assert policy == "policy" and decode == "greedy"
+    def require_fit(self, spec: TaskSpec) -> None:
+        pass
+
+    def answer(self, spec: TaskSpec, examples: Sequence[Example], decode: str) -> Iterator[Answer]:
+        assert decode == "greedy"
         self.asked.append((spec.name, len(examples)))
         for example in examples:
-            yield evaluate.Answer(example, spec.words[0], "said")
+            yield Answer(example, spec.words[0], "said")
 
 
 def test_the_model_is_asked_once_and_for_what_is_not_kept(

@@ -15,7 +15,7 @@ from typing import Any
 
 from ppo_nlu import data
 from ppo_nlu.answering.aggregate import Measured, summarise
-from ppo_nlu.answering.aggregate import report as report
+from ppo_nlu.answering.aggregate import report as report  # for `train`
 from ppo_nlu.answering.answer import (
     DECODES,
     Answer,

@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 
 from ppo_nlu.answering.answer import Answer
-from ppo_nlu.answering.predictions import recorded, write_predictions
+from ppo_nlu.answering.predictions import read_predictions, recorded, write_predictions
 from ppo_nlu.tasks import Example
 
 
@@ -47,3 +48,28 @@ def test_predictions_are_strict_json(tmp_path: Path) -> None:
     write_predictions(tmp_path / "p.jsonl", [row])
     (line,) = (tmp_path / "p.jsonl").read_text().splitlines()
     assert json.loads(line)["probabilities"] == {"Positive": None, "Negative": 0.5}
+
+
+def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+    path, rows = tmp_path / "p.jsonl", tiny.examples(2)
+    written = [
+        Answer(rows[0], "Positive", " Positive </Judgement>", {"Positive": 0.75, "Negative": 0.25}),
+        Answer(rows[1], None, "..."),
+    ]
+    write_predictions(path, written)
+    assert read_predictions(path, rows) == written
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"id": "', '"id": "x'), ('"response"', '"said"'), ("}\n", "\n"), ('{"id', '[{"id')],
+)
+def test_a_file_of_other_answers_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    path, rows = tmp_path / "p.jsonl", tiny.examples(2)
+    write_predictions(path, [Answer(row, None, "") for row in rows])
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match="p.jsonl|JSON|Expecting|delimiter"):
+        read_predictions(path, rows)
+    with pytest.raises(ValueError, match="other rows"):
+        write_predictions(path, [Answer(rows[0], None, "")])
+        read_predictions(path, rows)

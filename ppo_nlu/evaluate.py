@@ -33,7 +33,8 @@ from ppo_nlu.answering.provenance import read_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import cli, runlog
-from ppo_nlu.storage.files import LOCK, TEMP, FolderLock, atomic_write_json, make_folder
+from ppo_nlu.storage.files import TEMP, atomic_write_json, make_folder
+from ppo_nlu.storage.locks import LOCK, FolderLock
 from ppo_nlu.tasks import TASKS, Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 

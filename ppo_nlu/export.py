@@ -28,16 +28,10 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
 from ppo_nlu.model.policy import VALUE_HEAD, load_base
 from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage.files import (
-    atomic_folder,
-    atomic_write_text,
-    parse_object,
-    read_checked,
-    read_tensors,
-    to_json,
-    write_errors,
-    write_folder,
-)
+from ppo_nlu.storage.access import write_errors
+from ppo_nlu.storage.files import atomic_write_text
+from ppo_nlu.storage.folders import atomic_folder, read_checked, read_tensors, write_folder
+from ppo_nlu.storage.sealed import parse_object, to_json
 
 # Texts on which the merged model must agree with the policy; of each the last 64 tokens.
 PROBES = (

@@ -32,7 +32,7 @@ from ppo_nlu.methods.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.policy import Policy, ValueHead, check_words, load_base, measure, settle
 from ppo_nlu.runtime import cli, optim, runlog
-from ppo_nlu.storage import files
+from ppo_nlu.storage import access, files, folders, locks
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         check_words(policy, spec, cfg.prompt)
     print(f"model: {cfg.model.name_or_path} on {policy.device}; {len(specs)} tasks", flush=True)
     files.make_folder(folder)
-    with files.FolderLock(folder):
+    with locks.FolderLock(folder):
         _require_new(folder)  # again, now that nobody else writes there
         summary = _taught(policy, specs, cfg, rows, folder, seen)
         summary |= {"left_out": sorted(absent), "wall_s": time.perf_counter() - started}
@@ -202,7 +202,7 @@ def unparsed(
 def _save(policy: Policy, folder: Path, seen: bool) -> None:
     """A Hugging Face folder, whole or not at all; with the list of rows whose labels the base has
     seen, if it has. That of a call that was cut short is replaced."""
-    with files.atomic_folder(folder) as new, files.write_errors(folder):
+    with folders.atomic_folder(folder) as new, access.write_errors(folder):
         policy.model.save_pretrained(new)
         policy.tokenizer.save_pretrained(new)
         if seen:

@@ -29,7 +29,7 @@ from ppo_nlu.methods import memory, updates
 from ppo_nlu.methods.learners import LEARNERS, Learner, LoraLearner
 from ppo_nlu.model.policy import DTYPES, Policy
 from ppo_nlu.runtime import checkpoint, cli, optim, profiling, runlog
-from ppo_nlu.storage import files
+from ppo_nlu.storage import files, sealed
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec, rewards
 from ppo_nlu.tasks.custom import specs_of
 
@@ -217,13 +217,13 @@ def restore(run: Run) -> None:
     checkpoint.require_readable(run.folder)
     lines = len(runlog.read_metrics(run.folder))
     checkpoint.clean(run.folder)
-    damaged: dict[Path, files.Damaged] = {}
+    damaged: dict[Path, sealed.Damaged] = {}
     told: list[str] = []
     for path in checkpoint.candidates(run.folder):
         try:
             told = _take_back(run, path)
             break
-        except files.Damaged as error:
+        except sealed.Damaged as error:
             damaged[path] = error
     else:
         if damaged:
@@ -262,7 +262,7 @@ def _take_back(run: Run, path: Path) -> list[str]:
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise files.Damaged(
+        raise sealed.Damaged(
             f"{path}: does not hold what a checkpoint of this run holds ({error!r})"
         ) from error
     return told
@@ -285,7 +285,7 @@ def _checked_best(folder: Path) -> list[str]:
     try:
         if best is not None:
             checkpoint.load(best)
-    except files.Damaged as error:
+    except sealed.Damaged as error:
         checkpoint.set_aside(best)  # type: ignore[arg-type]
         return [f"{error}; the best is now looked for among the coming steps"]
     return []

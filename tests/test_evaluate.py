@@ -10,7 +10,7 @@ import pytest
 from ppo_nlu.answering.answer import DECODES
 from ppo_nlu.evaluate import main
 from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
+from ppo_nlu.storage import locks
 from ppo_nlu.tasks import get_task
 from ppo_nlu.tasks.answers import parse
 
@@ -86,7 +86,7 @@ def test_a_split_without_labels_has_predictions_and_no_scores(
 def test_a_folder_in_which_another_evaluation_works_is_refused(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with files.FolderLock(tmp_path):
+    with locks.FolderLock(tmp_path):
         argv = [str(finished_run), "--output", str(tmp_path), "--decode", "greedy"]
         assert cli.run(main, argv) == 2
     error = capsys.readouterr().err

@@ -23,7 +23,7 @@ from ppo_nlu.answering import by_policy
 from ppo_nlu.methods import memory, ppo
 from ppo_nlu.model import BUNDLED, lora
 from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
+from ppo_nlu.storage import files, sealed
 
 pytestmark = pytest.mark.skipif(
     not (BUNDLED / "config.json").is_file(), reason="the bundled model is not in ppo_nlu/assets"
@@ -526,11 +526,11 @@ def test_an_odd_state_is_one_line(
     folder = tmp_path / "run"
     shutil.copytree(unfinished, folder)
     for path in (folder / "checkpoints").glob("step_*"):
-        head = files.unseal((path / "state.json").read_text())
+        head = sealed.unseal((path / "state.json").read_text())
         head["state"][key] = value
         if value is None:
             del head["state"][key]
-        (path / "state.json").write_text(files.seal(head))
+        (path / "state.json").write_text(sealed.seal(head))
     capsys.readouterr()
     assert run(folder / "config.yaml", "--resume", folder) == 2
     err = capsys.readouterr().err

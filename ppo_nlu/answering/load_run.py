@@ -17,7 +17,7 @@ from ppo_nlu.methods import encoder as encoders
 from ppo_nlu.model import lora
 from ppo_nlu.model.policy import VALUE_HEAD, Policy, load_policy
 from ppo_nlu.runtime.checkpoint import require_run_dir
-from ppo_nlu.storage.files import read_tensors
+from ppo_nlu.storage.folders import read_tensors
 from ppo_nlu.tasks.custom import specs_of
 
 

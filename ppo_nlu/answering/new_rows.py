@@ -12,7 +12,8 @@ from typing import Any
 
 from ppo_nlu.answering.answer import Answer
 from ppo_nlu.runtime import cli
-from ppo_nlu.storage.files import Output, atomic_open, to_json
+from ppo_nlu.storage.files import Output, atomic_open
+from ppo_nlu.storage.sealed import to_json
 from ppo_nlu.tasks import TaskSpec
 
 FORMATS = (".jsonl", ".csv", ".tsv")

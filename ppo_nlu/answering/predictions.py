@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ppo_nlu.answering.answer import Answer
-from ppo_nlu.storage.files import atomic_open, parse_object, to_json
+from ppo_nlu.storage.files import atomic_open
+from ppo_nlu.storage.sealed import parse_object, to_json
 from ppo_nlu.tasks import Example
 
 

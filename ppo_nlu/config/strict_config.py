@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import re
-import stat
 import types
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 import yaml
 
 from ppo_nlu.errors import UserError, one_line
+from ppo_nlu.storage.access import irregular
 from ppo_nlu.storage.files import atomic_write_text
 
 T = TypeVar("T")
@@ -197,8 +197,7 @@ def _read_file(path: Path) -> tuple[Any, dict[str, int]]:
     """The value in a YAML file, and the line of each dotted key."""
     try:
         mode = path.stat().st_mode  # before opening: a pipe would wait, a device never end
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        if kind := irregular(mode):
             raise _error(str(path), "", f"cannot be read: is {kind}; name a YAML file")
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)

@@ -25,7 +25,7 @@ from urllib.parse import urljoin
 
 from ppo_nlu.data.archives import Archive, archive_of
 from ppo_nlu.errors import UserError, printable
-from ppo_nlu.storage import files
+from ppo_nlu.storage import folders
 from ppo_nlu.tasks import TaskSpec
 
 OPEN_SECONDS = 3.0  # for the name look-up, the connection and the first answer together
@@ -149,7 +149,7 @@ def _take(archive: Archive, folder: str, address: str, scratch: Path, target: Pa
 
 def _move(folder: Path, target: Path, spec: TaskSpec) -> None:
     try:
-        files.sync_tree(folder)
+        folders.sync_tree(folder)
         folder.rename(target)
     except OSError as error:
         names = {name for names in spec.files.values() for name in names}

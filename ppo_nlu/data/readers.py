@@ -12,7 +12,6 @@ import gc
 import gzip
 import json
 import re
-import stat
 import unicodedata
 import zlib
 from bisect import bisect_right
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ppo_nlu.errors import UserError, quoted
+from ppo_nlu.storage.access import irregular
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
 from ppo_nlu.tasks.prompts import STOP
 from ppo_nlu.tasks.words import fold, is_empty, twice, whole_words
@@ -583,12 +583,12 @@ def unreadable(path: Path) -> str | None:
     Asked before it is opened: a pipe might wait, and a device never end.
     """
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)
+        kind = irregular(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return "no such file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None if regular else "is no regular file, but a folder, a pipe or a device"
+    return f"is no regular file, but {kind}" if kind else None
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -34,16 +34,15 @@ from ppo_nlu.model import BUNDLED
 from ppo_nlu.model.lora import require_numbers
 from ppo_nlu.model.policy import DTYPES, hub_answers, pick_device, reason_of
 from ppo_nlu.runtime.optim import clip_gradients
-from ppo_nlu.storage.files import (
+from ppo_nlu.storage.access import write_errors
+from ppo_nlu.storage.files import make_folder, temporary_name
+from ppo_nlu.storage.folders import (
     check_folder,
-    make_folder,
-    parse_object,
     read_checked,
     read_tensors,
-    temporary_name,
-    write_errors,
     write_folder,
 )
+from ppo_nlu.storage.sealed import parse_object
 from ppo_nlu.tasks import Example, TaskSpec
 
 FOLDER = "encoder"  # of a finished run, in its folder

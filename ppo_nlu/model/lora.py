@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ppo_nlu import ops
 from ppo_nlu.errors import UserError
-from ppo_nlu.storage.files import Damaged, parse_object, read_checked, read_tensors, write_folder
+from ppo_nlu.storage.folders import read_checked, read_tensors, write_folder
+from ppo_nlu.storage.sealed import Damaged, parse_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

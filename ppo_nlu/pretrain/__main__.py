@@ -41,15 +41,10 @@ from tqdm import tqdm
 from ppo_nlu.config.strict_config import below_one, load_dataclass, number, one_of, positive, share
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import cli
-from ppo_nlu.storage.files import (
-    FolderLock,
-    atomic_write_bytes,
-    atomic_write_text,
-    make_folder,
-    read_object,
-    read_tensors,
-    to_json,
-)
+from ppo_nlu.storage.files import atomic_write_bytes, atomic_write_text, make_folder
+from ppo_nlu.storage.folders import read_tensors
+from ppo_nlu.storage.locks import FolderLock
+from ppo_nlu.storage.sealed import read_object, to_json
 from ppo_nlu.tasks import Label, TaskSpec, get_task
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import STOP, answer, render

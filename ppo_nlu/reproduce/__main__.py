@@ -41,7 +41,7 @@ from ppo_nlu.reproduce.grid import (
 )  # fmt: skip
 from ppo_nlu.reproduce.methods import METHODS, in_running_order
 from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
+from ppo_nlu.storage import files, locks
 from ppo_nlu.tasks import get_task
 
 
@@ -238,8 +238,8 @@ def locked(folder: Path, keep: bool = True) -> Iterator[int | None]:
     """Nobody else runs this grid. The cells inherit the lock, so that one whose grid was killed
     still holds it."""
     try:
-        lock = files.FolderLock(folder)
-    except files.InUse as error:
+        lock = locks.FolderLock(folder)
+    except locks.InUse as error:
         raise UserError(
             f"--output {folder}: this grid, or a cell of it, is still running ({error.holder}); "
             "wait or stop it"

@@ -18,7 +18,7 @@ import numpy as np
 
 from ppo_nlu.errors import UserError
 from ppo_nlu.reproduce.methods import METHODS
-from ppo_nlu.storage import files
+from ppo_nlu.storage import files, sealed
 from ppo_nlu.tasks import TASKS, metrics
 
 DECODES = {"sample": "sampled", "greedy": "greedy", "score": "scored"}
@@ -149,7 +149,7 @@ def load(folder: Path) -> Results:
 def read_json(path: Path) -> Json:
     """The object in a JSON file; empty where it is missing or torn."""
     try:
-        return files.read_object(path)
+        return sealed.read_object(path)
     except (OSError, ValueError):
         return {}
 

@@ -29,24 +29,23 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from ppo_nlu.errors import UserError
+from ppo_nlu.storage.access import read_bytes, write_errors
 from ppo_nlu.storage.files import (
-    LOCK,
     TEMP,
-    Damaged,
-    FolderLock,
     atomic_write_text,
     make_folder,
-    parse_object,
-    read_bytes,
-    read_object,
-    refuse_in_use,
-    seal,
     sync_folder,
     temporary_name,
+    write_new,
+)
+from ppo_nlu.storage.locks import LOCK, FolderLock, refuse_in_use
+from ppo_nlu.storage.sealed import (
+    Damaged,
+    parse_object,
+    read_object,
+    seal,
     to_json,
     unseal,
-    write_errors,
-    write_new,
 )
 
 RUN_FORMAT = 1  # of run.json

@@ -31,7 +31,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ppo_nlu.storage.files import temporary_name, write_errors
+from ppo_nlu.storage.access import write_errors
+from ppo_nlu.storage.files import temporary_name
 
 PHASES = ("prefill", "decode", "score", "reference", "update", "evaluation", "io")
 OTHER = "other"  # the time outside every phase

@@ -21,16 +21,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import torch
 
 from ppo_nlu.errors import UserError
-from ppo_nlu.storage.files import (
-    atomic_write_bytes,
-    atomic_write_json,
-    atomic_write_text,
-    open_regular,
-    parse_object,
-    plain,
-    read_bytes,
-    write_errors,
-)
+from ppo_nlu.storage.access import open_regular, read_bytes, write_errors
+from ppo_nlu.storage.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+from ppo_nlu.storage.sealed import parse_object, plain
 
 if TYPE_CHECKING:
     from ppo_nlu.config import LogConfig

@@ -25,7 +25,7 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.model import BUNDLED
 from ppo_nlu.pretrain import __main__ as pretrain
 from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files
+from ppo_nlu.storage import folders, locks
 from ppo_nlu.tasks import Example
 
 pytestmark = pytest.mark.skipif(
@@ -172,7 +172,7 @@ def test_another_start_is_refused(
     place.stopped(monkeypatch, place.config(), f"init_from={first}")
     weights = first / "adapter" / "adapter_model.safetensors"
     save_file({k: v + 1e-3 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
-    (first / "adapter" / files.CHECKSUMS).unlink()
+    (first / "adapter" / folders.CHECKSUMS).unlink()
     assert place.resume() == 2
     assert "now: init_from (adapter_model.safetensors)" in capsys.readouterr().err
 
@@ -412,7 +412,7 @@ def test_the_command_in_a_line_of_error_goes_on(
 def test_a_second_process_is_refused(place: Place, capsys: Any) -> None:
     """A run folder in which another process works: one line, and nothing is changed."""
     assert start(place.config(), "--output", place.run) == 0
-    with files.FolderLock(place.run):
+    with locks.FolderLock(place.run):
         before = snapshot(place.run)
         capsys.readouterr()
         assert place.resume() == 2
@@ -422,7 +422,7 @@ def test_a_second_process_is_refused(place: Place, capsys: Any) -> None:
         error = capsys.readouterr().err
         assert f"process {os.getpid()} on" in error and "is working in it" in error
         assert "--resume" not in error and snapshot(place.run) == before
-    assert not (place.run / files.LOCK).exists()
+    assert not (place.run / locks.LOCK).exists()
     with pytest.raises(UserError, match="a finished run"):
         checkpoint.require_free(place.run)
 
@@ -434,7 +434,7 @@ def test_no_program_works_in_a_taken_folder(place: Place, capsys: Any) -> None:
     folder = place.root / "taken"
     folder.mkdir()
     for main, config in ((teach_form.main, place.config()), (pretrain.main, tiny)):
-        with files.FolderLock(folder):
+        with locks.FolderLock(folder):
             assert cli.run(main, [str(config), "--output", str(folder)]) == 2
         error = capsys.readouterr().err
         assert "is working in it" in error and error.count("\n") == 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ppo_nlu.config import LoraConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
-from ppo_nlu.storage.files import CHECKSUMS
+from ppo_nlu.storage.folders import CHECKSUMS
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -24,7 +24,7 @@ from ppo_nlu.reproduce.__main__ import Runner
 from ppo_nlu.reproduce.grid import ASSETS, GRIDS, Backbone, Cell, Grid, plan, settle
 from ppo_nlu.reproduce.methods import METHODS
 from ppo_nlu.runtime import cli
-from ppo_nlu.storage import files
+from ppo_nlu.storage import locks
 
 ROOT = Path(__file__).parents[2]
 TINY = Backbone("tiny")
@@ -326,9 +326,9 @@ def test_a_grid_is_not_settled_while_another_one_is(
 ) -> None:
     folder = tmp_path / "grid"
     folder.mkdir()
-    with files.FolderLock(folder):
+    with locks.FolderLock(folder):
         assert cli.run(reproduce.main, ["tiny", "--output", str(folder)]) == 2
-        assert os.listdir(folder) == [files.LOCK]
+        assert os.listdir(folder) == [locks.LOCK]
     error = capsys.readouterr().err
     assert "is still running (process" in error and error.count("\n") == 1
 

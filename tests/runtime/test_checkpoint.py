@@ -24,8 +24,8 @@ from transformers.optimization import Adafactor
 
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import checkpoint
-from ppo_nlu.storage import files
-from ppo_nlu.storage.files import Damaged
+from ppo_nlu.storage import locks, sealed
+from ppo_nlu.storage.sealed import Damaged
 
 CALLS = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")  # of os: every step of a write
 
@@ -225,16 +225,16 @@ def test_a_spoilt_file_of_any_kind_is_damage(tmp_path: Path, name: str, spoil: s
 )
 def test_a_sealed_state_of_another_shape_is_damage(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = checkpoint.save(tmp_path, 1, *content(1))
-    head = files.unseal((path / "state.json").read_text())
-    (path / "state.json").write_text(files.seal(head | changes))
+    head = sealed.unseal((path / "state.json").read_text())
+    (path / "state.json").write_text(sealed.seal(head | changes))
     with pytest.raises(Damaged):
         checkpoint.load(path)
 
 
 def test_a_checkpoint_of_another_version_is_not_called_damaged(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, *content(1))
-    head = files.unseal((path / "state.json").read_text())
-    for text in (files.seal(head | {"format": 3}), '{"format": 1, "files": [], "state": {}}'):
+    head = sealed.unseal((path / "state.json").read_text())
+    for text in (sealed.seal(head | {"format": 3}), '{"format": 1, "files": [], "state": {}}'):
         (path / "state.json").write_text(text)
         with pytest.raises(UserError, match="this version reads 2") as error:
             checkpoint.load(path)
@@ -826,7 +826,7 @@ def test_of_processes_that_claim_one_folder_one_succeeds(tmp_path: Path) -> None
 def test_without_locks_one_claim_succeeds_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "try_lock", lambda handle: None)
+    monkeypatch.setattr(locks, "try_lock", lambda handle: None)
     monkeypatch.setattr(checkpoint, "require_free", lambda output: None)  # both have looked
     checkpoint.claim(tmp_path / "run", "task: sst2\n")
     checkpoint.release_all()

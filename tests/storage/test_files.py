@@ -1,4 +1,4 @@
-"""Files under kills, links and full disks; damage; one process at a time in a folder."""
+"""The atomic write under kills, links and full disks; what has the place of a file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import errno
 import json
 import math
 import os
-import random
-import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +16,9 @@ from helpers import on_call
 
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import runlog
-from ppo_nlu.storage import files
+from ppo_nlu.storage import access, files, folders, locks, sealed
 
 CALLS = ("replace", "fsync", "unlink", "open")
-ROOT = Path(__file__).parents[2]
 
 
 class Killed(BaseException):
@@ -32,9 +27,6 @@ class Killed(BaseException):
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-# --- one file ---------------------------------------------------------------------------------
 
 
 def test_a_kill_leaves_the_old_content_or_the_new(
@@ -112,11 +104,11 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None
 
     pipe, log = put("pipe"), runlog.MetricsLog(tmp_path)
     reads: list[Callable[[], object]] = [
-        lambda: files.read_bytes(pipe),
-        lambda: files.read_bytes("/dev/zero"),
-        lambda: files.read_bytes(tmp_path),
-        lambda: files.read_object(pipe),
-        lambda: files.read_checked(pipe),
+        lambda: access.read_bytes(pipe),
+        lambda: access.read_bytes("/dev/zero"),
+        lambda: access.read_bytes(tmp_path),
+        lambda: sealed.read_object(pipe),
+        lambda: folders.read_checked(pipe),
         lambda: runlog.read_metrics(put(runlog.METRICS).parent),
     ]
     for read in reads:
@@ -126,8 +118,8 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None
         lambda: files.sync_file(pipe),
         lambda: log.truncate_after(1),
         lambda: log.log(1, {}),
-        lambda: files.FolderLock(put(files.LOCK).parent),
-        lambda: files.check_folder(put(files.CHECKSUMS).parent, but=""),
+        lambda: locks.FolderLock(put(locks.LOCK).parent),
+        lambda: folders.check_folder(put(folders.CHECKSUMS).parent, but=""),
     ]
     for act in refused:
         with pytest.raises(UserError, match="is no regular file"):
@@ -236,173 +228,3 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path: 
         files.atomic_write_text(path, "second")
     assert path.read_text() == "first"  # who ends last has the name
     assert names(tmp_path) == [other.name, path.name]
-
-
-# --- damage -----------------------------------------------------------------------------------
-
-
-def test_sealed_values_come_back_bit_for_bit() -> None:
-    value = {"a": [0.1, 1 / 3, 5e-324, -0.0, 1e308], "b": {"c": None, "d": "ü\n"}, "e": (1, 2)}
-    back = files.unseal(files.seal(value))
-    assert back == value | {"e": [1, 2]} and math.copysign(1, back["a"][3]) == -1
-    assert files.unseal(files.seal({})) == {}
-    odd = files.unseal(files.seal({"x": [math.nan, math.inf, {"y": -math.inf}], "float": "nan"}))
-    assert math.isnan(odd["x"][0]) and odd["x"][1:] == [math.inf, {"y": -math.inf}]
-    assert odd["float"] == "nan"
-    json.loads(files.seal({"x": math.nan}), parse_constant=pytest.fail)  # strict JSON
-
-
-def test_no_changed_byte_is_unsealed() -> None:
-    text = files.seal({"step": 7, "nested": {"loss": 0.25, "names": ["a", "b"]}}).encode()
-    for place in range(len(text)):
-        for bit in range(8):
-            spoilt = bytearray(text)
-            spoilt[place] ^= 1 << bit
-            with pytest.raises(ValueError):
-                files.unseal(spoilt.decode())
-    for end in range(len(text)):
-        with pytest.raises(ValueError):
-            files.unseal(text[:end].decode())
-    for other in ("[]", "1", "null", "{}", '{"sha256": 1}', "[" * 100_000, "{" + text.decode()):
-        with pytest.raises(ValueError):
-            files.unseal(other)
-
-
-def test_a_folder_shows_its_damage(tmp_path: Path) -> None:
-    contents = {"weights": bytes(range(256)) * 4, "config.json": b"{}"}
-    files.write_folder(tmp_path, contents)
-    assert files.read_checked(tmp_path / "weights") == contents["weights"]
-    (tmp_path / "added later").write_bytes(b"x")
-    assert files.read_checked(tmp_path / "added later") == b"x"
-    draw = random.Random(1)
-    for name in ("weights", "config.json", files.CHECKSUMS):
-        whole = (tmp_path / name).read_bytes()
-        for _ in range(30):
-            spoilt = bytearray(whole)
-            spoilt[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-            (tmp_path / name).write_bytes(spoilt)
-            with pytest.raises(files.Damaged, match="damaged"):
-                files.check_folder(tmp_path, but="")
-        (tmp_path / name).write_bytes(whole)
-    files.check_folder(tmp_path, but="")
-    (tmp_path / "weights").unlink()
-    with pytest.raises(files.Damaged, match="weights"):
-        files.check_folder(tmp_path, but="")
-    (tmp_path / files.CHECKSUMS).unlink()  # a folder of another tool
-    files.check_folder(tmp_path, but="")
-
-
-def test_a_folder_is_never_complete_before_its_last_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A kill at any call: with the config all are there, and no checksum is wrong."""
-
-    def die() -> None:
-        raise Killed
-
-    whole = 0
-    for kill_at in range(60):
-        folder = tmp_path / str(kill_at)
-        for number in range(2):  # the first, and one that replaces it
-            contents = {n: f"{n}{number}".encode() for n in ("a", "b", "config.json")}
-            with monkeypatch.context() as patch:
-                on_call(patch, kill_at if number else 1000, die, CALLS)
-                try:
-                    files.write_folder(folder, contents)
-                    whole += number
-                except Killed:
-                    pass
-        files.check_folder(folder, but="")
-        files.write_folder(folder, contents)
-        assert {n: (folder / n).read_bytes() for n in contents} == contents
-        assert names(folder) == ["a", "b", files.CHECKSUMS, "config.json"]
-    assert whole
-
-
-# --- one process at a time ------------------------------------------------------------------------
-
-
-def in_another_process(folder: Path) -> str:
-    """What another process is told that wants to work in the folder."""
-    code = (
-        "import sys; from ppo_nlu import errors; from ppo_nlu.storage import files\n"
-        "try:\n    files.FolderLock(sys.argv[1])\n    print('free')\n"
-        "except errors.UserError as error:\n    print(error)\n"
-    )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
-
-
-def test_a_folder_has_one_worker(tmp_path: Path) -> None:
-    with files.FolderLock(tmp_path):
-        said = in_another_process(tmp_path)
-        assert f"process {os.getpid()} on " in said and said.count("\n") == 1
-        assert str(tmp_path) in said
-    assert names(tmp_path) == []
-    assert in_another_process(tmp_path) == "free\n"
-
-
-def test_kill_9_gives_the_folder_back(tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        try:
-            lock = files.FolderLock(tmp_path)
-            os.kill(os.getpid(), signal.SIGKILL if lock.locked else signal.SIGTERM)
-        finally:
-            os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert names(tmp_path) == [files.LOCK]
-    with files.FolderLock(tmp_path) as lock:
-        assert lock.locked
-    assert names(tmp_path) == []
-
-
-def test_of_many_processes_one_has_the_folder(tmp_path: Path) -> None:
-    """Twenty forks at once, ten times over, each of which holds it for a moment."""
-    for number in range(10):
-        log = tmp_path / f"log{number}"
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        children = []
-        for _ in range(20):
-            child = os.fork()
-            if child == 0:
-                try:
-                    with files.FolderLock(folder), log.open("a") as file:
-                        file.write("in ")
-                        file.flush()
-                        file.write("out ")
-                except UserError:
-                    pass
-                finally:
-                    os._exit(0)
-            children.append(child)
-        for child in children:
-            os.waitpid(child, 0)
-        words = log.read_text().split()
-        assert words and words == ["in", "out"] * (len(words) // 2)
-
-
-def test_without_locks_it_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fcntl = pytest.importorskip("fcntl")
-
-    def none(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", none)
-    with files.FolderLock(tmp_path):
-        assert "has no locks" in capsys.readouterr().err
-    files.atomic_write_text(tmp_path / "a", "x")
-    assert (tmp_path / "a").read_text() == "x"
-
-
-def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
-    theirs = tmp_path / "theirs"
-    theirs.write_text("theirs")
-    (tmp_path / files.LOCK).symlink_to(theirs)
-    with pytest.raises(UserError, match="symbolic link"):
-        files.FolderLock(tmp_path)
-    assert theirs.read_text() == "theirs"

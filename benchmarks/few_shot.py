@@ -22,7 +22,8 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from ppo_nlu import evaluate  # noqa: E402
+from ppo_nlu.answering.answer import DECODES, held_out  # noqa: E402
+from ppo_nlu.answering.by_policy import PolicyAnswerer  # noqa: E402
 from ppo_nlu.config import load_config  # noqa: E402
 from ppo_nlu.data import demonstrations
 from ppo_nlu.model.load import load_policy  # noqa: E402
@@ -39,9 +40,7 @@ def main() -> int:
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 5])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--path", choices=["auto", "plain"], default="auto")
-    parser.add_argument(
-        "--decode", nargs="+", choices=evaluate.DECODES, default=["greedy", "score"]
-    )
+    parser.add_argument("--decode", nargs="+", choices=DECODES, default=["greedy", "score"])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -54,7 +53,7 @@ def main() -> int:
         ]  # fmt: skip
         cfg = load_config(config, settings)
     spec, policy = get_task("sst2"), load_policy(cfg)
-    rows = evaluate.held_out(spec, cfg).examples
+    rows = held_out(spec, cfg).examples
     seconds: dict[tuple[str, int], list[float]] = {}
     for _ in range(args.rounds):
         for decode in args.decode:
@@ -62,7 +61,7 @@ def main() -> int:
                 few = replace(cfg, prompt=replace(cfg.prompt, shots=shots))
                 demonstrations.of(spec, few)  # reads the training rows, once
                 began = time.process_time()
-                found = list(evaluate.answer_all(policy, spec, few, rows, decode))
+                found = list(PolicyAnswerer(policy, few).answer(spec, rows, decode))
                 seconds.setdefault((decode, shots), []).append(time.process_time() - began)
                 assert len(found) == len(rows) and not any(row.dropped for row in found)
     for decode in args.decode:

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +30,8 @@ from ppo_nlu.model.base_model import load_base
 from ppo_nlu.model.value_head import VALUE_HEAD
 from ppo_nlu.runtime import checkpoint, cli, run_folder
 from ppo_nlu.storage.access import write_errors
-from ppo_nlu.storage.files import atomic_write_text, sync_folder, temporary_name
-from ppo_nlu.storage.folders import (
-    read_checked,
-    read_tensors,
-    sweep_folders,
-    sync_tree,
-    write_folder,
-)
-from ppo_nlu.storage.locks import FolderLock
+from ppo_nlu.storage.files import atomic_write_text
+from ppo_nlu.storage.folders import atomic_folder, read_checked, read_tensors, write_folder
 from ppo_nlu.storage.sealed import parse_object, to_json
 
 # Texts on which the merged model must agree with the policy; of each the last 64 tokens.
@@ -59,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg = stored_config(run, args.overrides)
     output = cli.require_place("--output", Path(args.output))
     _refuse_used(output)
-    with _appearing(output) as folder:
+    with atomic_folder(output) as folder:
         if args.merge:
             report = export_merged(run, cfg, args.checkpoint, folder)
         else:
@@ -202,30 +192,6 @@ def _refuse_used(output: Path) -> None:
         raise UserError(f"--output: {output} is not empty; name a new folder")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output: {output} is a file; name a new folder")
-
-
-@contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A folder under a temporary name, renamed to `output` at the end and deleted on any error;
-    so is that of an earlier export that was killed."""
-    output = output.absolute()
-    temporary = temporary_name(output)
-    try:
-        sweep_folders(output)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output: {output} cannot be made ({error.strerror})") from error
-    try:
-        with FolderLock(temporary):  # by which the next export knows that this one is at work
-            yield temporary
-        with write_errors(output):
-            sync_tree(temporary)
-            if output.is_dir():
-                output.rmdir()  # empty, or this fails; not every system renames over a folder
-            os.rename(temporary, output)
-            sync_folder(output.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _facts(cfg: Config) -> dict[str, str]:

@@ -10,7 +10,6 @@ drawn evenly from the allowed ones. FOLDER/model is the taught model, for `model
 from __future__ import annotations
 
 import math
-import os
 import random
 import shutil
 import sys
@@ -208,22 +207,13 @@ def unparsed(
 def _save(policy: Policy, folder: Path, seen: bool) -> None:
     """A Hugging Face folder, whole or not at all; with the list of rows whose labels the base has
     seen, if it has. That of a call that was cut short is replaced."""
-    for left in folder.parent.glob(f"{files.TEMP}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    temp = files.temporary_name(folder)
-    with access.write_errors(folder):
-        try:
-            policy.model.save_pretrained(temp)
-            policy.tokenizer.save_pretrained(temp)
-            if seen:
-                shutil.copyfile(data.SEEN_LABELS, temp / data.SEEN_LABELS.name)
-            folders.sync_tree(temp)
-            if folder.is_dir():
-                shutil.rmtree(folder)
-            os.rename(temp, folder)
-            files.sync_folder(folder.parent)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+    with folders.atomic_folder(folder) as new, access.write_errors(folder):
+        policy.model.save_pretrained(new)
+        policy.tokenizer.save_pretrained(new)
+        if seen:
+            shutil.copyfile(data.SEEN_LABELS, new / data.SEEN_LABELS.name)
+        if folder.is_dir():
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from ppo_nlu import export
 from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
-from ppo_nlu.model import lora, peft_format
-from ppo_nlu.runtime import checkpoint, cli, run_folder
-from ppo_nlu.storage import files, locks
+from ppo_nlu.model import lora
+from ppo_nlu.runtime import checkpoint, cli
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,9 +90,9 @@ def run(base: Path, tmp_path: Path) -> Path:
     given.write_text(
         f"task: sst2\nmodel: {{name_or_path: {base}, device: cpu}}\nlora: {{r: 2, alpha: 8}}\n"
     )
-    run_folder.claim(tmp_path / "run", dump(load_config(given))).release()
-    folder = tmp_path / "run"
-    peft_format.save_adapter(policy(base, FINAL), folder / "adapter", LORA, "somewhere/else")
+    folder = checkpoint.claim(tmp_path / "run", dump(load_config(given)))
+    checkpoint.release(folder)
+    lora.save_adapter(policy(base, FINAL), folder / "adapter", LORA, "somewhere/else")
     save_file({"out.bias": torch.tensor([0.5])}, folder / "adapter" / export.VALUE_HEAD)
 
     def groups(seed: int) -> checkpoint.Tensors:
@@ -144,7 +143,7 @@ def test_readme_loads_the_adapter_with_peft(
 
 def test_an_export_does_not_tell_the_machines_path_of_its_base(run: Path, base: Path) -> None:
     output = export_to(run)
-    config = json.loads((output / peft_format.CONFIG_FILE).read_text())
+    config = json.loads((output / lora.CONFIG_FILE).read_text())
     assert config["base_model_name_or_path"] == base.name
     assert config["r"] == 2 and config["lora_alpha"] == 8.0
     for path in output.iterdir():
@@ -164,30 +163,6 @@ def test_the_readme_of_the_bundled_model_finds_it_by_itself(
     output = tmp_path / "out"
     assert export.main([str(finished_run), "--output", str(output)]) == 0
     assert by_readme(output, monkeypatch, tmp_path)["model"] is not None
-
-
-def test_what_a_killed_export_left_is_deleted(run: Path) -> None:
-    """Of the same output; one that is at work keeps its own."""
-    left, other = (files.temporary_name(run.parent / "out" / "exported") for _ in range(2))
-    for folder in (left, other):
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_text("half")
-    with locks.FolderLock(other):
-        assert export.main([str(run), "--output", str(run.parent / "out" / "exported")]) == 0
-    assert not left.exists() and other.exists()
-
-
-def test_two_exports_to_one_folder(run: Path, tmp_path: Path) -> None:
-    """Both found it free: the one that comes second gets a line, and the first stays."""
-    output = tmp_path / "out"
-    with pytest.raises(UserError, match="cannot be written") as error:
-        with export._appearing(output) as folder:
-            (folder / "second").write_text("")
-            output.mkdir()
-            (output / "first").write_text("")
-    assert "\n" not in str(error.value)
-    assert [p.name for p in output.iterdir()] == ["first"]
-    assert not list(tmp_path.glob(".tmp*"))
 
 
 # ---- merged ----------------------------------------------------------------------------------
@@ -262,7 +237,7 @@ def test_refuses_an_output_in_use(run: Path, tmp_path: Path) -> None:
 def test_an_empty_output_is_taken(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "exported").mkdir()
-    assert (export_to(run) / peft_format.WEIGHTS_FILE).is_file()
+    assert (export_to(run) / lora.WEIGHTS_FILE).is_file()
 
 
 def test_refuses_what_is_no_finished_run(run: Path, base: Path, tmp_path: Path) -> None:
@@ -285,7 +260,7 @@ def test_refuses_a_checkpoint_without_lora(run: Path) -> None:
 
 
 def test_refuses_a_damaged_adapter(run: Path) -> None:
-    path = run / "adapter" / peft_format.WEIGHTS_FILE
+    path = run / "adapter" / lora.WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:100])
     for merge in ([], ["--merge"]):
         refused("damaged", run, "--output", run.parent / "out", *merge)

@@ -8,14 +8,19 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ppo_nlu import evaluate, predict
+from ppo_nlu import data, predict
+from ppo_nlu.answering.by_policy import PolicyAnswerer
+from ppo_nlu.answering.load_run import load_trained, run_config
+from ppo_nlu.answering.new_rows import FORMATS
+from ppo_nlu.config import EvalConfig
 from ppo_nlu.runtime import cli
-from ppo_nlu.tasks import Example, get_task
+from ppo_nlu.tasks import get_task
 
 SPEC = get_task("sst2")
 SENTENCES = [
@@ -55,15 +60,14 @@ def once(finished_run: Path, monkeypatch: pytest.MonkeyPatch, loaded: Any) -> Pa
 
 @pytest.fixture(scope="module")
 def loaded(finished_run: Path) -> Any:
-    return evaluate.load_trained(evaluate.run_config(finished_run), finished_run)
+    return load_trained(run_config(finished_run), finished_run)
 
 
 @pytest.fixture(scope="module")
-def wanted(finished_run: Path, loaded: Any) -> list[dict[str, float]]:
+def wanted(loaded: Any) -> list[dict[str, float]]:
     """The label probabilities of the sentences, one row at a time."""
-    cfg = evaluate.run_config(finished_run)
-    rows = [Example(str(i), {"sentence": s}, None) for i, s in enumerate(SENTENCES)]
-    found = [next(evaluate.answer_all(loaded, SPEC, cfg, [row], "score")) for row in rows]
+    rows = [data.Example(str(i), {"sentence": s}, None) for i, s in enumerate(SENTENCES)]
+    found = [next(loaded.answer(SPEC, [row], "score")) for row in rows]
     return [row.probabilities or {} for row in found]
 
 
@@ -151,7 +155,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("suffix", predict.FORMATS)
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_every_kind_of_output(
     once: Path, tmp_path: Path, wanted: list[dict[str, float]], suffix: str, capsys: Any
 ) -> None:
@@ -201,17 +205,17 @@ def _take(rows: Any, count: int) -> Any:
         yield row
 
 
-def test_rows_are_read_a_window_at_a_time(once: Path, loaded: Any) -> None:
+def test_rows_are_read_a_window_at_a_time(loaded: Any) -> None:
     """An endless input is answered as it comes."""
-    cfg = evaluate.run_config(once, ["eval.batch_size=1"])
+    small = PolicyAnswerer(loaded.policy, replace(loaded.cfg, eval=EvalConfig(batch_size=1)))
     taken = []
 
     def endless() -> Any:
         while True:
             taken.append(1)
-            yield Example(str(len(taken)), {"sentence": "a film"}, None)
+            yield data.Example(str(len(taken)), {"sentence": "a film"}, None)
 
-    answers = predict.predict(loaded, SPEC, cfg, endless(), 16)
+    answers = predict.predict(small, SPEC, endless(), 16)
     assert [next(answers).example.id for _ in range(20)] == [str(i + 1) for i in range(20)]
     assert len(taken) == 32
 

@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import data, evaluate, submit
+from ppo_nlu import data, submit
+from ppo_nlu.answering import kept
+from ppo_nlu.answering.answer import Answer
+from ppo_nlu.answering.predictions import write_predictions
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import peft_format
@@ -74,12 +77,12 @@ class World:
         place.mkdir(parents=True, exist_ok=True)
         scored = probabilities or [None] * len(given)
         made = [
-            evaluate.Answer(row, word, "", by_word)
+            Answer(row, word, "", by_word)
             for row, word, by_word in zip(rows, given, scored, strict=True)
         ]
         how = "score" if TASKS[task].reader == "record" else decode
         path = place / f"predictions-{how}.jsonl"
-        evaluate.write_predictions(path, made)
+        write_predictions(path, made)
         return path
 
 
@@ -87,7 +90,7 @@ class World:
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     made = World(tmp_path)
     monkeypatch.setattr(data, "load_split", made.load_split)
-    monkeypatch.setattr(evaluate, "load_trained", _no_model)
+    monkeypatch.setattr(kept, "load_trained", _no_model)
     return made
 
 
@@ -461,48 +464,26 @@ def test_bad_arguments_are_refused(world: World) -> None:
 # ---- whose answers ---------------------------------------------------------------------------
 
 
-def _trained(world: World, *groups: Sequence[str]) -> dict[str, tuple[str, str]]:
-    runs = [submit.Run.read(str(world.run(str(i), *g)), []) for i, g in enumerate(groups)]
-    found = submit.assign(set(TASKS), runs)
-    return {task: (run.folder.name, spec.name) for task, (run, spec) in found.items()}
-
-
-def test_a_run_answers_what_goes_with_its_tasks(world: World) -> None:
-    assert _trained(world, ["mnli"], ["glue/rte"], ["superglue/rte", "cb"]) == {
-        "mnli": ("0", "mnli"), "mnli-mm": ("0", "mnli"), "ax": ("0", "mnli"),
-        "glue/rte": ("1", "glue/rte"),
-        "superglue/rte": ("2", "superglue/rte"), "cb": ("2", "cb"),
-        "ax-b": ("2", "superglue/rte"), "ax-g": ("2", "superglue/rte"),
-    }  # fmt: skip
-
-
-def test_a_run_that_was_trained_on_the_other_task_goes_first(world: World) -> None:
-    assert _trained(world, ["mnli"], ["mnli-mm"]) == {
-        "mnli": ("0", "mnli"), "mnli-mm": ("1", "mnli-mm"), "ax": ("0", "mnli"),
-    }  # fmt: skip
-
-
 class Model:
-    """Stands in for a policy: counts its loads, and says Yes to everything."""
+    """Stands in for an `Answerer`: counts its loads, and says the first word to everything."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.loads: list[str] = []
         self.asked: list[tuple[str, int]] = []
-        monkeypatch.setattr(evaluate, "load_trained", self.load)
-        monkeypatch.setattr(evaluate, "require_fit", lambda *_: None)
-        monkeypatch.setattr(evaluate, "answer_all", self.answer)
+        monkeypatch.setattr(kept, "load_trained", self.load)
 
-    def load(self, cfg: Any, folder: Path) -> str:
+    def load(self, cfg: Any, folder: Path) -> Any:
         self.loads.append(Path(folder).name)
-        return "policy"
+        return self
 
-    def answer(
-        self, policy: Any, spec: TaskSpec, cfg: Any, examples: Sequence[Example], decode: str
-    ) -> Iterator[evaluate.Answer]:
-        assert policy == "policy" and decode == "greedy"
+    def require_fit(self, spec: TaskSpec) -> None:
+        pass
+
+    def answer(self, spec: TaskSpec, examples: Sequence[Example], decode: str) -> Iterator[Answer]:
+        assert decode == "greedy"
         self.asked.append((spec.name, len(examples)))
         for example in examples:
-            yield evaluate.Answer(example, spec.words[0], "said")
+            yield Answer(example, spec.words[0], "said")
 
 
 def test_the_model_is_asked_once_and_for_what_is_not_kept(
@@ -672,42 +653,3 @@ def test_files_of_the_official_shape_are_read_and_answered(task: str, tmp_path: 
     benchmark = TASKS[task].benchmark
     files = unzipped(submitted(benchmark, [run], "--allow-partial", f"data.path={tmp_path}"))
     assert files == {name: expected}
-
-
-# What is complete among the real files at hand; QQP and ReCoRD have no test file there.
-REAL = {
-    "glue": ("cola", "sst2", "mrpc", "stsb", "qnli", "glue/rte", "wnli", "ax"),
-    "superglue": (
-        "boolq", "cb", "copa", "multirc", "superglue/rte", "wic", "wsc", "ax-b", "ax-g",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "task"), [(name, task) for name, tasks in REAL.items() for task in tasks]
-)
-def test_the_real_test_files_have_the_official_rows(
-    real_data: Path, benchmark: str, task: str, tmp_path: Path
-) -> None:
-    (tmp_path / "c.yaml").write_text(f'task: {task}\ndata: {{path: "{real_data}"}}\n')
-    cfg = load_config(tmp_path / "c.yaml")
-    examples = data.load_split(TASKS[task], "test", cfg.data).examples
-    file = next(file for file in submit.files_of(benchmark) if file.task == task)
-    run = submit.Run(tmp_path, cfg, {task: TASKS[task]})
-    part = submit.Part(file, run, TASKS[task], examples)
-    assert list(submit._lacking(part)) == []
-    assert len({example.id for example in examples}) == len(examples)
-    word = TASKS[task].words[0]
-    content, filled = submit.write(
-        part, [submit.Given(word, None)] * len(examples), submit.Fallback("majority", 0)
-    )
-    lines = content.decode().splitlines()
-    assert filled == 0 and content.endswith(b"\n")
-    if benchmark == "glue":
-        assert len(lines) == file.rows + 1 and lines[-1].split("\t")[0] == str(file.rows - 1)
-    elif task == "multirc":
-        parsed = [json.loads(line) for line in lines]
-        questions = [q for row in parsed for q in row["passage"]["questions"]]
-        assert len(parsed) == 166 and sum(len(q["answers"]) for q in questions) == file.rows
-    else:
-        assert [json.loads(line)["idx"] for line in lines] == list(range(file.rows))

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from ppo_nlu import evaluate, train
+from ppo_nlu.answering import by_policy
 from ppo_nlu.methods import memory, ppo
 from ppo_nlu.model import BUNDLED, peft_format
 from ppo_nlu.runtime import checkpoint, cli
@@ -316,9 +317,9 @@ def test_a_signal_from_outside_saves_and_tells_how_to_go_on(
 STOPS: dict[str, Callable[[], tuple[Any, str, Callable[..., bool]]]] = {
     "in a rollout": lambda: (ppo, "collect", lambda *a: a[5] == 1),
     "in an update": lambda: (ppo, "update", lambda *a: a[4] == 1),
-    "in a midway evaluation": lambda: (evaluate, "generate", lambda *a: True),
+    "in a midway evaluation": lambda: (by_policy, "generate", lambda *a: True),
     "behind the checkpoint": lambda: (checkpoint, "prune", lambda *a: True),
-    "in the evaluation at the end": lambda: (evaluate, "label_probabilities", lambda *a: True),
+    "in the evaluation at the end": lambda: (by_policy, "label_probabilities", lambda *a: True),
 }
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_nlu.answering.aggregate import report
+from ppo_nlu.answering.by_policy import PolicyAnswerer
 from ppo_nlu.config import Config, EvalConfig, ModelConfig, RolloutConfig
-from ppo_nlu.evaluate import answer_all, report
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.pretrain.config import TinyConfig
 from ppo_nlu.pretrain.lessons import Lesson
@@ -98,7 +99,7 @@ def evaluate(policy: Policy, lesson: Lesson, cfg: Config, samples: int) -> Score
 
     def measured(decode: str, draw: int = 0) -> dict[str, Any]:
         drawn = replace(cfg, seed=cfg.seed + draw)
-        return report(spec, list(answer_all(policy, spec, drawn, lesson.rows, decode)))
+        return report(spec, list(PolicyAnswerer(policy, drawn).answer(spec, lesson.rows, decode)))
 
     runs = [measured("sample", draw) for draw in range(samples)]
     accuracies = [run["score"] for run in runs]

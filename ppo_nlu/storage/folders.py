@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ppo_nlu.storage.files import (
     sync_file,
     sync_folder,
     temporaries,
+    temporary_name,
 )
 from ppo_nlu.storage.locks import FolderLock
 from ppo_nlu.storage.sealed import Damaged, seal, unseal
@@ -102,3 +104,27 @@ def sweep_folders(path: Path) -> None:
         if left.is_dir() and not left.is_symlink():
             with suppress(UserError), FolderLock(left):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder to fill, which gets its name when the block ends well and is deleted otherwise.
+
+    An empty folder that bears the name is replaced; a full one is left alone, and a UserError says
+    so. What an earlier maker of the same folder left behind, because it was killed, is deleted.
+    """
+    path = Path(path).absolute()
+    temp = temporary_name(path)
+    sweep_folders(path)
+    make_folder(temp)
+    try:
+        with FolderLock(temp):  # by which a sweep knows that this one is at work
+            yield temp
+        with write_errors(path):
+            sync_tree(temp)
+            if path.is_dir():
+                path.rmdir()  # empty, or this fails; not every system renames over a folder
+            os.rename(temp, path)
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from ppo_nlu import data, evaluate, export, predict, teach_form, train
+from ppo_nlu.answering.answer import DECODES
 from ppo_nlu.config import PromptConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import grpo, ppo, sft
@@ -141,7 +142,7 @@ def test_several_tasks_have_rewards_tables_and_predictions_of_their_own(
     summary = read(folder / "run" / "summary.json")
     assert summary["task"] == "sst2+cola" and set(summary["tasks"]) == {"sst2", "cola"}
     for when in ("before", "after"):
-        for decode in evaluate.DECODES:
+        for decode in DECODES:
             each = [entry[when][decode] for entry in summary["tasks"].values()]
             assert summary[when][decode] == pytest.approx(sum(each) / 2)
     for entry in summary["tasks"].values():

@@ -13,10 +13,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
+from ppo_nlu.answering.by_policy import PolicyAnswerer, label_probabilities
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.data import __main__ as data_program
 from ppo_nlu.errors import UserError
-from ppo_nlu.evaluate import label_probabilities, require_fit
 from ppo_nlu.methods.rollout import fit_prompt, sealed
 from ppo_nlu.methods.sft import targets
 from ppo_nlu.model.policy import Policy
@@ -200,7 +200,7 @@ def test_a_template_that_loses_a_part_is_refused_in_one_line(name: str) -> None:
     template, part = LOST[name]
     made = policy(template=template)
     with pytest.raises(UserError) as error:
-        require_fit(made, tiny.SST2, Config(task="sst2", prompt=CHAT))
+        PolicyAnswerer(made, Config(task="sst2", prompt=CHAT)).require_fit(tiny.SST2)
     message = str(error.value)
     assert message.startswith("prompt.chat_template: ") and "\n" not in message
     assert "some/model" in message and part in message, message
@@ -279,7 +279,7 @@ def test_a_template_may_refuse_an_answer_but_not_break_on_it(told: str, fits: bo
         assert text.endswith(query(tiny.SST2, ROW.fields) + "\n<Judgement>")
         return
     with pytest.raises(UserError, match="prompt.chat_template: .*ZeroDivisionError"):
-        require_fit(made, tiny.SST2, Config(task="sst2", prompt=CHAT))
+        PolicyAnswerer(made, Config(task="sst2", prompt=CHAT)).require_fit(tiny.SST2)
 
 
 # ---- the opening token
@@ -408,7 +408,7 @@ def test_worked_examples_targets_and_labels_are_plain_text_too() -> None:
     assert 4 not in made.encode(form) and form.replace(SEAL, "").startswith(" so <|im_end|> </Ana")
     labels = tuple(replace(tiny.SST2.labels[0], word=w, value=w) for w in ("[</s>]", "No"))
     odd = replace(tiny.SST2, labels=labels)
-    require_fit(made, odd, Config(task="sst2"))  # it reads the words back
+    PolicyAnswerer(made, Config(task="sst2")).require_fit(odd)  # it reads the words back
     fit = fit_prompt(made, odd, ROW, 4000)
     assert label_probabilities(made, odd, [fit]).shape == (1, 2)
 
@@ -517,7 +517,7 @@ def test_an_opening_token_beyond_the_embedding_is_told_at_once() -> None:
     )
     made = policy(tokenizer, rows=len(tokenizer) - 1)
     with pytest.raises(UserError, match=r"model.name_or_path: .*'\[BOS\]'"):
-        require_fit(made, tiny.SST2, Config(task="sst2"))
+        PolicyAnswerer(made, Config(task="sst2")).require_fit(tiny.SST2)
 
 
 # ---- labels inside labels

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ppo_nlu import teach_form
+from ppo_nlu.answering.by_policy import PolicyAnswerer, label_probabilities
 from ppo_nlu.config import Config, DataConfig, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.evaluate import answer_all, label_probabilities
 from ppo_nlu.methods import memory
 from ppo_nlu.methods.rollout import fit_prompt
 from ppo_nlu.model import lora, norms, path_check, shape
@@ -567,7 +567,8 @@ def test_log_probs_that_are_no_numbers_decide_nothing() -> None:
     with pytest.raises(UserError, match="log-probabilities are no numbers"):
         label_probabilities(policy, tiny.SST2, [prompt])
     with pytest.raises(UserError, match="log-probabilities are no numbers"):
-        list(answer_all(policy, tiny.SST2, Config(task="sst2"), tiny.examples(1), "greedy"))
+        answerer = PolicyAnswerer(policy, Config(task="sst2"))
+        list(answerer.answer(tiny.SST2, tiny.examples(1), "greedy"))
 
 
 def test_teach_form_keeps_to_the_same_limits(

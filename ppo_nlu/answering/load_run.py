@@ -1,0 +1,105 @@
+"""A run folder, or a config, as a model that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ppo_nlu.answering.answer import Answerer
+from ppo_nlu.answering.by_encoder import EncoderAnswerer
+from ppo_nlu.answering.by_policy import PolicyAnswerer
+from ppo_nlu.answering.provenance import resume_command, stored_config
+from ppo_nlu.config import Config
+from ppo_nlu.errors import UserError
+from ppo_nlu.methods import encoder as encoders
+from ppo_nlu.model import lora, peft_format
+from ppo_nlu.model.load import load_policy
+from ppo_nlu.model.policy import Policy
+from ppo_nlu.model.value_head import VALUE_HEAD
+from ppo_nlu.runtime.run_folder import require_run_dir
+from ppo_nlu.storage.folders import read_tensors
+from ppo_nlu.tasks.custom import specs_of
+
+
+def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a finished run; a UserError where the run is none or has not finished."""
+    folder = require_run_dir(run_dir)
+    cfg = stored_config(folder, overrides)
+    kept = trained_folder(folder, cfg)
+    if not (kept / _kind(cfg).mark).is_file():
+        raise UserError(
+            f"{folder}: the run has not finished and left no {kept.name}/; "
+            f"finish it with {resume_command(folder, cfg)}"
+        )
+    return cfg
+
+
+def trained_folder(run_dir: str | Path, cfg: Config) -> Path:
+    """Where a run leaves what it has learned."""
+    return Path(run_dir) / _kind(cfg).folder
+
+
+def load_trained(cfg: Config, run_dir: str | Path) -> Answerer:
+    """The model of a finished run, as it was trained."""
+    return answerer_of(_kind(cfg).load(cfg, Path(run_dir)), cfg)
+
+
+def load_base(cfg: Config) -> Answerer:
+    """The model that a config starts from."""
+    return answerer_of(_kind(cfg).base(cfg), cfg)
+
+
+def answerer_of(model: Any, cfg: Config) -> Answerer:
+    """A model that `cfg.method` trains, as one that answers."""
+    return _kind(cfg).answerer(model, cfg)
+
+
+# ---- the two kinds of models -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of model is loaded, and what a run that trained one leaves."""
+
+    folder: str  # in the run folder
+    mark: str  # the file in it by which the run has finished
+    answerer: Callable[[Any, Config], Answerer]
+    load: Callable[[Config, Path], Any]
+    base: Callable[[Config], Any]
+
+
+def _kind(cfg: Config) -> Kind:
+    return _ENCODER if cfg.method == "encoder" else _POLICY
+
+
+def _trained_policy(cfg: Config, run_dir: Path) -> Policy:
+    """The policy with its trained adapter and, where a critic was trained, its value head."""
+    adapter = run_dir / _POLICY.folder
+    policy = load_policy(replace(cfg, init_from=None))  # the run's own adapter is whole
+    peft_format.load_adapter(policy.model, adapter)
+    if cfg.method != "ppo":
+        return policy  # no critic was trained
+    path = adapter / VALUE_HEAD
+    try:
+        head = read_tensors(path)
+    except UserError as error:
+        raise UserError(
+            f"{error}; resume the run's last step to write the value head again: "
+            f"{resume_command(run_dir, cfg)}"
+        ) from error
+    lora.take(policy.value_head.state_dict(), head, str(path))
+    return policy
+
+
+def _trained_encoder(cfg: Config, run_dir: Path) -> encoders.Encoder:
+    return encoders.load_saved(cfg, specs_of(cfg)[cfg.names[0]], run_dir / _ENCODER.folder)
+
+
+def _no_encoder(cfg: Config) -> None:
+    raise UserError("method: an encoder answers only after training; give its run folder")
+
+
+_POLICY = Kind("adapter", peft_format.CONFIG_FILE, PolicyAnswerer, _trained_policy, load_policy)
+_ENCODER = Kind(encoders.FOLDER, "config.json", EncoderAnswerer, _trained_encoder, _no_encoder)

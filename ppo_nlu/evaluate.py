@@ -22,8 +22,8 @@ from ppo_nlu.answering.provenance import read_config, resume_command, stored_con
 from ppo_nlu.config import Config
 from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods import encoder
-from ppo_nlu.methods.encoder import Encoder
+from ppo_nlu.methods import encoder_model
+from ppo_nlu.methods.encoder_model import Encoder
 from ppo_nlu.methods.rollout import Fitted, fit_prompt, longest_prompt, seeded
 from ppo_nlu.model import lora
 from ppo_nlu.model.generate import Sampling, generate
@@ -87,7 +87,7 @@ def answer_all(
     all of its prompts begin with is run once.
     """
     if isinstance(policy, Encoder):
-        found = encoder.answer_all(policy, spec, cfg, examples, decode, stop)
+        found = encoder_model.answer_all(policy, spec, cfg, examples, decode, stop)
         for example, (prediction, probabilities) in zip(examples, found, strict=False):
             yield Answer(example, prediction, prediction or "", probabilities)
         return
@@ -300,13 +300,13 @@ def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def encoder_folder(run_dir: str | Path) -> Path:
     """Where a run of method `encoder` leaves its model."""
-    return Path(run_dir) / encoder.FOLDER
+    return Path(run_dir) / encoder_model.FOLDER
 
 
 def load_trained(cfg: Config, run_dir: str | Path) -> Policy | Encoder:
     """The policy of a finished run, with its trained adapter and value head, or its encoder."""
     if cfg.method == "encoder":
-        return encoder.load_saved(cfg, specs_of(cfg)[cfg.names[0]], encoder_folder(run_dir))
+        return encoder_model.load_saved(cfg, specs_of(cfg)[cfg.names[0]], encoder_folder(run_dir))
     adapter = Path(run_dir) / "adapter"
     policy = load_policy(replace(cfg, init_from=None))  # the run's own adapter is whole
     lora.load_adapter(policy.model, adapter)

@@ -23,7 +23,7 @@ from ppo_nlu.config import Config
 from ppo_nlu.data.readers import unreadable
 from ppo_nlu.errors import UserError
 from ppo_nlu.evaluate import Answer, answer_all, load_trained, require_fit, run_config, shown
-from ppo_nlu.methods.encoder import Encoder
+from ppo_nlu.methods.encoder_model import Encoder
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import cli
 from ppo_nlu.storage.files import Output, atomic_open, to_json

@@ -30,7 +30,7 @@ from typing import Any
 from ppo_nlu import data, evaluate
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods.encoder import Encoder
+from ppo_nlu.methods.encoder_model import Encoder
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import cli
 from ppo_nlu.storage.files import atomic_open, make_folder, parse_object

@@ -199,9 +199,19 @@ def ppo_loss(
     """The whole loss of PPO as in `ppo_nlu.losses.ppo_loss`; on CUDA one launch each way."""
     args = (logprobs, old_logprobs, advantages, values, old_values, returns, mask)
     settings = (clip, clip_high, dual_clip, value_clip, value_coef, denominator)
-    if choose_backend(logprobs) == "triton":
-        return _launch("ppo_loss", *args, *settings, entropy, entropy_coef)
-    return losses.ppo_loss(*args, *settings, entropy, entropy_coef)
+    return ppo_loss_form(logprobs)(*args, *settings, entropy, entropy_coef)
+
+
+def ppo_loss_form(logprobs: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """The `ppo_loss` that runs on such log-probs: the kernel, or `losses.ppo_loss` itself."""
+    if choose_backend(logprobs) != "triton":
+        return losses.ppo_loss
+
+    def launched(*args: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.cuda.device_of(logprobs):
+            return _kernel("ppo_loss", "ppo_loss")(*args, **named)
+
+    return launched
 
 
 # ---- which form runs

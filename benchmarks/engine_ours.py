@@ -26,9 +26,9 @@ from benchmarks.engine_job import (
 def ours(job: Job, meter: Meter) -> None:
     """PPO, GRPO or SFT of ours, through the classes that training goes through."""
     from ppo_nlu.config import load_config
-    from ppo_nlu.methods.learners import LEARNERS
+    from ppo_nlu.methods.registry import METHODS
     from ppo_nlu.model import load as models
-    from ppo_nlu.runtime import flops, optim, profiling
+    from ppo_nlu.runtime import flops, profiling
     from ppo_nlu.tasks import Example, get_task
 
     load_tokenizer_classes()
@@ -47,11 +47,11 @@ def ours(job: Job, meter: Meter) -> None:
             random_model(job).eval().requires_grad_(False),
             bundled_tokenizer(),
         )
-        learner = LEARNERS[cfg.method](cfg, specs)
+        method = METHODS[cfg.method](cfg, specs)
         models.load_base = load
     else:
-        learner = LEARNERS[cfg.method](cfg, specs)
-    policy: Any = learner.model
+        method = METHODS[cfg.method](cfg, specs)
+    policy: Any = method.model
     if job["task"] == "synthetic":
         ids = {row["text"]: row["ids"] for row in job["rows"]}
         tokenise = policy.encode
@@ -63,8 +63,7 @@ def ours(job: Job, meter: Meter) -> None:
         policy.stop.may_end.zero_()
     if job["variant"] == "all-logits":
         all_logits(policy)
-    optimizer = optim.build_optimizer(cfg.optim, *learner.parameters())
-    trained = [p for group in learner.parameters() for p in group]
+    trained = [p for group in method.parameters() for p in group]
     examples = [
         Example(id=r["id"], fields=r["fields"], label=r["label"], task=r["task"])
         for r in job["rows"]
@@ -80,7 +79,7 @@ def ours(job: Job, meter: Meter) -> None:
             counted = CountPasses(policy, passes) if step == steps - 1 else nullcontext()
             with counted:
                 batch = examples[step * size : (step + 1) * size]
-                metrics = learner.step(optimizer, batch, step)
+                metrics = method.update(method.collect(batch, step), step).metrics
             meter.mark()
             lengths.append(metrics.get("answer/tokens", 0.0))
             if "reward/mean" in metrics:

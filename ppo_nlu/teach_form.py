@@ -9,7 +9,6 @@ drawn evenly from the allowed ones. FOLDER/model is the taught model, for `model
 
 from __future__ import annotations
 
-import math
 import random
 import shutil
 import sys
@@ -28,6 +27,7 @@ from ppo_nlu.config import Config
 from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import sft
+from ppo_nlu.methods.minibatch import OptimizerStep
 from ppo_nlu.methods.rollout import fit_prompt, longest_prompt, seeded
 from ppo_nlu.model.base_model import load_base
 from ppo_nlu.model.generate import Sampling, generate
@@ -165,15 +165,13 @@ def teach(
             hidden, _ = policy.hidden(prompts, answers)
             targets = torch.tensor([t for a in answers for t in a], device=policy.device)
             loss = cross_entropy(policy.logits(hidden), targets)
-            loss.backward()
-            norm = optim.clip_gradients(parameters, cfg.optim.max_grad_norm)
-            if not math.isfinite(float(norm)):
+            optim.set_lr(optimizer, optim.learning_rate(cfg.optim, step, cfg.train.steps))
+            minibatch = OptimizerStep(optimizer, cfg.optim.max_grad_norm)
+            minibatch.backward(loss, {})
+            if not minibatch.take():
                 raise UserError(
                     f"optim.lr: the gradient of step {step + 1} is not finite; lower optim.lr"
                 )
-            optim.set_lr(optimizer, optim.learning_rate(cfg.optim, step, cfg.train.steps))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             progress.update(len(batch))
 
 

@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-
 from ppo_nlu import data, evaluate
 from ppo_nlu.answering import provenance
 from ppo_nlu.config import Config, diff, dump, load_config, strict_config, to_dict
 from ppo_nlu.config.idle_keys import BY_REWARD, idle_keys
 from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods import memory, updates
-from ppo_nlu.methods.learners import LEARNERS, Learner, LoraLearner
+from ppo_nlu.methods import memory
+from ppo_nlu.methods.base import Method
+from ppo_nlu.methods.registry import METHODS
+from ppo_nlu.methods.report import BadStep, Report
 from ppo_nlu.model.base_model import DTYPES
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import (
@@ -72,8 +72,7 @@ class Run:
     cfg: Config
     specs: dict[str, TaskSpec]
     folder: Path
-    learner: Learner
-    optimizer: Optimizer
+    method: Method
     train_rows: dict[str, list[Example]]
     held: dict[str, data.Dataset]
     source: str
@@ -91,7 +90,7 @@ class Run:
 
 def train(run: Run, stop: StopRequest) -> None:
     """The algorithm, top to bottom; one pass of the loop is one step of the method."""
-    cfg, learner = run.cfg, run.learner
+    cfg, method = run.cfg, run.method
     sinks = runlog.open_sinks(cfg.log, run.folder, to_dict(cfg), run.step)
     log = runlog.MetricsLog(run.folder, sinks)
     for line in log.truncate_after(run.step if run.pending is None else run.step - 1):
@@ -103,25 +102,28 @@ def train(run: Run, stop: StopRequest) -> None:
         while run.step < cfg.train.steps and not stop:
             started = time.perf_counter()
             with profiling.step():
-                # 1. sample rows
-                examples = mixture.batch(
-                    run.train_rows, cfg.mixture, learner.batch_size, run.step, cfg.seed
+                # 1. rows of the tasks, and the learning rate of this step
+                rows = mixture.batch(
+                    run.train_rows, cfg.mixture, method.batch_size, run.step, cfg.seed
                 )
-                # 2. learn from them: answers, rewards and updates for PPO
                 factor = optim.learning_rate(cfg.optim, run.step, cfg.train.steps)
-                optim.set_lr(run.optimizer, factor)
-                metrics = {"optim/lr": cfg.optim.lr * factor} | _learn(run, examples, progress)
+                optim.set_lr(method.optimizer, factor)
+                # 2. what the method asks of the model: for PPO answers, scores, advantages
+                batch = method.collect(rows, run.step)
+                # 3. learn from it
+                report = method.update(batch, run.step)
+                metrics = {"optim/lr": cfg.optim.lr * factor} | _told(run, report, progress)
             run.step += 1
-            samples = len(examples) * learner.samples
-            metrics |= _count(run, samples, time.perf_counter() - started)
-            # 3. evaluate and log
+            samples = len(rows) * method.samples
+            metrics |= _count(run, samples, report.truncated, time.perf_counter() - started)
+            # 4. evaluate and log
             if _evaluated(run, metrics, stop):
                 with profiling.phase("io"):
                     log.log(run.step, metrics)
             else:
                 run.pending = metrics
             progress.update(samples, metrics.get("reward/mean"), metrics.get("kl/ref"))
-            # 4. checkpoint
+            # 5. checkpoint
             every = cfg.train.checkpoint_every
             if run.step == cfg.train.steps or (every and run.step % every == 0):
                 save(run)
@@ -129,50 +131,45 @@ def train(run: Run, stop: StopRequest) -> None:
             save(run)
 
 
-def _learn(run: Run, examples: list[Example], progress: Progress) -> dict[str, Any]:
-    """A step of the method, guarded: what is not finite is skipped, counted and written down."""
-    learner = run.learner
-    try:
-        metrics = learner.step(run.optimizer, examples, run.step)
-    except updates.BadStep as bad:
-        run.optimizer.zero_grad(set_to_none=True)
-        run.bad_in_a_row += 1
-        run.totals["bad_steps"] += 1
-        dumped = run.folder / "bad_steps" / f"step_{run.step + 1:06d}.json"
-        files.make_folder(dumped.parent)
-        rows = learner.describe(bad.index)
-        files.atomic_write_json(dumped, {"metrics": bad.metrics, "rows": rows})
-        progress.write(
-            f"step {run.step + 1}: {bad}; the rest of the step is skipped, its batch is in {dumped}"
-        )
-        if run.bad_in_a_row >= run.cfg.train.max_bad_steps:
-            save(run)
-            raise UserError(
-                f"optim.lr: {run.bad_in_a_row} steps in a row had a loss or gradient that is not "
-                f"finite (batches in {dumped.parent}); try a lower optim.lr, more KL (ppo.kl_coef, "
-                "grpo.kl_coef) or model.dtype=float32"
-            ) from None
-        _remark(learner, progress)
-        return learner.seen | {"optim/bad_step": 1.0}
-    run.bad_in_a_row = 0
-    _remark(learner, progress)
-    return metrics
-
-
-def _remark(learner: Learner, progress: Progress) -> None:
-    """What the learner has to say after a step; warnings go to stderr."""
-    for line in (learner.remark or "").splitlines():
+def _told(run: Run, report: Report, progress: Progress) -> dict[str, Any]:
+    """Say what a step found; its metrics."""
+    if report.bad is not None:
+        _write_bad(run, report.bad, progress)
+    for line in report.messages:
         progress.write(line, None if line.startswith("warning") else sys.stdout)
-    learner.remark = None
+    if report.bad is not None:
+        return report.metrics | {"optim/bad_step": 1.0}
+    run.bad_in_a_row = 0
+    return report.metrics
 
 
-def _count(run: Run, samples: int, elapsed: float) -> dict[str, float]:
+def _write_bad(run: Run, bad: BadStep, progress: Progress) -> None:
+    """Count a step that is not finite, and write its batch down; too many in a row end the run."""
+    run.bad_in_a_row += 1
+    run.totals["bad_steps"] += 1
+    dumped = run.folder / "bad_steps" / f"step_{run.step + 1:06d}.json"
+    files.make_folder(dumped.parent)
+    files.atomic_write_json(dumped, {"metrics": bad.metrics, "rows": bad.rows})
+    progress.write(
+        f"step {run.step + 1}: loss or gradient is not finite; the rest of the step is skipped, "
+        f"its batch is in {dumped}"
+    )
+    if run.bad_in_a_row >= run.cfg.train.max_bad_steps:
+        save(run)
+        raise UserError(
+            f"optim.lr: {run.bad_in_a_row} steps in a row had a loss or gradient that is not "
+            f"finite (batches in {dumped.parent}); try a lower optim.lr, more KL (ppo.kl_coef, "
+            "grpo.kl_coef) or model.dtype=float32"
+        )
+
+
+def _count(run: Run, samples: int, truncated: int, elapsed: float) -> dict[str, float]:
     """Add a step to the run's totals; its times."""
     if run.step == 1:
         run.totals["first_step_s"] = time.perf_counter() - run.started
     run.totals["samples"] += samples
     run.totals["train_s"] += elapsed
-    run.totals["truncated"] += run.learner.truncated
+    run.totals["truncated"] += truncated
     return {"time/step_s": elapsed, "time/samples_per_s": samples / elapsed}
 
 
@@ -187,7 +184,7 @@ def _evaluated(run: Run, metrics: dict[str, Any], stop: StopRequest) -> bool:
         rows = run.held[name].examples
         with profiling.phase("evaluation"):
             found = evaluate.evaluate_all(
-                run.learner.model, spec, run.cfg, rows, ("greedy",), stop=lambda: bool(stop)
+                run.method.model, spec, run.cfg, rows, ("greedy",), stop=lambda: bool(stop)
             )["greedy"]
         if len(found) < len(rows):
             return False
@@ -196,7 +193,7 @@ def _evaluated(run: Run, metrics: dict[str, Any], stop: StopRequest) -> bool:
         scores.append(report["score"])
     mean = sum(scores) / len(scores)
     with profiling.phase("io"):
-        checkpoint.save_best(run.folder, run.step, mean, run.learner.weights(), {"step": run.step})
+        checkpoint.save_best(run.folder, run.step, mean, run.method.weights(), {"step": run.step})
     return True
 
 
@@ -205,14 +202,14 @@ def save(run: Run) -> None:
     with profiling.phase("io"):
         files.sync_file(run.folder / runlog.METRICS)  # never behind its checkpoint
         files.sync_folder(run.folder)
-        tensors, state = optimizer_state.flatten_optimizer(run.optimizer)
+        tensors, state = optimizer_state.flatten_optimizer(run.method.optimizer)
         checkpoint.save(
             run.folder,
             run.step,
-            run.learner.weights() | {"optimizer": tensors},
+            run.method.weights() | {"optimizer": tensors},
             {
                 "step": run.step,
-                "learner": run.learner.state(),
+                "learner": run.method.state(),  # the name that earlier checkpoints have
                 "bad_in_a_row": run.bad_in_a_row,
                 "totals": run.totals | {"wall_s": time.perf_counter() - run.started},
                 "made_of": run.made_of,
@@ -266,9 +263,11 @@ def _take_back(run: Run, path: Path) -> list[str]:
     try:
         _require_kinds(run, state)
         told = provenance.compare(run.folder, state["made_of"], run.made_of)
-        run.learner.restore(tensors, str(path))
-        run.learner.set_state(state["learner"])
-        optimizer_state.restore_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
+        run.method.restore(tensors, str(path))
+        run.method.set_state(state["learner"])
+        optimizer_state.restore_optimizer(
+            run.method.optimizer, tensors["optimizer"], state["optimizer"]
+        )
         run.pending, run.bad_in_a_row = state["pending"], int(state["bad_in_a_row"])
         totals = {name: value + 0 for name, value in state["totals"].items()}
         wall = totals.pop("wall_s")
@@ -323,29 +322,26 @@ def start(cfg: Config, folder: Path | None, output: Path | None, work: ExitStack
         )
         if spec.reward not in REWARD_KINDS and cfg.method in BY_REWARD:
             rewards.load(spec.reward)
-    learner = LEARNERS[cfg.method](cfg, specs)
+    method = METHODS[cfg.method](cfg, specs)
     for spec in specs.values():
-        evaluate.require_fit(learner.model, spec, cfg)
+        evaluate.require_fit(method.model, spec, cfg)
     tree = ""
-    if isinstance(learner.model, Policy):
-        tree = f", {path_of(learner.model)}"
-    print(f"model: {cfg.model.name_or_path} on {learner.model.device}{tree}")
-    optimizer = optim.build_optimizer(cfg.optim, *learner.parameters())
+    if isinstance(method.model, Policy):
+        tree = f", {path_of(method.model)}"
+    print(f"model: {cfg.model.name_or_path} on {method.model.device}{tree}")
     train_rows = {name: found.examples for name, found in rows.items()}
-    plan_memory(learner, mixture.batch(train_rows, cfg.mixture, PLANNED_BY, 0, cfg.seed))
+    plan_memory(method, mixture.batch(train_rows, cfg.mixture, PLANNED_BY, 0, cfg.seed))
     held_rows = {name: found.examples for name, found in held.items()}
     own = [spec.reward for spec in specs.values() if spec.reward not in REWARD_KINDS]
     named = own if cfg.method in BY_REWARD else ()
-    made_of = provenance.of_run(cfg, train_rows, held_rows, learner.model.device, named, MAY_CHANGE)
+    made_of = provenance.of_run(cfg, train_rows, held_rows, method.model.device, named, MAY_CHANGE)
     if folder is None:
         lock = run_folder.claim(output or run_folder.new_run_dir(), dump(cfg))
         folder = work.enter_context(lock).folder
         work.enter_context(cli.works_in(folder, provenance.resume_command(folder, cfg)))
     print(f"run folder: {folder}", flush=True)
     source = "+".join(dict.fromkeys(found.source for found in rows.values()))
-    return Run(
-        cfg, specs, folder, learner, optimizer, train_rows, held, source, rows, made_of=made_of
-    )
+    return Run(cfg, specs, folder, method, train_rows, held, source, rows, made_of=made_of)
 
 
 def path_of(policy: Policy) -> str:
@@ -357,30 +353,30 @@ def path_of(policy: Policy) -> str:
     return f"prefix tree for rows of up to {policy.window:,} tokens, else one padded row a prompt"
 
 
-def plan_memory(learner: Learner, examples: list[Example]) -> None:
-    """Say what the run will need, judged by these rows; on a GPU the learner keeps to the plan."""
-    policy = learner.model
+def plan_memory(method: Method, examples: list[Example]) -> None:
+    """Say what the run will need, judged by these rows; on a GPU the method keeps to the plan."""
+    policy = method.model
     if not isinstance(policy, Policy):
         return
-    prompts = memory.prompts_of(policy, learner.specs, learner.cfg, examples)
-    trained = [parameter for group in learner.parameters() for parameter in group]
-    plan = memory.plan(policy, learner.cfg, trained, prompts)
+    prompts = memory.prompts_of(policy, method.specs, method.cfg, examples)
+    trained = [parameter for group in method.parameters() for parameter in group]
+    plan = memory.plan(policy, method.cfg, trained, prompts)
     print("\n".join(plan.lines()))
-    if isinstance(learner, LoraLearner):
-        learner.budget.tokens = plan.micro_batch_tokens
+    if method.budget is not None:
+        method.budget.tokens = plan.micro_batch_tokens
 
 
 def finish(run: Run, stop: StopRequest) -> bool:
     """Write the adapter, evaluate base and tuned model, draw the curves, print the table; False
     where a stop came before the evaluation was over."""
-    cfg, folder, learner = run.cfg, run.folder, run.learner
+    cfg, folder, method = run.cfg, run.folder, run.method
     with profiling.phase("io"):
-        learner.save(folder)
+        method.save(folder)
 
     def measure(title: str) -> dict[str, dict[str, list[evaluate.Answer]]]:
         return {
             name: evaluate.evaluate_all(
-                learner.model, spec, cfg, run.held[name].examples, None, cfg.log.progress,
+                method.model, spec, cfg, run.held[name].examples, None, cfg.log.progress,
                 f"{title}: {spec.title}", lambda: bool(stop),
             )
             for name, spec in run.specs.items()
@@ -389,7 +385,7 @@ def finish(run: Run, stop: StopRequest) -> bool:
     with profiling.phase("evaluation"):
         after = measure("tuned")
     before: dict[str, dict[str, list[evaluate.Answer]]] = {}
-    untrained = learner.base() if cfg.eval.before else None
+    untrained = method.base() if cfg.eval.before else None
     if untrained is not None and not stop:
         with untrained, profiling.phase("evaluation"):
             before = measure("base")
@@ -412,7 +408,7 @@ def finish(run: Run, stop: StopRequest) -> bool:
         "data": run.source,
         "reward_before": mean_reward(run, before) if before and cfg.method in BY_REWARD else None,
         "train_samples": int(run.totals["samples"]),
-        "train_labels": int(run.totals["samples"]) // learner.samples,
+        "train_labels": int(run.totals["samples"]) // method.samples,
         "train_steps": run.step,
         "first_step_s": run.totals.get("first_step_s"),
         "train_s": run.totals["train_s"],
@@ -420,7 +416,7 @@ def finish(run: Run, stop: StopRequest) -> bool:
         "truncated_prompts": int(run.totals["truncated"]),
         "bad_steps": int(run.totals["bad_steps"]),
         "wall_s": time.perf_counter() - run.started,
-        "peak_memory_mb": peak_memory_mb(learner.model.device),
+        "peak_memory_mb": peak_memory_mb(method.model.device),
     }
     for name, rows in run.learned_from.items():
         summary["tasks"][name] |= {"train_note": rows.note, "train_partial": rows.partial}
@@ -443,7 +439,7 @@ def mean_reward(run: Run, found: dict[str, dict[str, list[evaluate.Answer]]]) ->
 
 def show(run: Run, summary: dict[str, Any]) -> None:
     """The table of what was gained, and where everything is."""
-    method = run.cfg.method.upper() if run.cfg.method != "encoder" else "Encoder"
+    name = run.cfg.method.upper() if run.cfg.method != "encoder" else "Encoder"
     names = []
     for name, entry in summary["tasks"].items():
         title = entry["title"]
@@ -458,7 +454,7 @@ def show(run: Run, summary: dict[str, Any]) -> None:
         print("\nMean over the tasks")
         print(results_table(summary["before"], summary["after"]))
     print(
-        f"{summary['train_samples']:,} {run.learner.unit} in {summary['train_s']:.0f} s "
+        f"{summary['train_samples']:,} {run.method.unit} in {summary['train_s']:.0f} s "
         f"({summary['samples_per_s']:.1f} a second), {summary['wall_s']:.0f} s in all, "
         f"peak memory {summary['peak_memory_mb']:.0f} MB"
     )
@@ -468,7 +464,7 @@ def show(run: Run, summary: dict[str, Any]) -> None:
         (first, *others) = run.specs.values()
         if summary["before"] and not others and len(first.metrics) == 1:
             start[first.metrics[0]] = summary["before"]["greedy"]
-        title = f"{method} on {', '.join(names)}, seed {run.cfg.seed}"
+        title = f"{name} on {', '.join(names)}, seed {run.cfg.seed}"
         drawn = draw_curves(run.folder, title, before=start)
         hint = "not drawn, since matplotlib is missing: pip install -e '.[plot]'"
         print(f"{'reward curve' if run.cfg.method in BY_REWARD else 'curves'}: {drawn or hint}")
@@ -535,7 +531,7 @@ def tell_idle(cfg: Config, said: Mapping[str, object]) -> None:
 @contextmanager
 def profiled(run: Run) -> Iterator[None]:
     """A region whose times go to profile.json and, with a trace of two steps, to trace.json."""
-    policy = run.learner.model
+    policy = run.method.model
     profile = profiling.Profile(
         run.cfg.train.steps - run.step,
         policy.device,

@@ -221,16 +221,16 @@ ADVANTAGES = of(
 # ---- rollout --------------------------------------------------------------------------------
 
 ROLLOUT = of(
-    "methods/rollout",
+    "methods/sampler",
     "methods/rollout",
     sampled_at_temperature_1=(
-        "Sampling(roll.temperature)",
+        "Sampling(self.temperature)",
         "Sampling()",
         "rollout.temperature is that of the draws",
     ),
     same_draws_each_step=(
-        'generator=seeded("rollout", cfg.seed, step)',
-        'generator=seeded("rollout", cfg.seed)',
+        'generator=seeded("rollout", self.cfg.seed, step)',
+        'generator=seeded("rollout", self.cfg.seed)',
         "each step draws anew",
     ),
     reward_scale_ignored=(
@@ -238,23 +238,18 @@ ROLLOUT = of(
         "rewards.reward(specs[row.task], row, guess, response)",
         "reward.scale counts",
     ),
-    rows_owners=(
-        "[place[self.owners[j]] for j in index]",
-        "[self.owners[j] for j in index]",
-        "owners are numbers in the prompts given back",
-    ),
     rescored_values_alone=(
         "rollout.logprobs, rollout.values = again.logprobs, again.values",
         "rollout.values = again.values",
         "old log-probs are those of the training pass",
     ),
     reference_with_lora=(
-        "    with lora_disabled(policy.model):",
-        "    if True:",
+        "        with lora_disabled(policy.model):",
+        "        if True:",
         "the reference is the model without LoRA",
     ),
     exact_kl_temperature=(
-        "policy.logits(then) / temperature)",
+        "policy.logits(then) / self.temperature)",
         "policy.logits(then))",
         "both distributions are those at the temperature",
     ),
@@ -263,17 +258,23 @@ ROLLOUT = of(
         "keys = [(owners[0], tuple(answer)) for",
         "one answer to two prompts is two rows",
     ),
-    room_for_the_answer=(
-        "limit = policy.context - room",
-        "limit = policy.context",
-        "the answer needs room too",
-    ),
 ) + of(
+    "methods/rollout",
     "methods/rollout",
     "methods/ppo::test_an_update_on_the_rollouts_pass_has_the_same_gradient",
     "methods/ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on",
     "methods/ppo::test_the_kl_of_the_coefficient_is_the_sum_over_an_answer",
     "methods/ppo::test_the_first_ratio_is_told_once_of_each_pass",
+    rows_owners=(
+        "[place[self.owners[j]] for j in index]",
+        "[self.owners[j] for j in index]",
+        "owners are numbers in the prompts given back",
+    ),
+    room_for_the_answer=(
+        "limit = policy.context - room",
+        "limit = policy.context",
+        "the answer needs room too",
+    ),
     trunk_given_twice=(
         "trunk, self.trunk = self.trunk, None",
         "trunk = self.trunk",
@@ -306,13 +307,13 @@ PPO = of(
     "methods/ppo::test_the_entropy_bonus_raises_the_entropy",
     "methods/ppo::test_the_kl_coefficient_is_steered",
     returns_of_whitened=(
-        "        advantages = losses.masked_whiten(advantages, mask)",
-        "        advantages = losses.masked_whiten(advantages, mask)\n"
-        "        returns = advantages + rollout.values",
+        "            advantages = losses.masked_whiten(advantages, mask)",
+        "            advantages = losses.masked_whiten(advantages, mask)\n"
+        "            returns = advantages + values",
         "the critic learns rewards, not whitened ones",
     ),
     ppo_temperature_1=(
-        "temperature, bonus = cfg.rollout.temperature,",
+        "temperature, bonus = self.cfg.rollout.temperature,",
         "temperature, bonus = 1.0,",
         "the update is at the temperature of the draws",
     ),
@@ -322,23 +323,23 @@ PPO = of(
         "the mean of rewards says how good they are",
     ),
     rewards_not_whitened=(
-        "    if ppo.whiten_rewards:",
-        "    if False:",
+        "        if ppo.whiten_rewards:",
+        "        if False:",
         "ppo.whiten_rewards has an effect",
     ),
     mean_over_answers=(
-        "count = float(rollout.mask[list(index)].sum())",
+        "count = float(rollout.mask[index].sum())",
         "count = float(len(index))",
         "the loss is a mean over tokens",
     ),
     td0_of_returns=(
-        "rewards = batch.rewards[rows, :width]",
-        "rewards = batch.returns[rows, :width]",
+        "rewards=batch.rewards[rows, :width]",
+        "rewards=batch.returns[rows, :width]",
         "the TD error is of rewards",
     ),
     td0_gamma=(
-        "rewards, mask, ppo.gamma, count)",
-        "rewards, mask, 1.0, count)",
+        "                gamma=ppo.gamma,",
+        "                gamma=1.0,",
         "γ discounts there too",
     ),
     entropy_detached=(
@@ -347,13 +348,13 @@ PPO = of(
         "the bonus has a gradient",
     ),
     same_order_each_epoch=(
-        'seeded("update", cfg.seed, step, epoch)',
-        'seeded("update", cfg.seed, step)',
+        'seeded("update", self.cfg.seed, step, epoch)',
+        'seeded("update", self.cfg.seed, step)',
         "each epoch is cut anew",
     ),
     gamma_and_lambda_swapped=(
-        "mask, ppo.gamma, ppo.lam)",
-        "mask, ppo.lam, ppo.gamma)",
+        "mask, gamma=ppo.gamma, lam=ppo.lam)",
+        "mask, gamma=ppo.lam, lam=ppo.gamma)",
         "two numbers, one place each",
     ),
     kl_left_out=(
@@ -387,7 +388,7 @@ PPO = of(
         "ppo.value_clip has an effect",
     ),
     ppo_scale_ignored=(
-        "scores = rollout.scores if scale is None else normalised(scale, rollout)",
+        "scores = self.sampler.scores(rollout)",
         "scores = rollout.scores",
         "reward.normalise has an effect",
     ),
@@ -397,8 +398,8 @@ GRPO = of(
     "methods/grpo",
     "methods/grpo",
     grpo_temperature_1=(
-        "micro, cfg.rollout.temperature, trunk=trunk)",
-        "micro, 1.0, trunk=trunk)",
+        "temperature = self.cfg.rollout.temperature",
+        "temperature = 1.0",
         "the update is at the temperature of the draws",
     ),
     grpo_share=(
@@ -413,19 +414,19 @@ GRPO = of(
         "a group is of one task, and on its scale equal scores stay equal and others apart",
     ),
     kl_of_even_answers=(
-        "if grpo.kl_coef or advantages[j] != 0",
+        "if self.section.kl_coef or advantages[j] != 0",
         "if advantages[j] != 0",
         "with KL every answer is trained",
     ),
     groups_torn=(
         "[j for g in shuffled for j in batch.groups[g]]",
-        "[group[k] for k in range(cfg.rollout.samples_per_prompt) for group in\n"
+        "[group[k] for k in range(self.samples) for group in\n"
         "                (batch.groups[g] for g in shuffled)]",
         "the answers to a prompt are one run of its tokens",
     ),
     grpo_clip_high_ignored=(
-        "            grpo.clip_high,",
-        "            None,",
+        "            clip_high=grpo.clip_high,",
+        "            clip_high=None,",
         "grpo.clip_high has an effect",
     ),
     drop_even_ignored=(
@@ -439,8 +440,8 @@ SFT = of(
     "methods/sft",
     "methods/sft",
     sft_mean_over_rows=(
-        "count = float(sum(map(len, batch.answers)))",
-        "count = float(len(batch.answers))",
+        "rows, count = range(len(batch.examples)), float(sum(map(len, batch.answers)))",
+        "rows, count = range(len(batch.examples)), float(len(batch.answers))",
         "the loss is a mean over tokens",
     ),
     sft_cut_by_length=(
@@ -456,14 +457,13 @@ SFT = of(
 )
 
 UPDATES = of(
-    "methods/updates",
-    "methods/updates",
+    "methods/minibatch",
+    "methods/minibatch",
     "methods/ppo::test_a_mean_ratio_over_the_limit_is_skipped",
     "methods/ppo::test_the_gradient_is_clipped_and_its_norm_logged_before",
-    "methods/ppo::test_check_first_ratio_bounds",
     oom_keeps_gradients=(
-        "            parameter.grad = None",
-        "            pass",
+        "            self.optimizer.zero_grad(set_to_none=True)\n            budget",
+        "            budget",
         "the parts before would count twice",
     ),
     tokens_of_the_last=(
@@ -482,8 +482,8 @@ UPDATES = of(
         "not a sum",
     ),
     gradients_kept=(
-        "            optimizer.zero_grad(set_to_none=True)\n            add(",
-        "            add(",
+        "        self.optimizer.zero_grad(set_to_none=True)\n        return",
+        "        return",
         "a minibatch starts without a gradient",
     ),
     target_kl_once=(
@@ -493,26 +493,43 @@ UPDATES = of(
     ),
     target_kl_half_more=("> 1.5 * limit", "> limit", "the limit is half as much again"),
     max_ratio_ignored=(
-        "if section.max_ratio and metrics",
-        "if False and metrics",
+        "bool(limits.max_ratio and metrics",
+        "bool(False and metrics",
         "ppo.max_ratio has an effect",
     ),
     nothing_clipped=(
-        "clip_gradients(parameters, cfg.optim.max_grad_norm)",
-        "clip_gradients(parameters, 0.0)",
+        "clip_gradients(trained, self.max_grad_norm)",
+        "clip_gradients(trained, 0.0)",
         "optim.max_grad_norm has an effect",
     ),
     bad_gradient_taken=(
-        "if not (math.isfinite(norm) and math.isfinite",
-        "if not (math.isfinite",
+        "finite = math.isfinite(norm) and math.isfinite",
+        "finite = math.isfinite",
         "a gradient that is not finite destroys the weights",
     ),
     bad_loss_taken=(
-        'math.isfinite(norm) and math.isfinite(metrics["loss"])):\n                optimizer',
-        "math.isfinite(norm)):\n                optimizer",
+        'math.isfinite(norm) and math.isfinite(self.metrics["loss"])',
+        "math.isfinite(norm)",
         "a loss that is not finite is no step",
     ),
+)
+
+REPORT = of(
+    "methods/report",
+    "methods/ppo::test_check_first_ratio_bounds",
+    "methods/ppo::test_the_first_ratio_is_told_once_of_each_pass",
+    "methods/ppo::test_a_loss_that_is_not_finite_moves_nothing",
     ratio_bound=("if gap > 1e-3:", "if gap > 1e-1:", "passes that differ end the run"),
+    told_of_each_step=(
+        "or self.checked:",
+        "or False:",
+        "one look is enough for each pass",
+    ),
+    bad_rows_are_not_those=(
+        "for j in index], metrics)",
+        "for j in index[1:]], metrics)",
+        "the rows of the minibatch are written down",
+    ),
 )
 
 REFERENCE = of(
@@ -949,8 +966,8 @@ OPS = of(
     "methods/ppo::test_the_loss_of_a_batch_against_loops",
     "ops/ops::test_linear_logprobs_is_its_formula_with_gradients",
     ops_entropy_lost=(
-        "losses.ppo_loss(logprobs=logprobs, **given)",
-        'losses.ppo_loss(logprobs=logprobs, **{**given, "entropy_coef": 0.0})',
+        "ppo_loss_form(logprobs)(logprobs=logprobs, **given)",
+        'ppo_loss_form(logprobs)(logprobs=logprobs, **{**given, "entropy_coef": 0.0})',
         "the bonus has an effect",
     ),
     ops_temperature=(
@@ -1096,7 +1113,7 @@ CHECKPOINT = of(
 )
 
 MUTANTS = [
-    *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REFERENCE, *GENERATE,
+    *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REPORT, *REFERENCE, *GENERATE,
     *KEPT_GRAPH, *PACK, *ROW, *PREFIXES, *PLAIN, *PLAN, *ATTENTION, *PASSES, *TORCH_LORA, *SOFTMAX,
     *LOGPROBS,
     *LORA, *OPS, *MODEL, *STOP, *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,

@@ -9,7 +9,7 @@ import pytest
 
 from ppo_nlu.answering.answer import DECODES
 from ppo_nlu.evaluate import main
-from ppo_nlu.runtime import checkpoint, cli
+from ppo_nlu.runtime import cli, run_folder
 from ppo_nlu.storage import locks
 from ppo_nlu.tasks import get_task
 from ppo_nlu.tasks.answers import parse
@@ -51,7 +51,7 @@ def test_the_program_on_a_run(finished_run: Path, tmp_path: Path, capsys) -> Non
     # again, over its own results
     again = [str(finished_run), "eval.limit=6", "--decode", "score", "--output", str(out)]
     assert cli.run(main, again) == 0
-    assert checkpoint.is_run_dir(finished_run)
+    assert run_folder.is_run_dir(finished_run)
 
 
 def test_the_program_on_a_config_is_the_base(

@@ -20,7 +20,7 @@ from ppo_nlu import export
 from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora
-from ppo_nlu.runtime import checkpoint, cli
+from ppo_nlu.runtime import checkpoint, cli, run_folder
 
 transformers = pytest.importorskip("transformers")
 
@@ -90,8 +90,8 @@ def run(base: Path, tmp_path: Path) -> Path:
     given.write_text(
         f"task: sst2\nmodel: {{name_or_path: {base}, device: cpu}}\nlora: {{r: 2, alpha: 8}}\n"
     )
-    folder = checkpoint.claim(tmp_path / "run", dump(load_config(given)))
-    checkpoint.release(folder)
+    folder = run_folder.claim(tmp_path / "run", dump(load_config(given)))
+    run_folder.release(folder)
     lora.save_adapter(policy(base, FINAL), folder / "adapter", LORA, "somewhere/else")
     save_file({"out.bias": torch.tensor([0.5])}, folder / "adapter" / export.VALUE_HEAD)
 

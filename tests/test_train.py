@@ -121,7 +121,7 @@ def _half(path: Path, data: bytes) -> None:
 # In the order in which a run of four steps comes to them; each kill but the first finds the
 # checkpoint of an earlier step.
 MOMENTS: dict[str, Callable[[], None]] = {
-    "in the rollout of step 1": lambda: _die_at(ppo, "collect", lambda *a: a[5] == 0),
+    "in the rollout of step 1": lambda: _die_at(ppo.PPO, "collect", lambda *a: a[2] == 0),
     "in the second epoch of step 2": lambda: _die_at(
         ppo, "seeded", lambda *a: a[0] == "update" and a[2:] == (1, 1)
     ),
@@ -231,19 +231,20 @@ def test_the_memory_plan_comes_before_the_first_step(config: Path, tmp_path: Pat
     assert out.index("run folder: ") < out.index("old log-probs are taken") and err == ""
 
 
-def test_a_gpus_limit_reaches_the_learner(
+def test_a_gpus_limit_reaches_the_method(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan's number of tokens, while the run's own config stays as it was given."""
     seen = []
     monkeypatch.setattr(memory, "free_bytes", lambda device: 40 * 2**20)
-    original = train._learn
+    original = train.train
 
-    def learn(at: train.Run, *rest: Any) -> dict[str, Any]:
-        seen.append(at.learner.budget.tokens)
-        return original(at, *rest)
+    def spy(at: train.Run, stop: Any) -> None:
+        assert at.method.budget is not None
+        seen.append(at.method.budget.tokens)
+        original(at, stop)
 
-    monkeypatch.setattr(train, "_learn", learn)
+    monkeypatch.setattr(train, "train", spy)
     assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
     assert 100 < seen[0] < 40 * 2**20 / (20 * 2**10)  # at least 20 KiB a token and layer
     assert "micro_batch_tokens: 0\n" in (tmp_path / "run" / "config.yaml").read_text()
@@ -364,16 +365,16 @@ def test_bad_steps_are_skipped_dumped_and_stop_the_run(
     config: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     """A NaN advantage makes the loss NaN: two such steps are survived, five in a row are not."""
-    collect, calls = ppo.collect, []
+    collect, calls = ppo.PPO.collect, []
 
     def poisoned(*arguments):
-        batch, metrics = collect(*arguments)
+        batch = collect(*arguments)
         calls.append(1)
         if len(calls) in bad:
             batch.advantages[:] = float("nan")
-        return batch, metrics
+        return batch
 
-    monkeypatch.setattr(ppo, "collect", poisoned)
+    monkeypatch.setattr(ppo.PPO, "collect", poisoned)
     bad = {2, 3}
     folder = tmp_path / "survives"
     assert run(config, *QUICK, "--output", folder) == 0

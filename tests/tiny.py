@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
-from ppo_nlu.methods import rollout
+from ppo_nlu.methods import sampler
+from ppo_nlu.methods.base import Method
 from ppo_nlu.model import lora, norms
 from ppo_nlu.model.as_loaded import AsLoaded
 from ppo_nlu.model.generate import Generation
@@ -183,6 +184,19 @@ def sizes_of_passes(patch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+def keep_gradients(method: Method) -> list[Tensor]:
+    """A list that learns the gradients of the method's next optimizer step, which moves nothing."""
+    kept: list[Tensor] = []
+    parameters = [p for group in method.parameters() for p in group]
+
+    def keep(*_: object) -> None:
+        kept.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters)
+
+    method.optimizer = torch.optim.SGD(parameters, lr=0.0)
+    method.optimizer.register_step_pre_hook(keep)
+    return kept
+
+
 def force(patch: pytest.MonkeyPatch, made: Policy, answers: list[list[int]]) -> None:
     """Makes every rollout give these answers, with the log-probs and values that they have."""
 
@@ -193,4 +207,4 @@ def force(patch: pytest.MonkeyPatch, made: Policy, answers: list[list[int]]) -> 
         tokens, mask = pack.pad(answers)
         return Generation(tokens, mask, scored.logprobs, scored.values, scored.hidden)
 
-    patch.setattr(rollout, "generate", generate)
+    patch.setattr(sampler, "generate", generate)

@@ -8,7 +8,7 @@ import torch
 
 from ppo_nlu.answering.answer import Answer, never
 from ppo_nlu.config import Config
-from ppo_nlu.methods import encoder as encoders
+from ppo_nlu.methods import encoder_model as encoders
 from ppo_nlu.tasks import Example, TaskSpec
 
 

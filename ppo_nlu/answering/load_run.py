@@ -13,7 +13,7 @@ from ppo_nlu.answering.by_policy import PolicyAnswerer
 from ppo_nlu.answering.provenance import resume_command, stored_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods import encoder as encoders
+from ppo_nlu.methods import encoder_model as encoders
 from ppo_nlu.model import lora, peft_format
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy

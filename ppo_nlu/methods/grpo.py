@@ -13,158 +13,159 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ppo_nlu import losses
 from ppo_nlu.config import Config
-from ppo_nlu.methods import updates
-from ppo_nlu.methods.reference_cache import ReferenceCache
-from ppo_nlu.methods.rollout import (
-    Divergence,
-    Rollout,
-    collect_answers,
-    metrics_of,
-    normalised,
-    score_rows,
-    seeded,
-)
-from ppo_nlu.methods.updates import Budget, Metrics
-from ppo_nlu.model import lora
+from ppo_nlu.methods.base import Method
+from ppo_nlu.methods.minibatch import Budget, Epochs, Metrics, OptimizerStep
+from ppo_nlu.methods.report import FirstRatio, Report, check_form, report_of
+from ppo_nlu.methods.rollout import Rollout, metrics_of, seeded
+from ppo_nlu.methods.sampler import Divergence, Sampler, score_rows
+from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec
-from ppo_nlu.tasks.rewards import RunningScale
 
 
 @dataclass
 class Batch:
-    """A rollout, the advantage of each answer (B,), and the groups that count, as rows of each."""
+    """A rollout, the advantage of each answer (B,), the groups that count, as rows of each, and
+    what is known before the update."""
 
     rollout: Rollout
     advantages: Tensor
     groups: list[list[int]]
+    metrics: Metrics
 
 
-def collect(
-    policy: Policy,
-    specs: Mapping[str, TaskSpec],
-    cfg: Config,
-    examples: Sequence[Example],
-    step: int,
-    scale: RunningScale | None = None,
-    reference: ReferenceCache | None = None,
-    reuse: bool | None = None,
-    keep_graph: int = 0,
-) -> tuple[Batch, Metrics]:
-    """Sample a group of answers to each row, score them, compare them inside their group.
+class GRPO(Method):
+    """Group relative policy optimisation, on LoRA weights."""
 
-    `scale`, `reference`, `reuse` and `keep_graph` as in `ppo.collect`.
-    """
-    grpo, size = cfg.grpo, cfg.rollout.samples_per_prompt
-    kl: Divergence | None = "k3" if grpo.kl_coef else None
-    rollout = collect_answers(
-        policy, specs, cfg, examples, step, False, reference, kl, reuse, keep_graph
-    )
-    scores = rollout.scores if scale is None else normalised(scale, rollout)
-    if grpo.advantage == "rloo":
-        advantages = losses.rloo_advantages(scores, size)
-    else:
-        advantages = losses.group_advantages(scores, size, grpo.scale)
-    earned = rollout.scores.view(-1, size)
-    even = (earned.amax(1) == earned.amin(1)).tolist()
-    groups = [
-        list(range(g * size, (g + 1) * size))
-        for g in range(len(even))
-        if not (even[g] and grpo.drop_even)
-    ]
-    metrics = metrics_of(rollout, specs) | {"grpo/even_groups": float(sum(even))}
-    return Batch(rollout, advantages, groups), metrics
+    model: Policy
+    budget: Budget
+    unit = "answers"
 
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | None = None):
+        super().__init__(cfg, specs, model or load_policy(cfg))
+        self.batch_size, self.samples = cfg.rollout.batch_size, cfg.rollout.samples_per_prompt
+        self.section = cfg.grpo
+        kl: Divergence | None = "k3" if cfg.grpo.kl_coef else None
+        self.sampler = Sampler(self.model, specs, cfg, critic=False, kl=kl)
+        self.budget = Budget(cfg.grpo.micro_batch_size, cfg.train.micro_batch_tokens)
+        self.first_ratio = FirstRatio(exact=cfg.model.dtype == "float32")
 
-def update(
-    policy: Policy,
-    optimizer: Optimizer,
-    cfg: Config,
-    batch: Batch,
-    step: int,
-    budget: Budget | None = None,
-) -> Metrics:
-    """`epochs` passes over the groups that count, in a fresh order, the answers of one together."""
+    def collect(self, rows: Sequence[Example], step: int) -> Batch:
+        """Steps 1 to 4: a group of answers to each row, compared inside their group."""
+        grpo, size = self.section, self.samples
+        # 1. Answers, with the log-probs of their tokens before the update (and of the reference).
+        rollout = self.sampler.sample(rows, step, self.sampler.graph_room(grpo, self.budget))
+        # 2. Scores: the parsed answers against the labels.
+        scores = self.sampler.scores(rollout)
+        # 3. Advantages: how much better an answer is than its group.
+        if grpo.advantage == "rloo":
+            advantages = losses.rloo_advantages(scores, size)
+        else:
+            advantages = losses.group_advantages(scores, size, grpo.scale)
+        # 4. Groups that teach something: those whose answers did not all earn the same.
+        earned = rollout.scores.view(-1, size)
+        even = (earned.amax(1) == earned.amin(1)).tolist()
+        groups = [
+            list(range(g * size, (g + 1) * size))
+            for g in range(len(even))
+            if not (even[g] and grpo.drop_even)
+        ]
+        metrics = metrics_of(rollout, self.specs) | {"grpo/even_groups": float(sum(even))}
+        if step == 0:
+            rollout.messages += check_form(metrics["answer/unparsed"])
+        return Batch(rollout, advantages, groups, metrics)
 
-    def order(epoch: int) -> list[int]:
-        draw = seeded("update", cfg.seed, step, epoch)
+    def update(self, batch: Batch, step: int) -> Report:
+        """Step 5: epochs over the groups in a fresh order, an optimizer step a minibatch."""
+        rollout, epochs = batch.rollout, Epochs(self.section)
+        with profiling.phase("update"):
+            for index in epochs.minibatches(lambda epoch: self.order(batch, step, epoch)):
+                trained = self.trained(batch, index)
+                if not trained:  # a step would go on in the direction of those before
+                    continue
+                count = float(rollout.mask[index].sum())  # tokens of the minibatch
+                run = float(rollout.mask[trained].sum())
+                minibatch = OptimizerStep(self.optimizer, self.cfg.optim.max_grad_norm)
+                for micro in minibatch.micro_batches(
+                    rollout, trained, self.budget, self.model.tree
+                ):
+                    with minibatch.part(micro):
+                        minibatch.backward(*self.loss(batch, micro, run, run / count))
+                minibatch.metrics["grpo/trained"] = float(len(trained))
+                epochs.take(minibatch, index)
+        rollout.trunk = None  # of a step that had nothing to learn from
+        room = self.sampler.graph_room(self.section, self.budget)
+        messages = self.budget.taken_messages() + self.first_ratio.look(epochs, rollout, room)
+        return report_of(batch, epochs, messages)
+
+    def order(self, batch: Batch, step: int, epoch: int) -> list[int]:
+        """The answers that count in the order in which an epoch is cut; those of a group side by
+        side, so that their prompt is run once."""
+        draw = seeded("update", self.cfg.seed, step, epoch)
         shuffled = torch.randperm(len(batch.groups), generator=draw).tolist()
         return [j for g in shuffled for j in batch.groups[g]]
 
-    parameters = lora.lora_parameters(policy.model)
-    with profiling.phase("update"):
-        return updates.run(
-            parameters,
-            optimizer,
-            cfg,
-            cfg.grpo,
-            order,
-            lambda index: backward(policy, cfg, batch, index, budget),
-        )
+    def trained(self, batch: Batch, index: Sequence[int]) -> list[int]:
+        """The answers with a gradient: without KL one of advantage 0 has none, and is not run."""
+        advantages = batch.advantages.tolist()
+        return [j for j in index if self.section.kl_coef or advantages[j] != 0]
 
+    def loss(
+        self, batch: Batch, micro: Sequence[int], count: float, share: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Surrogate and KL of some answers, summed over their tokens and divided by `count`, the
+        tokens of the minibatch that are run; so the size of the parts changes memory alone.
 
-def backward(
-    policy: Policy,
-    cfg: Config,
-    batch: Batch,
-    index: Sequence[int],
-    budget: Budget | None = None,
-) -> Metrics | None:
-    """Gradients of one minibatch, summed over micro-batches; its metrics.
-
-    Without KL an answer of advantage 0 has no gradient: it is not run, but its tokens count in the
-    loss's mean. Metrics other than the losses are means over the tokens that are run. None where
-    that leaves nothing to run.
-    """
-    grpo, rollout = cfg.grpo, batch.rollout
-    budget = budget or Budget(grpo.micro_batch_size, cfg.train.micro_batch_tokens)
-    advantages = batch.advantages.tolist()
-    trained = [j for j in index if grpo.kl_coef or advantages[j] != 0]
-    if not trained:
-        return None
-    count = float(rollout.mask[trained].sum())
-    share = count / float(rollout.mask[list(index)].sum())
-
-    def part(micro: list[int]) -> Metrics:
+        `share` of the minibatch's tokens are run. Those of advantage 0 are not, but count in the
+        loss's mean. Metrics other than the losses are means over the tokens that are run.
+        """
+        grpo, rollout = self.section, batch.rollout
         rows = torch.tensor(micro, device=rollout.mask.device)
         trunk = rollout.take_trunk(micro)
-        scored = score_rows(policy, rollout, micro, cfg.rollout.temperature, trunk=trunk)
+        temperature = self.cfg.rollout.temperature
+        scored = score_rows(self.model, rollout, micro, temperature, trunk=trunk)
         width = scored.mask.shape[1]
         mask, old = rollout.mask[rows, :width], rollout.logprobs[rows, :width]
         assert torch.equal(mask, scored.mask)
+        reference = rollout.ref_logprobs
         loss, metrics = losses.grpo_loss(
-            scored.logprobs,
-            old,
-            rollout.ref_logprobs[rows, :width] if rollout.ref_logprobs is not None else None,
-            batch.advantages[rows],
-            mask,
-            grpo.clip,
-            grpo.clip_high,
-            grpo.kl_coef,
-            count,
+            logprobs=scored.logprobs,
+            old_logprobs=old,
+            ref_logprobs=None if reference is None else reference[rows, :width],
+            advantages=batch.advantages[rows],
+            mask=mask,
+            clip=grpo.clip,
+            clip_high=grpo.clip_high,
+            kl_coef=grpo.kl_coef,
+            denominator=count,
         )
         loss = loss * share
-        loss.backward()
         log_ratio = (losses.counted(scored.logprobs, mask) - losses.counted(old, mask)).detach()
         metrics |= {
-            "loss": loss.detach(),
             "policy/loss": metrics["policy/loss"] * share,
             "policy/entropy": losses.counted(scored.entropy, mask).sum().detach() / count,
             "policy/ratio_gap": torch.expm1(log_ratio).abs().amax(),
         }
         if "kl/ref" in metrics:
             metrics["kl/loss"] = metrics.pop("kl/ref")  # kl/ref is that of a whole answer
-        numbers = torch.stack(list(metrics.values())).tolist()  # one copy from the device
-        return dict(zip(metrics, numbers, strict=True))
+        return loss, metrics
 
-    parameters = lora.lora_parameters(policy.model)
-    found = updates.accumulate(parameters, rollout, trained, budget, part, policy.tree)
-    return found | {"grpo/trained": float(len(trained))}
+    # --- what a run keeps -------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return self.sampler.state() | self.first_ratio.state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.sampler.set_state(state)
+        self.first_ratio.set_state(state)
+
+
+METHOD = GRPO

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.data import demonstrations
-from ppo_nlu.methods import updates
+from ppo_nlu.methods.minibatch import Budget, graph_tokens
 from ppo_nlu.methods.rollout import fit_prompt, longest_prompt
 from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.tasks import Example, TaskSpec
@@ -180,8 +180,8 @@ def plan(
     reused = how == "always" or (how == "auto" and cfg.model.dtype == "float32")
     if cfg.method != "sft" and shared and not policy.checkpointing and reused:
         section: PPOConfig | GRPOConfig = getattr(cfg, cfg.method)
-        budget = updates.Budget(section.micro_batch_size, limit)
-        stays = updates.graph_tokens(section, budget, rows, policy.device)
+        budget = Budget(section.micro_batch_size, limit)
+        stays = graph_tokens(section, budget, rows, policy.device)
     return MemoryPlan(
         weights=sum(_bytes(t) for t in _frozen(policy)),
         adapters=adapters,

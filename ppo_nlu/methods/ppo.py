@@ -12,138 +12,124 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from ppo_nlu import losses, ops
 from ppo_nlu.config import Config
-from ppo_nlu.methods import updates
-from ppo_nlu.methods.reference_cache import ReferenceCache
-from ppo_nlu.methods.rollout import (
-    Divergence,
-    Rollout,
-    collect_answers,
-    metrics_of,
-    normalised,
-    score_rows,
-    seeded,
-)
-from ppo_nlu.methods.updates import Budget, Metrics
-from ppo_nlu.model.policy import Policy, trainable
+from ppo_nlu.losses import AdaptiveKL
+from ppo_nlu.methods.base import Groups, Method
+from ppo_nlu.methods.minibatch import Budget, Epochs, Metrics, OptimizerStep
+from ppo_nlu.methods.report import FirstRatio, Report, check_form, report_of
+from ppo_nlu.methods.rollout import Rollout, metrics_of, seeded
+from ppo_nlu.methods.sampler import Divergence, Sampler, score_rows
+from ppo_nlu.model import lora
+from ppo_nlu.model.load import load_policy
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec
-from ppo_nlu.tasks.rewards import RunningScale
 
 
 @dataclass
 class Batch:
-    """A rollout with what PPO derives from it, all (B, R)."""
+    """A rollout with what PPO derives from it, all (B, R), and what is known before the update."""
 
     rollout: Rollout
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    metrics: Metrics
 
 
-def collect(
-    policy: Policy,
-    specs: Mapping[str, TaskSpec],
-    cfg: Config,
-    kl: losses.AdaptiveKL,
-    examples: Sequence[Example],
-    step: int,
-    scale: RunningScale | None = None,
-    reference: ReferenceCache | None = None,
-    reuse: bool | None = None,
-    keep_graph: int = 0,
-) -> tuple[Batch, Metrics]:
-    """Sample answers, score them, shape the rewards with KL, estimate advantages and returns.
+class PPO(Method):
+    """Proximal policy optimisation with a critic, on LoRA weights."""
 
-    With `scale` (`reward.normalise`) each task's scores are put on one scale first. `reference`,
-    `reuse` and `keep_graph` are those of `rollout.collect_answers`. A `ppo.kl_coef` of 0 stays 0,
-    so nothing is asked of the reference.
-    """
-    ppo = cfg.ppo
-    how = cast(Divergence, ppo.kl_estimator) if ppo.kl_coef else None
-    rollout = collect_answers(
-        policy, specs, cfg, examples, step, True, reference, how, reuse, keep_graph
-    )
-    mask = rollout.mask
-    assert rollout.values is not None
-    scores = rollout.scores if scale is None else normalised(scale, rollout)
-    divergence = torch.zeros_like(rollout.logprobs) if rollout.kl is None else rollout.kl
-    rewards = losses.shaped_rewards(scores, None, None, mask, kl.coef, kl=divergence)
-    if ppo.whiten_rewards:
-        rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
-    advantages, returns = ops.gae(rewards, rollout.values, mask, ppo.gamma, ppo.lam)
-    if ppo.whiten_advantages:
-        advantages = losses.masked_whiten(advantages, mask)
-    metrics = metrics_of(rollout, specs) | {
-        "kl/coef": kl.coef,
-        "value/mean": float(losses.masked_mean(rollout.values, mask)),
-        "value/explained_variance": float(losses.explained_variance(rollout.values, returns, mask)),
-    }
-    if ppo.kl_adaptive and how is not None:
-        kl.update(metrics["kl/ref"], rollout.size)
-    return Batch(rollout, rewards, advantages, returns), metrics
+    model: Policy
+    budget: Budget
+    unit = "answers"
 
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | None = None):
+        super().__init__(cfg, specs, model or load_policy(cfg))
+        ppo, roll = cfg.ppo, cfg.rollout
+        self.batch_size, self.samples = roll.batch_size, roll.samples_per_prompt
+        self.section, self.kl = ppo, AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+        # A coefficient of 0 stays 0, so nothing is asked of the reference.
+        divergence = cast(Divergence, ppo.kl_estimator) if ppo.kl_coef else None
+        self.sampler = Sampler(self.model, specs, cfg, critic=True, kl=divergence)
+        self.budget = Budget(ppo.micro_batch_size, cfg.train.micro_batch_tokens)
+        self.first_ratio = FirstRatio(exact=cfg.model.dtype == "float32")
 
-def update(
-    policy: Policy,
-    optimizer: Optimizer,
-    cfg: Config,
-    batch: Batch,
-    step: int,
-    budget: Budget | None = None,
-) -> Metrics:
-    """`epochs` passes over the batch, one optimizer step a minibatch, each in a fresh order."""
+    def collect(self, rows: Sequence[Example], step: int) -> Batch:
+        """Steps 1 to 5: answers to these rows, and how much better they are than expected."""
+        ppo, kl = self.section, self.kl
+        # 1. Answers, with the log-probs and values of their tokens before the update.
+        room = self.sampler.graph_room(ppo, self.budget)
+        rollout = self.sampler.sample(rows, step, room)
+        mask, values = rollout.mask, rollout.values
+        assert values is not None
+        # 2. Scores: the parsed answers against the labels.
+        scores = self.sampler.scores(rollout)
+        # 3. KL to the reference, token by token.
+        divergence = torch.zeros_like(rollout.logprobs) if rollout.kl is None else rollout.kl
+        # 4. Rewards: the score on the last token, less KL on each.
+        rewards = losses.shaped_rewards(scores, None, None, mask, kl.coef, kl=divergence)
+        if ppo.whiten_rewards:
+            rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
+        # 5. Advantages and returns.
+        advantages, returns = ops.gae(rewards, values, mask, gamma=ppo.gamma, lam=ppo.lam)
+        if ppo.whiten_advantages:
+            advantages = losses.masked_whiten(advantages, mask)
+        metrics = metrics_of(rollout, self.specs) | {
+            "kl/coef": kl.coef,
+            "value/mean": float(losses.masked_mean(values, mask)),
+            "value/explained_variance": float(losses.explained_variance(values, returns, mask)),
+        }
+        if ppo.kl_adaptive and rollout.kl is not None:
+            kl.update(metrics["kl/ref"], rollout.size)
+        if step == 0:
+            rollout.messages += check_form(metrics["answer/unparsed"])
+        return Batch(rollout, rewards, advantages, returns, metrics)
 
-    def order(epoch: int) -> list[int]:
-        draw = seeded("update", cfg.seed, step, epoch)
+    def update(self, batch: Batch, step: int) -> Report:
+        """Step 6: epochs over the answers in a fresh order, an optimizer step a minibatch."""
+        rollout, epochs = batch.rollout, Epochs(self.section)
+        with profiling.phase("update"):
+            for index in epochs.minibatches(lambda epoch: self.order(batch, step, epoch)):
+                count = float(rollout.mask[index].sum())  # tokens of the minibatch
+                minibatch = OptimizerStep(self.optimizer, self.cfg.optim.max_grad_norm)
+                for micro in minibatch.micro_batches(rollout, index, self.budget, self.model.tree):
+                    with minibatch.part(micro):
+                        minibatch.backward(*self.loss(batch, micro, count))
+                epochs.take(minibatch, index)
+        rollout.trunk = None  # of a step that had nothing to learn from
+        room = self.sampler.graph_room(self.section, self.budget)
+        messages = self.budget.taken_messages() + self.first_ratio.look(epochs, rollout, room)
+        return report_of(batch, epochs, messages)
+
+    def order(self, batch: Batch, step: int, epoch: int) -> list[int]:
+        """The answers in the order in which an epoch is cut into minibatches."""
+        draw = seeded("update", self.cfg.seed, step, epoch)
         return torch.randperm(batch.rollout.size, generator=draw).tolist()
 
-    parameters = trainable(policy)
-    with profiling.phase("update"):
-        return updates.run(
-            parameters,
-            optimizer,
-            cfg,
-            cfg.ppo,
-            order,
-            lambda index: backward(policy, cfg, batch, index, budget),
-        )
-
-
-def backward(
-    policy: Policy,
-    cfg: Config,
-    batch: Batch,
-    index: Sequence[int],
-    budget: Budget | None = None,
-) -> Metrics:
-    """Gradients of one minibatch, summed over micro-batches; its metrics.
-
-    Losses are sums over the micro-batch divided by the token count of the whole minibatch, so the
-    gradient does not depend on the size of the micro-batches.
-    """
-    ppo, rollout = cfg.ppo, batch.rollout
-    budget = budget or Budget(ppo.micro_batch_size, cfg.train.micro_batch_tokens)
-    count = float(rollout.mask[list(index)].sum())
-
-    def part(micro: list[int]) -> Metrics:
+    def loss(
+        self, batch: Batch, micro: Sequence[int], count: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Surrogate, critic and entropy bonus of some answers, summed over their tokens and divided
+        by `count`, those of the whole minibatch; so the size of the parts changes memory alone."""
+        ppo, rollout = self.section, batch.rollout
         rows = torch.tensor(micro, device=rollout.mask.device)
-        temperature, bonus = cfg.rollout.temperature, ppo.entropy_coef != 0
+        temperature, bonus = self.cfg.rollout.temperature, ppo.entropy_coef != 0
         trunk = rollout.take_trunk(micro)
-        scored = score_rows(policy, rollout, micro, temperature, True, bonus, trunk)
+        scored = score_rows(self.model, rollout, micro, temperature, True, bonus, trunk)
         width = scored.mask.shape[1]
         mask = rollout.mask[rows, :width]
         assert scored.values is not None and rollout.values is not None
         assert torch.equal(mask, scored.mask)
         td0 = ppo.critic_target == "td0"
-        loss, metrics = ops.ppo_loss(
+        ppo_loss = ops.ppo_loss_form(scored.logprobs)  # one launch on CUDA
+        loss, metrics = ppo_loss(
             logprobs=scored.logprobs,
             old_logprobs=rollout.logprobs[rows, :width],
             advantages=batch.advantages[rows, :width],
@@ -161,12 +147,36 @@ def backward(
             entropy_coef=ppo.entropy_coef,
         )
         if td0:
-            rewards = batch.rewards[rows, :width]
-            critic = losses.td_error_loss(scored.values, rewards, mask, ppo.gamma, count)
+            critic = losses.td_error_loss(
+                values=scored.values,
+                rewards=batch.rewards[rows, :width],
+                mask=mask,
+                gamma=ppo.gamma,
+                denominator=count,
+            )
             loss, metrics["value/loss"] = loss + ppo.value_coef * critic, critic.detach()
-        loss.backward()
-        metrics["loss"] = loss.detach()
-        numbers = torch.stack(list(metrics.values())).tolist()  # one copy from the device
-        return dict(zip(metrics, numbers, strict=True))
+        return loss, metrics
 
-    return updates.accumulate(trainable(policy), rollout, index, budget, part, policy.tree)
+    # --- what a run keeps -------------------------------------------------------------------------
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        return lora.lora_parameters(self.model.model), list(self.model.value_head.parameters())
+
+    def weights(self) -> Groups:
+        head = {k: v.detach().cpu() for k, v in self.model.value_head.state_dict().items()}
+        return super().weights() | {"value_head": head}
+
+    def restore(self, groups: Groups, place: str) -> None:
+        super().restore(groups, place)
+        lora.take(self.model.value_head.state_dict(), groups["value_head"], place)
+
+    def state(self) -> dict[str, Any]:
+        return self.sampler.state() | self.first_ratio.state() | {"kl_coef": self.kl.coef}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.sampler.set_state(state)
+        self.first_ratio.set_state(state)
+        self.kl.coef = state["kl_coef"]
+
+
+METHOD = PPO

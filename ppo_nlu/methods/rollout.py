@@ -1,11 +1,10 @@
-"""Where text meets tensors: prompts to token ids, generated ids to parsed answers and rewards."""
+"""A rollout as a table: prompts that fit, the answers to them and what is known of these."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,22 +12,14 @@ from torch import Tensor
 from ppo_nlu.config import Config, PromptConfig
 from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
-from ppo_nlu.losses import exact_kl, kl_penalty
-from ppo_nlu.methods.reference_cache import ReferenceCache
-from ppo_nlu.methods.updates import Metrics
-from ppo_nlu.model.generate import Generation, Sampling, generate
-from ppo_nlu.model.lora import lora_disabled
-from ppo_nlu.model.policy import Policy, Scored, unflatten
+from ppo_nlu.methods.minibatch import Metrics
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.tokens import TextError
-from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec, rewards
-from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.prompts import OPENING, render, turns
 from ppo_nlu.tree.passes import State
 
-EXACT = 1e-4  # decode and training pass may be this far apart and still count as the same
 MOST = 0.75  # of the prompts have answers in an update's first pass, or the trunk is of no use
-Divergence = Literal["k1", "k2", "k3", "exact"]
 
 
 @dataclass
@@ -39,7 +30,8 @@ class Rollout:
     a_t; `scores` is (B,). The mask counts the token that ends the answer and nothing behind it.
     None: not asked for. `gap` is the largest distance between the log-probs of the decode pass and
     those of a training pass, where both were run; `reused` says that the former are `logprobs`.
-    `trunk` is the pass over all prompts with its graph, where that was kept.
+    `trunk` is the pass over all prompts with its graph, where that was kept. `messages` are for the
+    user.
     """
 
     prompts: list[list[int]]
@@ -60,6 +52,7 @@ class Rollout:
     gap: float | None = None
     trunk: State | None = None
     stood: bool = False  # whether an update's first pass stood on the trunk
+    messages: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -192,185 +185,6 @@ def seeded(*parts: object) -> torch.Generator:
     """A CPU generator seeded from all the parts, such as ("rollout", seed, step, rank)."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def collect_answers(
-    policy: Policy,
-    specs: Mapping[str, TaskSpec],
-    cfg: Config,
-    examples: Sequence[Example],
-    step: int,
-    critic: bool = True,
-    reference: ReferenceCache | None = None,
-    kl: Divergence | None = None,
-    reuse: bool | None = None,
-    keep_graph: int = 0,
-) -> Rollout:
-    """Sample answers to these rows, parse and score them by the rules of their tasks.
-
-    Args:
-        critic: ask for the values too.
-        reference: where the reference's log-probs of earlier answers are kept (not read for exact).
-        kl: how to measure the KL to the reference; None: not at all, and no pass of it is run.
-        reuse: whether the log-probs of the decode pass are exact enough to be the old ones; None:
-            as `rollout.reuse_logprobs` says, which on auto compares them with a training pass.
-        keep_graph: keep the graph of a pass over prompts and answers of at most so many tokens.
-    """
-    roll = cfg.rollout
-    longest = longest_prompt(policy, cfg, roll.max_new_tokens)
-    shots = {name: demonstrations.of(spec, cfg) for name, spec in specs.items()}
-    fitted = [
-        fit_prompt(policy, specs[row.task], row, longest, cfg.prompt, shots[row.task])
-        for row in examples
-    ]
-    prompts = [fit.ids for fit in fitted]
-    drawn = generate(
-        policy,
-        prompts,
-        roll.max_new_tokens,
-        Sampling(roll.temperature),
-        samples=roll.samples_per_prompt,
-        generator=seeded("rollout", cfg.seed, step),
-        critic=critic,
-        keep_graph=keep_graph,
-    )
-    owners = [p for p in range(len(prompts)) for _ in range(roll.samples_per_prompt)]
-    answers = drawn.rows
-    owned = [examples[p] for p in owners]
-    responses = [policy.decode(answer) for answer in answers]
-    predictions = [
-        parse(specs[row.task], response, cfg.prompt.form)
-        for row, response in zip(owned, responses, strict=True)
-    ]
-    scores = [
-        rewards.reward(specs[row.task], row, guess, response, cfg.reward.scale)
-        for row, guess, response in zip(owned, predictions, responses, strict=True)
-    ]
-    rollout = Rollout(
-        prompts,
-        answers,
-        owners,
-        owned,
-        responses,
-        predictions,
-        drawn.mask,
-        drawn.logprobs,
-        drawn.values,
-        None,
-        None,
-        torch.tensor(scores, device=policy.device),
-        sum(fit.cut for fit in fitted),
-        sum(fit.dropped for fit in fitted),
-        trunk=drawn.trunk,
-    )
-    if reuse is None and roll.reuse_logprobs != "auto":
-        reuse = roll.reuse_logprobs == "always"
-    if not reuse:
-        with profiling.phase("score"):
-            _rescore(policy, rollout, drawn, roll.temperature, critic, compare=reuse is None)
-    if kl is not None:
-        with profiling.phase("reference"):
-            _diverge(policy, rollout, drawn, roll.temperature, reference, kl)
-    return rollout
-
-
-@torch.no_grad()
-def _rescore(
-    policy: Policy,
-    rollout: Rollout,
-    drawn: Generation,
-    temperature: float,
-    critic: bool,
-    compare: bool,
-) -> None:
-    """Old log-probs (and values, and states) of a training pass in place of the decode pass's; with
-    `compare` only where the two are further apart than `EXACT`."""
-    index = range(rollout.size)
-    again = score_rows(policy, rollout, index, temperature, values=critic)
-    rollout.gap = float((again.logprobs - rollout.logprobs)[rollout.mask].abs().max())
-    rollout.reused = compare and rollout.gap <= EXACT
-    if not rollout.reused:
-        rollout.logprobs, rollout.values = again.logprobs, again.values
-        drawn.hidden = again.hidden
-
-
-@torch.no_grad()
-def _diverge(
-    policy: Policy,
-    rollout: Rollout,
-    drawn: Generation,
-    temperature: float,
-    cache: ReferenceCache | None,
-    kl: Divergence,
-) -> None:
-    """The reference's log-probs of the answers, and the KL per token (B, R) to it."""
-    if kl != "exact":
-        if cache is None:
-            cache = ReferenceCache()
-        rollout.ref_logprobs = cache.logprobs(
-            policy, rollout.prompts, rollout.answers, rollout.owners, temperature
-        )
-        rollout.kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, kl)
-        return
-    with lora_disabled(policy.model):
-        then = score_rows(policy, rollout, range(rollout.size), temperature)
-    rollout.ref_logprobs = then.logprobs
-    assert drawn.hidden is not None
-    chunks = zip(drawn.hidden.split(128), then.hidden.split(128), strict=True)
-    exact = [
-        exact_kl(policy.logits(now) / temperature, policy.logits(then) / temperature)
-        for now, then in chunks
-    ]
-    rollout.kl = unflatten(torch.cat(exact), rollout.mask)
-
-
-def score_rows(
-    policy: Policy,
-    rollout: Rollout,
-    index: Sequence[int],
-    temperature: float,
-    values: bool = False,
-    entropy_grad: bool = False,
-    trunk: State | None = None,
-) -> Scored:
-    """`policy.score` of some answers; where one prompt has the same answer twice it is run once."""
-    if trunk is None:
-        prompts, answers, owners = rollout.rows(index)
-    else:
-        prompts, answers = rollout.prompts, [rollout.answers[j] for j in index]
-        owners = [rollout.owners[j] for j in index]
-    place: dict[tuple[int, tuple[int, ...]], int] = {}
-    keys = [(owner, tuple(answer)) for owner, answer in zip(owners, answers, strict=True)]
-    rows = [place.setdefault(key, len(place)) for key in keys]
-    scored = policy.score(
-        prompts,
-        [list(answer) for _, answer in place],
-        [owner for owner, _ in place],
-        temperature,
-        values,
-        entropy_grad,
-        trunk,
-    )
-    if len(place) == len(rows):
-        return scored
-    taken = torch.tensor(rows, device=scored.mask.device)
-    mask = scored.mask[taken]
-    states = unflatten(torch.arange(len(scored.hidden), device=mask.device), scored.mask)
-    return Scored(
-        mask,
-        scored.logprobs[taken],
-        scored.entropy[taken],
-        None if scored.values is None else scored.values[taken],
-        scored.hidden[states[taken][mask]],
-    )
-
-
-def tell_reuse(rollout: Rollout) -> str | None:
-    """What the comparison of the two passes found, for the user; None where there was none."""
-    if rollout.gap is None:
-        return None
-    done = "are taken from the decode pass" if rollout.reused else "are recomputed every step"
-    return f"old log-probs {done} (largest distance from a training pass: {rollout.gap:.1e})"
 
 
 def metrics_of(rollout: Rollout, specs: Mapping[str, TaskSpec]) -> Metrics:

@@ -10,18 +10,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch.optim import Optimizer
+import torch
+from torch import Tensor
 
 from ppo_nlu import losses
 from ppo_nlu.config import Config
 from ppo_nlu.data import demonstrations
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods.rollout import fit_prompt, longest_prompt, sealed
-from ppo_nlu.methods.updates import BadStep, Budget, Metrics, accumulate
-from ppo_nlu.model.lora import lora_parameters
+from ppo_nlu.methods.base import Method
+from ppo_nlu.methods.minibatch import Budget, OptimizerStep
+from ppo_nlu.methods.report import BadStep, Report, row_for_a_human
+from ppo_nlu.methods.rollout import fit_prompt, longest_prompt, sealed, seeded
+from ppo_nlu.model import lora
+from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import profiling
-from ppo_nlu.runtime.optim import clip_gradients
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.prompts import gold_answer
 from ppo_nlu.tree import prefixes
@@ -29,59 +32,75 @@ from ppo_nlu.tree import prefixes
 
 @dataclass
 class Batch:
-    """Token ids to read and to learn; answer j belongs to prompt j."""
+    """Rows, and their token ids to read and to learn; answer j belongs to prompt j."""
 
+    examples: Sequence[Example]
     prompts: list[list[int]]
     answers: list[list[int]]
     owners: list[int]
+    truncated: int  # prompts that were cut
+    dropped: int  # worked examples left out of the prompts
 
 
-def update(
-    policy: Policy,
-    specs: Mapping[str, TaskSpec],
-    optimizer: Optimizer,
-    cfg: Config,
-    examples: Sequence[Example],
-    budget: Budget | None = None,
-) -> Metrics:
-    """One optimizer step on these rows; raises BadStep where loss or gradient is not finite.
+class SFT(Method):
+    """Supervised fine-tuning of LoRA weights on the right answers."""
 
-    The loss is summed over micro-batches and divided by the count of all trained tokens, so the
-    size of the micro-batches changes nothing but memory.
-    """
-    batch, cut, dropped = Batch([], [], list(range(len(examples)))), 0, 0
-    for example in examples:
-        prompt, answer, fit = targets(policy, specs[example.task], cfg, example)
-        batch.prompts.append(prompt)
-        batch.answers.append(answer)
-        cut, dropped = cut + fit[0], dropped + fit[1]
-    count = float(sum(map(len, batch.answers)))
+    model: Policy
+    budget: Budget
 
-    def part(micro: list[int]) -> Metrics:
-        scored = policy.score([batch.prompts[i] for i in micro], [batch.answers[i] for i in micro])
-        loss = losses.sft_loss(scored.logprobs, scored.mask, denominator=count)
-        loss.backward()
-        return {"loss": float(loss.detach()), "logprob": float(scored.logprobs.detach().sum())}
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | None = None):
+        super().__init__(cfg, specs, model or load_policy(cfg))
+        self.batch_size = cfg.sft.batch_size
+        self.budget = Budget(cfg.sft.micro_batch_size, cfg.train.micro_batch_tokens)
 
-    parameters = lora_parameters(policy.model)
-    budget = budget or Budget(cfg.sft.micro_batch_size, cfg.train.micro_batch_tokens)
-    with profiling.phase("update"):
-        totals = accumulate(parameters, batch, batch.owners, budget, part, policy.tree)
-        norm = float(clip_gradients(parameters, cfg.optim.max_grad_norm))
-    metrics = {
-        "loss": totals["loss"],
-        "answer/likelihood": math.exp(totals["logprob"] / len(examples)),
-        "answer/tokens": count / len(examples),
-        "answer/truncated_prompts": float(cut),
-        "answer/dropped_shots": float(dropped),
-        "optim/grad_norm": norm,
-    }
-    if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
-        raise BadStep(range(len(examples)), metrics)
-    with profiling.phase("update"):
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return metrics
+    def collect(self, rows: Sequence[Example], step: int) -> Batch:
+        """The right answers to these rows, as token ids behind their prompts."""
+        found = [targets(self.model, self.specs[row.task], self.cfg, row) for row in rows]
+        return Batch(
+            examples=rows,
+            prompts=[prompt for prompt, _, _ in found],
+            answers=[answer for _, answer, _ in found],
+            owners=list(range(len(rows))),
+            truncated=sum(cut for _, _, (cut, _) in found),
+            dropped=sum(dropped for _, _, (_, dropped) in found),
+        )
+
+    def update(self, batch: Batch, step: int) -> Report:
+        """One optimizer step on these rows."""
+        rows, count = range(len(batch.examples)), float(sum(map(len, batch.answers)))
+        minibatch = OptimizerStep(self.optimizer, self.cfg.optim.max_grad_norm)
+        # Masks of a seed of their own, so that a resumed run draws the same.
+        with torch.random.fork_rng(devices=[]), lora.dropout_on(self.model.model):
+            torch.manual_seed(seeded("dropout", self.cfg.seed, step).initial_seed())
+            with profiling.phase("update"):
+                for micro in minibatch.micro_batches(batch, rows, self.budget, self.model.tree):
+                    with minibatch.part(micro):
+                        minibatch.backward(*self.loss(batch, micro, count))
+                finite = minibatch.take()
+        found = minibatch.metrics
+        metrics = {
+            "loss": found["loss"],
+            "answer/likelihood": math.exp(found["logprob"] / len(rows)),
+            "answer/tokens": count / len(rows),
+            "answer/truncated_prompts": float(batch.truncated),
+            "answer/dropped_shots": float(batch.dropped),
+            "optim/grad_norm": found["optim/grad_norm"],
+        }
+        messages = self.budget.taken_messages()
+        if finite:
+            return Report(metrics, messages, batch.truncated)
+        told = [row_for_a_human(row) for row in batch.examples]
+        return Report({}, messages, batch.truncated, BadStep(told, metrics))
+
+    def loss(
+        self, batch: Batch, micro: Sequence[int], count: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of some rows, summed over their tokens and divided by `count`, those of all; so
+        the size of the parts changes memory alone."""
+        prompts, answers = ([kind[j] for j in micro] for kind in (batch.prompts, batch.answers))
+        scored = self.model.score(prompts, answers)
+        loss = losses.sft_loss(logprobs=scored.logprobs, mask=scored.mask, denominator=count)
+        return loss, {"logprob": scored.logprobs.detach().sum()}
 
 
 def targets(
@@ -99,3 +118,6 @@ def targets(
     if start >= len(whole):
         raise UserError(f"data.path: {spec.name} {example.id} has an empty answer; drop the row")
     return whole[:start], whole[start:], (int(fit.cut), fit.dropped)
+
+
+METHOD = SFT

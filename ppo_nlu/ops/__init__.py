@@ -184,9 +184,19 @@ def ppo_loss(*, logprobs: Tensor, **given: Any) -> tuple[Tensor, dict[str, Tenso
 
     Arguments, loss and metrics are those of `ppo_nlu.losses.ppo_loss`, with its defaults.
     """
-    if choose_backend(logprobs) == "triton":
-        return _launch("ppo_loss", logprobs, **given)
-    return losses.ppo_loss(logprobs=logprobs, **given)
+    return ppo_loss_form(logprobs)(logprobs=logprobs, **given)
+
+
+def ppo_loss_form(logprobs: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """The `ppo_loss` that runs on such log-probs: the kernel, or `losses.ppo_loss` itself."""
+    if choose_backend(logprobs) != "triton":
+        return losses.ppo_loss
+
+    def launched(*, logprobs: Tensor, **given: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        found: tuple[Tensor, dict[str, Tensor]] = _launch("ppo_loss", logprobs, **given)
+        return found
+
+    return launched
 
 
 # ---- which form runs

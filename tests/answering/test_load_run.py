@@ -13,8 +13,8 @@ from ppo_nlu.answering.by_encoder import EncoderAnswerer
 from ppo_nlu.answering.by_policy import PolicyAnswerer
 from ppo_nlu.config import Config, ModelConfig, dump
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods import encoder as encoders
-from ppo_nlu.runtime import checkpoint
+from ppo_nlu.methods import encoder_model as encoders
+from ppo_nlu.runtime import run_folder
 
 CFG = Config(task="sst2", model=ModelConfig(device="cpu"))
 ENCODER = replace(CFG, method="encoder")
@@ -24,8 +24,8 @@ ENCODER = replace(CFG, method="encoder")
 def test_a_run_has_finished_when_its_folder_is_whole(
     tmp_path: Path, cfg: Config, name: str
 ) -> None:
-    run = checkpoint.claim(tmp_path / "run", dump(cfg))
-    checkpoint.release(run)
+    run = run_folder.claim(tmp_path / "run", dump(cfg))
+    run_folder.release(run)
     assert load_run.trained_folder(run, cfg) == run / name
     with pytest.raises(UserError, match=f"has not finished and left no {name}/; .*--resume"):
         load_run.run_config(run)

@@ -10,17 +10,18 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from ppo_nlu import losses
 from ppo_nlu.config import Config, GRPOConfig, RolloutConfig
 from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.losses import grpo_loss, rloo_advantages
 from ppo_nlu.methods import grpo
-from ppo_nlu.methods.updates import Budget
+from ppo_nlu.methods.minibatch import Metrics, OptimizerStep
 from ppo_nlu.model import lora
-from ppo_nlu.model.policy import Policy, trainable
+from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime.optim import build_optimizer
+from ppo_nlu.tasks.rewards import RunningScale
 from ppo_nlu.tree import passes
 
 # Two groups of three with spread, one even, one with an answer of advantage 0 (scores 1, -1, 0).
@@ -43,28 +44,65 @@ def config(**changes) -> Config:
     )
 
 
-def forced(policy: Policy, cfg: Config, texts=ANSWERS) -> tuple[grpo.Batch, grpo.Metrics]:
+def made(policy: Policy, cfg: Config) -> grpo.GRPO:
+    return grpo.GRPO(cfg, tiny.SPECS, policy)
+
+
+def collect(
+    policy: Policy, cfg: Config, room: int | None = None, scale: RunningScale | None = None
+) -> grpo.Batch:
+    """A batch; `room`: of which the pass is kept where it has at most so many tokens."""
+    method = made(policy, cfg)
+    method.sampler.scale = scale
+    if room is not None:
+        method.sampler.reuse = True
+        method.sampler.graph_room = lambda section, budget: room  # type: ignore[method-assign]
+    return method.collect(tiny.examples(4), 0)
+
+
+def update(policy: Policy, optimizer: Optimizer, cfg: Config, batch: grpo.Batch, step: int = 0):
+    """The metrics of an update alone, without a word on the first ratio."""
+    method = made(policy, cfg)
+    method.optimizer, method.first_ratio.checked = optimizer, True
+    return method.update(replace(batch, metrics={}), step).metrics
+
+
+def forced(
+    policy: Policy, cfg: Config, texts=ANSWERS, scale: RunningScale | None = None
+) -> tuple[grpo.Batch, Metrics]:
     """A batch of given answers."""
     ids = [policy.tokenizer.convert_tokens_to_ids(text.split()) for text in texts]
     with pytest.MonkeyPatch.context() as patch:
         tiny.force(patch, policy, ids)
-        return grpo.collect(policy, tiny.SPECS, cfg, tiny.examples(4), 0)
+        batch = collect(policy, cfg, scale=scale)
+        return batch, batch.metrics
 
 
 def gradients(
-    policy: Policy, cfg: Config, batch: grpo.Batch, index: list[int], budget: Budget | None = None
-) -> tuple[list[Tensor], grpo.Metrics]:
-    parameters = lora.lora_parameters(policy.model)
-    for parameter in trainable(policy):
-        parameter.grad = None
-    metrics = grpo.backward(policy, cfg, batch, index, budget)
-    assert metrics is not None and all(p.grad is None for p in policy.value_head.parameters())
-    found = []
-    for parameter in parameters:
-        assert parameter.grad is not None
-        found.append(parameter.grad)
-        parameter.grad = None
-    return found, metrics
+    policy: Policy, cfg: Config, batch: grpo.Batch, index: list[int]
+) -> tuple[list[Tensor], Metrics]:
+    """Gradients and metrics of these answers as one minibatch."""
+    once = replace(cfg.grpo, epochs=1, minibatch_size=0, max_ratio=0.0)
+    method = made(policy, replace(cfg, grpo=once))
+    method.order = lambda batch, step, epoch: index  # type: ignore[method-assign]
+    method.first_ratio.checked = True
+    kept = tiny.keep_gradients(method)
+    report = method.update(replace(batch, metrics={}), 0)
+    assert report.bad is None and all(p.grad is None for p in policy.value_head.parameters())
+    return kept, report.metrics
+
+
+def indices(patch: pytest.MonkeyPatch) -> list[list[int]]:
+    """A list that learns the answers of each minibatch."""
+    seen: list[list[int]] = []
+    plain = OptimizerStep.micro_batches
+
+    def spy(self, rows, index, *rest):
+        seen.append(list(index))
+        return plain(self, rows, index, *rest)
+
+    patch.setattr(OptimizerStep, "micro_batches", spy)
+    return seen
 
 
 # ---- advantages -----------------------------------------------------------------------------
@@ -217,22 +255,15 @@ def test_an_even_group_is_left_out_with_its_kl() -> None:
     """With KL on, the update is that of the other groups alone; kept, it would pull it."""
     policy = tiny.policy()
     cfg = config(kl_coef=0.5)
-    seen: list[list[int]] = []
-    plain = grpo.backward
-
-    def spy(policy, cfg, batch, index, budget):
-        seen.append(sorted(index))
-        return plain(policy, cfg, batch, index, budget)
-
     others = [0, 1, 2, 6, 7, 8, 9, 10, 11]
     for drop, rows in ((True, others), (False, list(range(12)))):
         cfg = config(kl_coef=0.5, drop_even=drop)
         batch, metrics = forced(policy, cfg)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grpo, "backward", spy)
+            seen = indices(patch)
             optimizer = torch.optim.SGD(lora.lora_parameters(policy.model), lr=0.0)
-            assert grpo.update(policy, optimizer, cfg, batch, 0)["grpo/trained"] == len(rows)
-        assert seen[-1] == rows and metrics["grpo/even_groups"] == 1
+            assert update(policy, optimizer, cfg, batch, 0)["grpo/trained"] == len(rows)
+        assert sorted(seen[-1]) == rows and metrics["grpo/even_groups"] == 1
     without, _ = gradients(policy, cfg, batch, others)
     with_it, _ = gradients(policy, cfg, batch, list(range(12)))
     assert max(float((a - b).abs().max()) for a, b in zip(without, with_it, strict=True)) > 1e-3
@@ -278,11 +309,11 @@ def test_a_step_of_even_groups_moves_nothing() -> None:
     parameters = lora.lora_parameters(policy.model)
     optimizer = AdamW(parameters, lr=0.1)
     batch, _ = forced(policy, cfg)
-    assert grpo.update(policy, optimizer, cfg, batch, 0)["optim/steps"] == 1
+    assert update(policy, optimizer, cfg, batch, 0)["optim/steps"] == 1
     before = [p.detach().clone() for p in parameters]
     batch, metrics = forced(policy, cfg, ["Positive </Judgement>"] * 12)
     assert metrics["grpo/even_groups"] == 4
-    found = grpo.update(policy, optimizer, cfg, batch, 1)
+    found = update(policy, optimizer, cfg, batch, 1)
     assert found == {"optim/steps": 0.0, "optim/skipped": 0.0}
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
@@ -292,12 +323,11 @@ def test_on_the_rollouts_pass_left_out_groups_change_nothing(
 ) -> None:
     """Three of four groups are trained; the fourth's prompt is in the trunk, without gradient."""
     policy, cfg = tiny.policy(), config(kl_coef=0.1)
-    rows = tiny.examples(4)
     found, grown = [], []
     plain = passes.run_answers
     monkeypatch.setattr(passes, "run_answers", lambda *a: grown.append(0) or plain(*a))
     for tokens in (10**6, 0):
-        batch, _ = grpo.collect(policy, tiny.SPECS, cfg, rows, 0, reuse=True, keep_graph=tokens)
+        batch = collect(policy, cfg, room=tokens)
         assert (batch.rollout.trunk is None) == (tokens == 0)
         batch.advantages = torch.linspace(-1, 1, 12)
         found.append(gradients(policy, cfg, batch, [9, 10, 11, 0, 1, 2, 5, 4, 3]))
@@ -312,10 +342,10 @@ def test_on_the_rollouts_pass_left_out_groups_change_nothing(
 
 def test_the_first_ratio_is_one_and_then_moves() -> None:
     policy, cfg = tiny.policy(), config(epochs=2, kl_coef=0.1, drop_even=False)
-    batch, _ = grpo.collect(policy, tiny.SPECS, cfg, tiny.examples(4), 0)
+    batch = collect(policy, cfg)
     batch.advantages = torch.linspace(-1, 1, 12)
     optimizer = build_optimizer(cfg.optim, lora.lora_parameters(policy.model))
-    metrics = grpo.update(policy, optimizer, cfg, batch, 0)
+    metrics = update(policy, optimizer, cfg, batch, 0)
     assert metrics["policy/first_ratio_gap"] < 1e-4 < metrics["policy/ratio_gap"]
     assert metrics["optim/steps"] == 2
 
@@ -324,17 +354,10 @@ def test_the_answers_to_one_prompt_stay_together() -> None:
     """So that the prompt is run once for them: groups in a fresh order, minibatches of two."""
     policy, cfg = tiny.policy(), config(minibatch_size=6, epochs=3, kl_coef=0.1, drop_even=False)
     batch, _ = forced(policy, cfg)
-    seen: list[list[int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        plain = grpo.backward
-
-        def spy(policy, cfg, batch, index, budget):
-            seen.append(index)
-            return plain(policy, cfg, batch, index, budget)
-
-        patch.setattr(grpo, "backward", spy)
+        seen = indices(patch)
         optimizer = torch.optim.SGD(lora.lora_parameters(policy.model), lr=0.0)
-        grpo.update(policy, optimizer, cfg, batch, 0)
+        update(policy, optimizer, cfg, batch, 0)
     assert [len(index) for index in seen] == [6] * 6
     for index in seen:
         assert all(index[at : at + 3] == list(range(index[at], index[at] + 3)) for at in (0, 3))
@@ -367,22 +390,18 @@ def test_it_learns_to_answer() -> None:
         optim=Optim(name="adamw", lr=2e-2),
     )
     optimizer = build_optimizer(cfg.optim, lora.lora_parameters(policy.model))
-    rows, means = tiny.examples(8, "Positive"), []
+    method, rows, means = made(policy, cfg), tiny.examples(8, "Positive"), []
+    method.optimizer = optimizer
     for step in range(50):
-        batch, metrics = grpo.collect(policy, tiny.SPECS, cfg, rows, step)
-        grpo.update(policy, optimizer, cfg, batch, step)
-        means.append(metrics["reward/mean"])
+        batch = method.collect(rows, step)
+        means.append(method.update(batch, step).metrics["reward/mean"])
     assert means[0] < -0.7
     assert sum(means[-5:]) / 5 > 0.8, means
 
 
 def test_scores_put_on_one_scale_do_not_hide_an_even_group() -> None:
     policy, cfg = tiny.policy(), replace(config(), grpo=GRPOConfig(scale=False))
-    ids = [policy.tokenizer.convert_tokens_to_ids(text.split()) for text in ANSWERS]
-    scale = grpo.RunningScale()
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.force(patch, policy, ids)
-        batch, _ = grpo.collect(policy, tiny.SPECS, cfg, tiny.examples(4), 0, scale)
+    batch, _ = forced(policy, cfg, scale=RunningScale())
     mean = sum(SCORES) / 12
     deviation = math.sqrt(sum((s - mean) ** 2 for s in SCORES) / 12)
     unscaled = losses.group_advantages(torch.tensor(SCORES, dtype=torch.float32), 3, False)
@@ -395,7 +414,7 @@ def test_the_update_is_at_the_temperature_of_the_draws(temperature: float) -> No
     """So the first ratio is 1; log-probs and entropy are those of the plain forward over it."""
     policy, cfg = tiny.policy(), config(kl_coef=0.1, drop_even=False)
     cfg = replace(cfg, rollout=replace(cfg.rollout, temperature=temperature))
-    batch, _ = grpo.collect(policy, tiny.SPECS, cfg, tiny.examples(4), 0)
+    batch = collect(policy, cfg)
     _, metrics = gradients(policy, cfg, batch, list(range(12)))
     assert metrics["policy/ratio_gap"] < 1e-4
     entropy, kl, count = 0.0, 0.0, 0

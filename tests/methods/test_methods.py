@@ -21,7 +21,7 @@ from ppo_nlu.answering.answer import DECODES
 from ppo_nlu.config import PromptConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import grpo, ppo, sft
-from ppo_nlu.methods.learners import check_form
+from ppo_nlu.methods.report import check_form
 from ppo_nlu.methods.rollout import fit_prompt
 from ppo_nlu.model import BUNDLED
 from ppo_nlu.runtime import checkpoint, cli
@@ -305,8 +305,8 @@ def test_a_form_is_taught_without_a_label(folder: Path, capsys) -> None:
 
 
 def test_a_base_without_the_form_is_told_at_the_first_step() -> None:
-    assert check_form(0.5) is None
-    assert "teach_form" in (check_form(0.95) or "")
+    assert check_form(0.5) == []
+    assert "teach_form" in check_form(0.95)[0]
 
 
 CHAT = (

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from ppo_nlu.config import (
     Config,
@@ -26,7 +26,9 @@ from ppo_nlu.config import (
 from ppo_nlu.config import OptimConfig as Optim
 from ppo_nlu.errors import UserError
 from ppo_nlu.losses import AdaptiveKL
-from ppo_nlu.methods import learners, ppo, updates
+from ppo_nlu.methods import ppo, report
+from ppo_nlu.methods.minibatch import Metrics, OptimizerStep
+from ppo_nlu.methods.report import check_first_ratio
 from ppo_nlu.model import lora
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy, trainable
@@ -58,13 +60,36 @@ def config(
     )
 
 
+def made(policy: Policy, cfg: Config) -> ppo.PPO:
+    return ppo.PPO(cfg, tiny.SPECS, policy)
+
+
 def kl_of(cfg: Config) -> AdaptiveKL:
     return AdaptiveKL(cfg.ppo.kl_coef, cfg.ppo.kl_target, cfg.ppo.kl_horizon)
 
 
-def collect(policy: Policy, cfg: Config, step: int = 0) -> ppo.Batch:
-    rows = tiny.examples(cfg.rollout.batch_size)
-    return ppo.collect(policy, tiny.SPECS, cfg, kl_of(cfg), rows, step)[0]
+def collect(
+    policy: Policy,
+    cfg: Config,
+    step: int = 0,
+    kl: AdaptiveKL | None = None,
+    room: int | None = None,
+    scale: RunningScale | None = None,
+) -> ppo.Batch:
+    """A batch; `room`: of which the pass is kept where it has at most so many tokens."""
+    method = made(policy, cfg)
+    method.kl, method.sampler.scale = kl or method.kl, scale
+    if room is not None:
+        method.sampler.reuse = True
+        method.sampler.graph_room = lambda section, budget: room  # type: ignore[method-assign]
+    return method.collect(tiny.examples(cfg.rollout.batch_size), step)
+
+
+def update(policy: Policy, optimizer: Optimizer, cfg: Config, batch: ppo.Batch, step: int = 0):
+    """The metrics of an update, without a word on the first ratio."""
+    method = made(policy, cfg)
+    method.optimizer, method.first_ratio.checked = optimizer, True
+    return method.update(batch, step).metrics
 
 
 def forced(policy: Policy, cfg: Config, texts=ANSWERS) -> ppo.Batch:
@@ -86,16 +111,17 @@ def moved(policy: Policy, before: list[Tensor]) -> float:
     )
 
 
-def gradients(policy: Policy, cfg: Config, batch: ppo.Batch) -> tuple[list[Tensor], ppo.Metrics]:
+def gradients(policy: Policy, cfg: Config, batch: ppo.Batch) -> tuple[list[Tensor], Metrics]:
     """Gradients and metrics of the whole batch as one minibatch."""
-    for parameter in trainable(policy):
-        parameter.grad = None
-    metrics = ppo.backward(policy, cfg, batch, list(range(batch.rollout.size)))
-    found = []
-    for parameter in trainable(policy):
-        found.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-        parameter.grad = None
-    return found, metrics
+    size = batch.rollout.size
+    once = replace(cfg.ppo, epochs=1, minibatch_size=size, max_ratio=0.0)
+    method = made(policy, replace(cfg, ppo=once, optim=replace(cfg.optim, max_grad_norm=0.0)))
+    method.order = lambda batch, step, epoch: list(range(size))  # type: ignore[method-assign]
+    method.first_ratio.checked = True
+    kept = tiny.keep_gradients(method)
+    report = method.update(replace(batch, metrics={}), 0)
+    assert report.bad is None
+    return kept, report.metrics
 
 
 def sgd(policy: Policy, lr: float = 0.1) -> SGD:
@@ -108,11 +134,7 @@ def sgd(policy: Policy, lr: float = 0.1) -> SGD:
 @pytest.mark.parametrize("kind", tiny.TREE_KINDS)
 def test_an_update_on_the_rollouts_pass_has_the_same_gradient(kind: str) -> None:
     policy, cfg = tiny.policy(kind), config(entropy_coef=0.1)
-    rows = tiny.examples(cfg.rollout.batch_size)
-    kept, plain = (
-        ppo.collect(policy, tiny.SPECS, cfg, kl_of(cfg), rows, 0, reuse=True, keep_graph=tokens)[0]
-        for tokens in (10**6, 0)
-    )
+    kept, plain = (collect(policy, cfg, room=tokens) for tokens in (10**6, 0))
     assert kept.rollout.answers == plain.rollout.answers
     assert kept.rollout.trunk is not None and plain.rollout.trunk is None
     for tensor in (kept.rollout.logprobs, kept.rollout.values, kept.rollout.ref_logprobs):
@@ -131,14 +153,12 @@ def test_the_prompts_are_run_once_for_rollout_and_first_epoch(
 ) -> None:
     """Two epochs: prefill, answers behind it, then a whole pass for the second one."""
     policy, cfg = tiny.policy(), config(epochs=2, kl_coef=0.0)
-    rows = tiny.examples(cfg.rollout.batch_size)
-    kl = kl_of(cfg)
-    batch, _ = ppo.collect(policy, tiny.SPECS, cfg, kl, rows, 0, reuse=True, keep_graph=9999)
+    batch = collect(policy, cfg, room=9999)
     sizes: list[int] = []
     policy.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    metrics = ppo.update(policy, sgd(policy), cfg, batch, 0)
+    metrics = update(policy, sgd(policy), cfg, batch, 0)
     assert len(sizes) == 2 and sizes[0] < sizes[1] / 4
     assert sizes[0] <= sum(len(answer) - 1 for answer in batch.rollout.answers)
     assert metrics["policy/first_ratio_gap"] < 1e-4 < metrics["policy/ratio_gap"]
@@ -148,21 +168,19 @@ def test_the_prompts_are_run_once_for_rollout_and_first_epoch(
 def test_a_kept_pass_is_freed(end: str) -> None:
     """Its graph must not hold on to itself: Python's collector does not see through autograd."""
     policy, cfg = tiny.policy(), config(epochs=2)
-    rows = tiny.examples(cfg.rollout.batch_size)
-    kl = kl_of(cfg)
-    batch, _ = ppo.collect(policy, tiny.SPECS, cfg, kl, rows, 0, reuse=True, keep_graph=9999)
+    batch = collect(policy, cfg, room=9999)
     trunk = batch.rollout.trunk
     assert trunk is not None and trunk.layers is not None
     seen = [weakref.ref(x) for pair in trunk.layers for x in pair]
     del trunk
     if end == "a step":
-        ppo.update(policy, sgd(policy), cfg, batch, 0)
+        update(policy, sgd(policy), cfg, batch, 0)
     elif end == "no use for it":
         batch.rollout.take_trunk([0])
     else:
         batch.advantages = batch.advantages[:, :1]
         with pytest.raises(Exception):  # noqa: B017
-            ppo.update(policy, sgd(policy), cfg, batch, 0)
+            update(policy, sgd(policy), cfg, batch, 0)
     assert all(x() is None for x in seen)
 
 
@@ -170,27 +188,22 @@ def test_the_first_ratio_is_looked_at_on_the_pass_that_is_used() -> None:
     """The first step compares decode and training pass; from the second on updates stand on the
     rollout's pass, whose first ratio is looked at then."""
     cfg = replace(config(kl_coef=0.0), model=ModelConfig(name_or_path="bundled"))
-    learner = learners.PPO(cfg, tiny.SPECS)
-    optimizer = sgd(learner.model, 1e-3)
+    method = ppo.PPO(cfg, tiny.SPECS)
+    method.optimizer = sgd(method.model, 1e-3)
     used, checked = [], []
     for step in range(3):
-        used.append(learner.keep_graph() > 0)
-        learner.step(optimizer, tiny.examples(cfg.rollout.batch_size), step)
-        checked.append(learner.checked)
+        used.append(method.sampler.graph_room(method.section, method.budget) > 0)
+        method.update(method.collect(tiny.examples(cfg.rollout.batch_size), step), step)
+        checked.append(method.first_ratio.checked)
     assert used == [False, True, True] and checked == [False, True, True]
 
 
 def test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on() -> None:
     policy, cfg = tiny.policy(), config()
-    rows, kl = tiny.examples(cfg.rollout.batch_size), kl_of(cfg)
-
-    def collected(tokens: int) -> ppo.Batch:
-        return ppo.collect(policy, tiny.SPECS, cfg, kl, rows, 0, reuse=True, keep_graph=tokens)[0]
-
-    run = pack.build(collected(0).rollout.prompts).cost.tokens_run
+    run = pack.build(collect(policy, cfg, room=0).rollout.prompts).cost.tokens_run
     longest = cfg.rollout.batch_size * 2 * (cfg.rollout.max_new_tokens - 1)
-    assert collected(run + longest - 1).rollout.trunk is None
-    batch = collected(run + longest)
+    assert collect(policy, cfg, room=run + longest - 1).rollout.trunk is None
+    batch = collect(policy, cfg, room=run + longest)
     assert batch.rollout.trunk is not None
     assert batch.rollout.take_trunk([0, 1, 2, 3]) is None, "two prompts of four"
     assert batch.rollout.trunk is None
@@ -206,9 +219,9 @@ def test_first_ratio_is_one(kind: str, temperature: float) -> None:
     cfg = replace(cfg, rollout=replace(cfg.rollout, temperature=temperature))
     batch = collect(policy, cfg)
     assert gradients(policy, cfg, batch)[1]["policy/ratio_gap"] < 1e-4
-    metrics = ppo.update(policy, sgd(policy), cfg, batch, 0)
+    metrics = update(policy, sgd(policy), cfg, batch, 0)
     assert metrics["policy/first_ratio_gap"] < 1e-4
-    assert updates.check_first_ratio(metrics["policy/first_ratio_gap"], True) is None
+    assert check_first_ratio(metrics["policy/first_ratio_gap"], True) is None
     assert metrics["policy/ratio_gap"] > metrics["policy/first_ratio_gap"], "then it moves"
 
 
@@ -217,7 +230,7 @@ def test_first_ratio_is_one_for_a_pretrained_model() -> None:
     tiny.shake(policy)
     batch = collect(policy, cfg)
     assert batch.rollout.mask.sum(1).max() == 12
-    assert ppo.update(policy, sgd(policy), cfg, batch, 0)["policy/first_ratio_gap"] < 1e-4
+    assert update(policy, sgd(policy), cfg, batch, 0)["policy/first_ratio_gap"] < 1e-4
 
 
 def test_a_first_ratio_away_from_one_is_seen() -> None:
@@ -225,18 +238,18 @@ def test_a_first_ratio_away_from_one_is_seen() -> None:
     policy, cfg = tiny.policy(), config()
     batch = collect(policy, cfg)
     batch.rollout.logprobs[3, 0] -= 0.01
-    gap = ppo.update(policy, sgd(policy), cfg, batch, 0)["policy/first_ratio_gap"]
+    gap = update(policy, sgd(policy), cfg, batch, 0)["policy/first_ratio_gap"]
     assert gap == pytest.approx(math.exp(0.01) - 1, abs=1e-4)
     with pytest.raises(UserError, match="the first ratio is 1.0e-02 away from 1"):
-        updates.check_first_ratio(gap, exact=True)
+        check_first_ratio(gap, exact=True)
 
 
 def test_check_first_ratio_bounds() -> None:
-    assert updates.check_first_ratio(9e-5, exact=True) is None
-    assert "warning" in str(updates.check_first_ratio(2e-4, exact=True))
+    assert check_first_ratio(9e-5, exact=True) is None
+    assert "warning" in str(check_first_ratio(2e-4, exact=True))
     with pytest.raises(UserError):
-        updates.check_first_ratio(1.1e-3, exact=True)
-    assert "low precision: 3.0e-02" in str(updates.check_first_ratio(3e-2, exact=False))
+        check_first_ratio(1.1e-3, exact=True)
+    assert "low precision: 3.0e-02" in str(check_first_ratio(3e-2, exact=False))
 
 
 # ---- minibatches and micro-batches ----------------------------------------------------------
@@ -267,7 +280,7 @@ def test_one_step_a_minibatch() -> None:
     for size, epochs, steps in ((8, 2, 2), (3, 2, 6), (2, 3, 12), (16, 1, 1)):
         policy, cfg = tiny.policy(), config(minibatch_size=size, epochs=epochs)
         optimizer = build_optimizer(cfg.optim, trainable(policy))
-        metrics = ppo.update(policy, optimizer, cfg, collect(policy, cfg), 0)
+        metrics = update(policy, optimizer, cfg, collect(policy, cfg), 0)
         assert metrics["optim/steps"] == steps == epochs * math.ceil(8 / size)
         assert {int(s["step"]) for s in optimizer.state.values()} == {steps}
 
@@ -278,7 +291,7 @@ def test_minibatches_are_real() -> None:
     for size in (8, 2):
         policy, cfg = tiny.policy(), config(minibatch_size=size)
         batch = collect(policy, cfg)
-        ppo.update(policy, sgd(policy), cfg, batch, 0)
+        update(policy, sgd(policy), cfg, batch, 0)
         ends.append(snapshot(policy))
     assert max(float((a - b).abs().max()) for a, b in zip(*ends, strict=True)) > 1e-4
 
@@ -286,20 +299,20 @@ def test_minibatches_are_real() -> None:
 def test_every_answer_once_an_epoch_in_a_fresh_order(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, cfg = tiny.policy(), config(minibatch_size=3, epochs=2)
     seen: list[list[int]] = []
-    plain = ppo.backward
+    plain = OptimizerStep.micro_batches
 
-    def spy(policy, cfg, batch, index, budget):
+    def spy(self, rows, index, *rest):
         seen.append(list(index))
-        return plain(policy, cfg, batch, index, budget)
+        return plain(self, rows, index, *rest)
 
-    monkeypatch.setattr(ppo, "backward", spy)
+    monkeypatch.setattr(OptimizerStep, "micro_batches", spy)
     batch = collect(policy, cfg)
-    ppo.update(policy, sgd(policy), cfg, batch, 0)
+    update(policy, sgd(policy), cfg, batch, 0)
     first, second = sum(seen[:3], []), sum(seen[3:], [])
     assert sorted(first) == sorted(second) == list(range(8)) and first != second
-    ppo.update(policy, sgd(policy), cfg, batch, 1)
+    update(policy, sgd(policy), cfg, batch, 1)
     assert seen[6:9] != seen[:3]
-    ppo.update(policy, sgd(policy), cfg, batch, 0)
+    update(policy, sgd(policy), cfg, batch, 0)
     assert seen[12:] == seen[:6], "the order depends on seed, step and epoch alone"
 
 
@@ -308,7 +321,7 @@ def test_the_gradient_is_clipped_and_its_norm_logged_before() -> None:
     for limit in (0.0, 1e-9, 1e6):
         policy, cfg = tiny.policy(), config(max_grad_norm=limit)
         batch, before = collect(policy, cfg), snapshot(policy)
-        metrics = ppo.update(policy, sgd(policy, 1.0), cfg, batch, 0)
+        metrics = update(policy, sgd(policy, 1.0), cfg, batch, 0)
         norms.append(metrics["optim/grad_norm"])
         moves.append(moved(policy, before))
     grads, _ = gradients(tiny.policy(), config(), collect(tiny.policy(), config()))
@@ -415,7 +428,7 @@ def test_the_entropy_bonus_raises_the_entropy(sign: float) -> None:
     cfg = replace(cfg, ppo=replace(cfg.ppo, entropy_coef=sign))
     batch = forced(policy, cfg)
     batch.advantages.zero_()
-    before = ppo.update(policy, sgd(policy, 0.05), cfg, batch, 0)["policy/entropy"]
+    before = update(policy, sgd(policy, 0.05), cfg, batch, 0)["policy/entropy"]
     after = gradients(policy, cfg, batch)[1]["policy/entropy"]
     assert sign * (after - before) > 1e-3
 
@@ -440,7 +453,7 @@ def test_value_loss_pulls_values_to_the_returns() -> None:
     first = gradients(policy, cfg, batch)[1]["value/loss"]
     gap = (batch.rollout.values - batch.returns)[batch.rollout.mask]
     assert first == pytest.approx(float(0.5 * gap.square().mean()), rel=1e-4)
-    ppo.update(policy, build_optimizer(cfg.optim, trainable(policy)), cfg, batch, 0)
+    update(policy, build_optimizer(cfg.optim, trainable(policy)), cfg, batch, 0)
     assert gradients(policy, cfg, batch)[1]["value/loss"] < 0.3 * first
 
 
@@ -453,9 +466,13 @@ def test_a_loss_that_is_not_finite_moves_nothing(what: str) -> None:
     batch, before = forced(policy, cfg), snapshot(policy)
     getattr(batch, what)[2, 1] = math.nan
     optimizer = build_optimizer(cfg.optim, trainable(policy))
-    with pytest.raises(updates.BadStep) as raised:
-        ppo.update(policy, optimizer, cfg, batch, 0)
-    assert sorted(raised.value.index) == list(range(8)) and "loss" in raised.value.metrics
+    method = made(policy, cfg)
+    method.optimizer = optimizer
+    report = method.update(batch, 0)
+    assert report.bad is not None and "loss" in report.bad.metrics
+    told = sorted(row["id"] for row in report.bad.rows)
+    assert told == sorted(row.id for row in batch.rollout.examples)
+    assert report.metrics == batch.metrics
     assert moved(policy, before) == 0 and not optimizer.state
     assert all(p.grad is None for p in trainable(policy)), "nothing is left for the next step"
 
@@ -465,8 +482,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     batch, before = forced(policy, cfg), snapshot(policy)
     parameter = trainable(policy)[0]
     hook = parameter.register_hook(lambda grad: grad * math.inf)
-    with pytest.raises(updates.BadStep):
-        ppo.update(policy, sgd(policy), cfg, batch, 0)
+    method = made(policy, cfg)
+    method.optimizer = sgd(policy)
+    assert method.update(batch, 0).bad is not None
     hook.remove()
     assert moved(policy, before) == 0
 
@@ -477,7 +495,7 @@ def test_a_mean_ratio_over_the_limit_is_skipped(limit: float, skipped: int) -> N
     policy, cfg = tiny.policy(), config(max_ratio=limit, epochs=2)
     batch, before = forced(policy, cfg), snapshot(policy)
     batch.rollout.logprobs -= 5.0
-    metrics = ppo.update(policy, sgd(policy, 1e-6), cfg, batch, 0)
+    metrics = update(policy, sgd(policy, 1e-6), cfg, batch, 0)
     assert metrics["optim/skipped"] == skipped and metrics["optim/steps"] == 2 - skipped
     assert (moved(policy, before) == 0) is (skipped == 2)
     assert metrics["policy/ratio_mean"] == pytest.approx(math.exp(5), rel=1e-2)
@@ -490,7 +508,7 @@ def test_target_kl_ends_the_epochs() -> None:
     for target in (None, 1e-6, 1e3):
         policy, cfg = tiny.policy(), config(epochs=5, target_kl=target)
         batch = forced(policy, cfg)
-        metrics = ppo.update(policy, sgd(policy), cfg, batch, 0)
+        metrics = update(policy, sgd(policy), cfg, batch, 0)
         steps[target] = metrics["optim/steps"]
     assert steps == {None: 5, 1e-6: 2, 1e3: 5}
 
@@ -507,7 +525,7 @@ def test_the_kl_coefficient_is_steered(target: float, adaptive: bool, factor: fl
     policy = tiny.policy()
     cfg = config(kl_target=target, kl_horizon=100, kl_adaptive=adaptive, kl_estimator="k2")
     kl = kl_of(cfg)
-    _, metrics = ppo.collect(policy, tiny.SPECS, cfg, kl, tiny.examples(4), 0)
+    metrics = collect(policy, cfg, kl=kl).metrics
     assert metrics["kl/coef"] == 0.2, "what this step used"
     assert kl.coef == pytest.approx(0.2 * factor)
 
@@ -518,7 +536,7 @@ def test_the_kl_of_the_coefficient_is_the_sum_over_an_answer() -> None:
     per_answer = float(probe.rollout.kl.sum(1).mean())
     cfg = replace(cfg, ppo=replace(cfg.ppo, kl_target=per_answer / 1.1))
     kl = kl_of(cfg)
-    _, metrics = ppo.collect(policy, tiny.SPECS, cfg, kl, tiny.examples(4), 0)
+    metrics = collect(policy, cfg, kl=kl).metrics
     assert metrics["kl/ref"] == pytest.approx(per_answer, rel=1e-5)
     assert kl.coef == pytest.approx(0.2 * (1 + 0.1 * 8 / 100), rel=1e-5)
 
@@ -528,8 +546,8 @@ def test_metrics_of_a_batch() -> None:
     ids = [policy.tokenizer.convert_tokens_to_ids(text.split()) for text in ANSWERS]
     with pytest.MonkeyPatch.context() as patch:
         tiny.force(patch, policy, ids)
-        batch, metrics = ppo.collect(policy, tiny.SPECS, cfg, kl_of(cfg), tiny.examples(4), 0)
-    mask = batch.rollout.mask
+        batch = collect(policy, cfg)
+    mask, metrics = batch.rollout.mask, batch.metrics
     assert metrics["reward/mean"] == pytest.approx(-1 / 8)  # 1, 0, 0, -1, -1, -1, 1, 0
     assert metrics["reward/std"] == pytest.approx(math.sqrt(5 / 8 - 1 / 64))
     assert metrics["answer/accuracy"] == 2 / 8 and metrics["answer/unparsed"] == 3 / 8
@@ -560,9 +578,9 @@ def test_the_legacy_preset_drives_an_update(tmp_path: Path) -> None:
     before = snapshot(policy)
     head = policy.value_head.parameters()
     optimizer = build_optimizer(cfg.optim, lora.lora_parameters(policy.model), head)
-    batch, metrics = ppo.collect(policy, tiny.SPECS, cfg, kl_of(cfg), tiny.examples(16), 0)
-    assert metrics["reward/mean"] >= -3 and batch.rollout.size == 16
-    metrics = ppo.update(policy, optimizer, cfg, batch, 0)
+    batch = collect(policy, cfg)
+    assert batch.metrics["reward/mean"] >= -3 and batch.rollout.size == 16
+    metrics = update(policy, optimizer, cfg, batch, 0)
     assert metrics["optim/steps"] == 4 and metrics["policy/first_ratio_gap"] < 1e-4
     assert moved(policy, before) > 0
 
@@ -579,11 +597,11 @@ def test_it_learns_to_answer(name: str, lr: float) -> None:
     )
     head = policy.value_head.parameters()
     optimizer = build_optimizer(cfg.optim, lora.lora_parameters(policy.model), head)
-    rows, kl, means = tiny.examples(8, "Positive"), kl_of(cfg), []
+    method, rows, means = made(policy, cfg), tiny.examples(8, "Positive"), []
+    method.optimizer = optimizer
     for step in range(40):
-        batch, metrics = ppo.collect(policy, tiny.SPECS, cfg, kl, rows, step)
-        ppo.update(policy, optimizer, cfg, batch, step)
-        means.append(metrics["reward/mean"])
+        batch = method.collect(rows, step)
+        means.append(method.update(batch, step).metrics["reward/mean"])
     assert means[0] < -0.7
     assert sum(means[-5:]) / 5 > 0.8
     assert set(batch.rollout.predictions) <= {"Positive", None}
@@ -592,16 +610,14 @@ def test_it_learns_to_answer(name: str, lr: float) -> None:
 # ---- what is said of the first ratio --------------------------------------------------------
 
 
-def lines_of(
-    learner: learners.OnPolicy, monkeypatch: pytest.MonkeyPatch, steps: range
-) -> list[bool]:
+def lines_of(method: ppo.PPO, monkeypatch: pytest.MonkeyPatch, steps: range) -> list[bool]:
     """In which steps a line about the first ratio is told."""
-    monkeypatch.setattr(learners, "check_first_ratio", lambda gap, exact: "the first ratio")
-    optimizer, told = sgd(learner.model, 1e-3), []
+    monkeypatch.setattr(report, "check_first_ratio", lambda gap, exact: "the first ratio")
+    told = []
+    method.optimizer = sgd(method.model, 1e-3)
     for step in steps:
-        learner.remark = None
-        learner.step(optimizer, tiny.examples(learner.batch_size), step)
-        told.append("the first ratio" in (learner.remark or ""))
+        batch = method.collect(tiny.examples(method.batch_size), step)
+        told.append("the first ratio" in method.update(batch, step).messages)
     return told
 
 
@@ -612,11 +628,11 @@ def test_the_first_ratio_is_told_once_of_each_pass(
     """At the first step, and at the second, whose update is the first to stand on the rollout's
     pass. That later epochs run passes of their own takes nothing back."""
     cfg = replace(config(kl_coef=0.0, epochs=epochs), model=ModelConfig(name_or_path="bundled"))
-    learner = learners.PPO(cfg, tiny.SPECS)
-    assert lines_of(learner, monkeypatch, range(4)) == [True, True, False, False]
-    assert learner.checked and learner.rollout is not None and learner.rollout.stood
-    again = learners.PPO(cfg, tiny.SPECS)
-    again.set_state(learner.state())
+    method = ppo.PPO(cfg, tiny.SPECS)
+    assert lines_of(method, monkeypatch, range(4)) == [True, True, False, False]
+    assert method.first_ratio.checked
+    again = ppo.PPO(cfg, tiny.SPECS)
+    again.set_state(method.state())
     assert lines_of(again, monkeypatch, range(4, 6)) == [False, False], "a resumed run"
 
 
@@ -627,16 +643,16 @@ def test_a_pass_that_is_never_stood_on_is_told_once(monkeypatch: pytest.MonkeyPa
         model=ModelConfig(name_or_path="bundled"),
         train=TrainConfig(micro_batch_tokens=40),
     )
-    learner = learners.PPO(cfg, tiny.SPECS)
-    assert lines_of(learner, monkeypatch, range(3)) == [True, False, False]
-    assert learner.keep_graph() == 40 and not learner.checked
+    method = ppo.PPO(cfg, tiny.SPECS)
+    assert lines_of(method, monkeypatch, range(3)) == [True, False, False]
+    assert method.sampler.graph_room(method.section, method.budget) == 40
+    assert not method.first_ratio.checked
 
 
 def test_micro_batches_of_one_update_stand_on_the_rollout_once() -> None:
     """The first part has the answers of three prompts of four; the others run on their own."""
     policy, cfg = tiny.policy(), config()
-    rows, kl = tiny.examples(cfg.rollout.batch_size), kl_of(cfg)
-    batch, _ = ppo.collect(policy, tiny.SPECS, cfg, kl, rows, 0, reuse=True, keep_graph=9999)
+    batch = collect(policy, cfg, room=9999)
     rollout = batch.rollout
     given = [rollout.take_trunk(part) is not None for part in ([0, 2, 4], [1, 3, 5], [6, 7])]
     assert given == [True, False, False] and rollout.stood
@@ -676,7 +692,7 @@ def test_rewards_advantages_and_returns_against_loops(changes: dict, normalise: 
     kl, scale = AdaptiveKL(0.7, 1.0, 1000), RunningScale() if normalise else None
     with pytest.MonkeyPatch.context() as patch:
         tiny.force(patch, policy, ids)
-        batch, _ = ppo.collect(policy, tiny.SPECS, cfg, kl, tiny.examples(4), 0, scale)
+        batch = collect(policy, cfg, kl=kl, scale=scale)
     lengths = [len(answer) for answer in ids]
     scores = [1.0, 0.0, 0.0, -1.0, -1.0, -1.0, 1.0, 0.0]
     if normalise:  # mean -1/8, and the deviation of the eight

@@ -21,11 +21,13 @@ from ppo_nlu.config import (
     PPOConfig,
     RolloutConfig,
 )
-from ppo_nlu.methods.learners import LEARNERS, OnPolicy
+from ppo_nlu.methods.grpo import GRPO
+from ppo_nlu.methods.ppo import PPO
 from ppo_nlu.methods.reference_cache import ReferenceCache
+from ppo_nlu.methods.registry import METHODS
 from ppo_nlu.model.lora import lora_disabled
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.runtime import optim, optimizer_state
+from ppo_nlu.runtime import optimizer_state
 
 PROMPTS = [[5, 6, 7], [5, 6], [5, 6, 7, 8]]
 ANSWERS = [[3, 4], [3], [3, 4], [9, 9, 4], [3], [3, 4]]
@@ -125,49 +127,55 @@ def config(model: Path, method: str, **rollout: Any) -> Config:
     )
 
 
-def trained(cfg: Config, steps: int, cut: int | None = None, keep: bool = True) -> OnPolicy:
-    """A learner behind some steps on always the same rows; stopped and taken up again after `cut`,
+def trained(cfg: Config, steps: int, cut: int | None = None, keep: bool = True) -> PPO | GRPO:
+    """A method behind some steps on always the same rows; stopped and taken up again after `cut`,
     as a checkpoint does it. `keep=False` forgets the reference's values there."""
 
-    def fresh() -> tuple[OnPolicy, torch.optim.Optimizer]:
-        learner = LEARNERS[cfg.method](cfg, tiny.SPECS)
-        assert isinstance(learner, OnPolicy)
-        return learner, optim.build_optimizer(cfg.optim, *learner.parameters())
+    def fresh() -> PPO | GRPO:
+        method = METHODS[cfg.method](cfg, tiny.SPECS)
+        assert isinstance(method, PPO | GRPO)
+        return method
 
-    learner, optimizer = fresh()
+    method = fresh()
     for step in range(steps):
         if step == cut:
-            state = json.loads(json.dumps(learner.state()))
-            groups = {k: {n: t.clone() for n, t in g.items()} for k, g in learner.weights().items()}
-            tensors, rest = optimizer_state.flatten_optimizer(optimizer)
-            learner, optimizer = fresh()
-            learner.restore(groups, "here")
-            learner.set_state(state)
-            optimizer_state.restore_optimizer(optimizer, tensors, rest)
+            state = json.loads(json.dumps(method.state()))
+            groups = {k: {n: t.clone() for n, t in g.items()} for k, g in method.weights().items()}
+            tensors, rest = optimizer_state.flatten_optimizer(method.optimizer)
+            method = fresh()
+            method.restore(groups, "here")
+            method.set_state(state)
+            optimizer_state.restore_optimizer(method.optimizer, tensors, rest)
             if not keep:
-                learner.reference = ReferenceCache()
-        learner.step(optimizer, tiny.examples(4), step)
-    return learner
+                method.sampler.reference = ReferenceCache()
+        method.update(method.collect(tiny.examples(4), step), step)
+    return method
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_a_run_goes_on_to_the_last_bit(model: Path, method: str) -> None:
     cfg = config(model, method)
     whole, cut = trained(cfg, 6), trained(cfg, 6, 3)
-    assert whole.reference is not None and cut.reference is not None
-    assert whole.reference.hits > 20 and whole.reference.misses > 20
-    assert list(whole.reference.kept.items()) == list(cut.reference.kept.items())
-    assert cut.reference.misses < whole.reference.misses, "what was seen is not asked again"
+    assert whole.sampler.reference is not None and cut.sampler.reference is not None
+    assert whole.sampler.reference.hits > 20 and whole.sampler.reference.misses > 20
+    assert list(whole.sampler.reference.kept.items()) == list(cut.sampler.reference.kept.items())
+    assert cut.sampler.reference.misses < whole.sampler.reference.misses, (
+        "what was seen is not asked again"
+    )
     for group, tensors in whole.weights().items():
         assert all(torch.equal(t, cut.weights()[group][n]) for n, t in tensors.items())
-    assert cut.reuse is whole.reuse is True
+    assert cut.sampler.reuse is whole.sampler.reuse is True
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_the_cache_changes_no_more_than_rounding(model: Path, method: str) -> None:
     kept = trained(config(model, method), 2)
     without = trained(config(model, method, reference_cache=False), 2)
-    assert without.reference is None and kept.reference is not None and kept.reference.hits
+    assert (
+        without.sampler.reference is None
+        and kept.sampler.reference is not None
+        and kept.sampler.reference.hits
+    )
     for group, tensors in kept.weights().items():
         for name, tensor in tensors.items():
             tiny.close(tensor, without.weights()[group][name], 1e-3)
@@ -175,5 +183,5 @@ def test_the_cache_changes_no_more_than_rounding(model: Path, method: str) -> No
 
 def test_exact_kl_is_measured_anew(model: Path) -> None:
     cfg = config(model, "ppo")
-    learner = trained(replace(cfg, ppo=replace(cfg.ppo, kl_estimator="exact")), 2)
-    assert learner.reference is not None and not learner.reference.kept
+    method = trained(replace(cfg, ppo=replace(cfg.ppo, kl_estimator="exact")), 2)
+    assert method.sampler.reference is not None and not method.sampler.reference.kept

@@ -13,16 +13,14 @@ from torch import Tensor
 from ppo_nlu.config import Config, DataConfig, PPOConfig, RewardConfig, RolloutConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.losses import kl_penalty
-from ppo_nlu.methods import rollout as rollout_module
+from ppo_nlu.methods import sampler
 from ppo_nlu.methods.rollout import (
     Rollout,
-    collect_answers,
     fit_prompt,
     longest_prompt,
-    score_rows,
     seeded,
-    tell_reuse,
 )
+from ppo_nlu.methods.sampler import Sampler, score_rows
 from ppo_nlu.model.lora import lora_disabled, lora_parameters
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.tasks import Example
@@ -38,7 +36,7 @@ def config(estimator: str = "k1", temperature: float = 1.0, **changes) -> Config
 
 def collected(policy: Policy, cfg: Config, step: int = 0) -> Rollout:
     kl: Any = cfg.ppo.kl_estimator
-    return collect_answers(policy, tiny.SPECS, cfg, tiny.examples(4), step, kl=kl)
+    return Sampler(policy, tiny.SPECS, cfg, kl=kl).sample(tiny.examples(4), step)
 
 
 def there(tensor: Tensor | None) -> Tensor:
@@ -155,13 +153,8 @@ def test_scores(scale, expected, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [policy.tokenizer.convert_tokens_to_ids(text.split()) for text in said]
     tiny.force(monkeypatch, policy, answers)
     cfg = config(reward=RewardConfig(scale))
-    rollout = collect_answers(
-        policy,
-        tiny.SPECS,
-        replace(cfg, rollout=RolloutConfig(4, 1, 4)),
-        tiny.examples(4, "Positive"),
-        0,
-    )
+    made = Sampler(policy, tiny.SPECS, replace(cfg, rollout=RolloutConfig(4, 1, 4)))
+    rollout = made.sample(tiny.examples(4, "Positive"), 0)
     assert rollout.predictions == ["Positive", "Negative", None, None]
     assert rollout.scores.tolist() == expected and rollout.scores.dtype == torch.float32
     assert rollout.mask.sum(1).tolist() == [2, 2, 4, 2], "eos counts, though it is the pad too"
@@ -218,14 +211,14 @@ def test_equal_answers_to_one_prompt_are_run_once(monkeypatch: pytest.MonkeyPatc
 
 def shifted(patch: pytest.MonkeyPatch, by: float) -> None:
     """Makes the decode pass say log-probs that are `by` too low at one token."""
-    plain = rollout_module.generate
+    plain = sampler.generate
 
     def generate(*arguments, **options):
         drawn = plain(*arguments, **options)
         drawn.logprobs[2, 0] -= by
         return drawn
 
-    patch.setattr(rollout_module, "generate", generate)
+    patch.setattr(sampler, "generate", generate)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +245,9 @@ def test_old_logprobs_come_from_the_decode_pass_where_it_is_exact(
         return plain(*arguments, **options)
 
     monkeypatch.setattr(policy, "score", spy)
-    rollout = collect_answers(policy, tiny.SPECS, cfg, tiny.examples(4), 0, reuse=given)
+    made = Sampler(policy, tiny.SPECS, cfg)
+    made.reuse = made.reuse if given is None else given
+    rollout = made.sample(tiny.examples(4), 0)
     compared = mode == "auto" and given is None
     assert len(passes) == (1 if compared or not reused else 0)
     assert rollout.reused is reused and (rollout.gap is None) is (not passes)
@@ -261,16 +256,16 @@ def test_old_logprobs_come_from_the_decode_pass_where_it_is_exact(
     gap = float((rollout.logprobs - right.logprobs).abs().max())
     assert gap == pytest.approx(by if reused else 0, abs=2e-5)
     tiny.close(there(rollout.values), there(right.values))
-    told = tell_reuse(rollout)
-    assert (told is None) is (rollout.gap is None)
-    if told:
+    assert made.reuse is reused, "settled for the steps to come"
+    assert len(rollout.messages) == compared, "told once"
+    for told in rollout.messages:
         assert ("from the decode pass" in told) is reused and f"{rollout.gap:.1e}" in told
 
 
 def test_nothing_is_asked_of_the_reference_without_kl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_module, "lora_disabled", lambda model: pytest.fail("asked"))
+    monkeypatch.setattr(sampler, "lora_disabled", lambda model: pytest.fail("asked"))
     policy, cfg = tiny.policy(), config()
-    found = collect_answers(policy, tiny.SPECS, cfg, tiny.examples(4), 0, critic=False)
+    found = Sampler(policy, tiny.SPECS, cfg, critic=False).sample(tiny.examples(4), 0)
     assert found.kl is None and found.ref_logprobs is None and found.values is None
 
 

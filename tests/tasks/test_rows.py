@@ -16,7 +16,7 @@ from ppo_nlu.model import lora
 from ppo_nlu.reproduce import comparisons
 from ppo_nlu.reproduce.__main__ import main as reproduce
 from ppo_nlu.reproduce.grid import GRIDS, Backbone, Cell, plan
-from ppo_nlu.runtime import checkpoint
+from ppo_nlu.runtime import run_folder
 from ppo_nlu.tasks import TASKS, get_task
 from ppo_nlu.tasks.metrics import average
 
@@ -107,8 +107,8 @@ def test_the_grids_program_lists_it(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_submission_holds_both_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f'task: tone\ndata: {{path: "{folder}"}}\n')
-    run = checkpoint.claim(tmp_path / "run", dump(load_config(tmp_path / "run.yaml")))
-    checkpoint.release(run)
+    run = run_folder.claim(tmp_path / "run", dump(load_config(tmp_path / "run.yaml")))
+    run_folder.release(run)
     (run / "adapter").mkdir()
     (run / "adapter" / lora.CONFIG_FILE).write_text("{}")
     parts, missing = submit.collect("glue", [submit.Run.read(str(run), [])])

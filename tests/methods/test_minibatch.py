@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import tiny
@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from ppo_nlu.config import Config, GRPOConfig, PPOConfig, RolloutConfig
+from ppo_nlu.config import Config, GRPOConfig, OptimConfig, PPOConfig, RolloutConfig
 from ppo_nlu.errors import UserError
-from ppo_nlu.losses import AdaptiveKL
-from ppo_nlu.methods import grpo, ppo, sft, updates
-from ppo_nlu.methods.updates import Budget, cut
-from ppo_nlu.model.policy import Policy, trainable
+from ppo_nlu.methods import grpo, ppo, sft
+from ppo_nlu.methods.minibatch import Budget, Epochs, Metrics, OptimizerStep, cut, graph_tokens
 
 
 @dataclass
@@ -72,59 +70,40 @@ def test_the_plain_path_runs_every_row_whole() -> None:
 # ---- the gradient of a minibatch ------------------------------------------------------------
 
 
-def gradients(policy: Policy, backward: Callable[[], object]) -> list[Tensor]:
-    for parameter in trainable(policy):
-        parameter.grad = None
-    backward()
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(policy)]
-    for parameter in trainable(policy):
-        parameter.grad = None
-    return found
-
-
-def setting(method: str, plain: bool = False) -> tuple[Policy, Callable[[Budget], object]]:
-    """A policy, and the backward of one minibatch of 12 answers under a budget."""
+def setting(method: str, plain: bool = False) -> Callable[[Budget], list[Tensor]]:
+    """The gradient of one minibatch of 12 answers (or 5 rows) under a budget."""
     policy = tiny.policy("mpt" if plain else "llama")
     cfg = Config(
         task="sst2",
         method=method,
         rollout=RolloutConfig(4, 3, 4),
-        ppo=PPOConfig(minibatch_size=12),
+        ppo=PPOConfig(minibatch_size=12, epochs=1),
         grpo=GRPOConfig(kl_coef=0.1, drop_even=False),
+        optim=OptimConfig(max_grad_norm=0.0),
     )
-    rows = tiny.examples(4)
-    if method == "ppo":
-        batch, _ = ppo.collect(policy, tiny.SPECS, cfg, AdaptiveKL(0.2, 6, 100), rows, 0)
-        index = list(range(12))
-        return policy, lambda budget: ppo.backward(policy, cfg, batch, index, budget)
+    made = {"ppo": ppo.PPO, "grpo": grpo.GRPO, "sft": sft.SFT}[method](cfg, tiny.SPECS, policy)
+    batch = made.collect(tiny.examples(5 if method == "sft" else 4), 0)
     if method == "grpo":
-        group, _ = grpo.collect(policy, tiny.SPECS, cfg, rows, 0)
-        group.advantages = torch.linspace(-1, 2, 12)
-        return policy, lambda budget: grpo.backward(policy, cfg, group, list(range(12)), budget)
+        batch.advantages = torch.linspace(-1, 2, 12)
 
-    def supervised(budget: Budget) -> None:
-        class Keep(SGD):  # the step would clear the gradient
-            def step(self, closure=None):  # type: ignore[override]
-                return None
+    def gradients(budget: Budget) -> list[Tensor]:
+        made.budget, kept = budget, tiny.keep_gradients(made)
+        messages = made.update(batch, 0).messages
+        budget.messages += [line for line in messages if "micro-batch" in line]
+        return kept
 
-            def zero_grad(self, set_to_none: bool = True) -> None:
-                return None
-
-        optimizer = Keep(trainable(policy), lr=0.0)
-        open_cfg = replace(cfg, optim=replace(cfg.optim, max_grad_norm=0.0))
-        sft.update(policy, tiny.SPECS, optimizer, open_cfg, tiny.examples(5), budget)
-
-    return policy, supervised
+    gradients.policy = policy  # type: ignore[attr-defined]
+    return gradients
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["tree", "plain"])
 @pytest.mark.parametrize("method", ["ppo", "grpo", "sft"])
 def test_a_budget_changes_memory_only(method: str, plain: bool) -> None:
-    policy, backward = setting(method, plain)
-    whole = gradients(policy, lambda: backward(Budget()))
+    gradients = setting(method, plain)
+    whole = gradients(Budget())
     assert max(float(g.abs().max()) for g in whole) > 1e-3
     for budget in (Budget(tokens=60), Budget(tokens=1), Budget(rows=3, tokens=90), Budget(rows=5)):
-        for one, other in zip(whole, gradients(policy, lambda b=budget: backward(b)), strict=True):  # type: ignore[misc]
+        for one, other in zip(whole, gradients(budget), strict=True):
             tiny.close(one, other, 1e-5)
 
 
@@ -133,8 +112,8 @@ def test_out_of_memory_halves_the_micro_batch_with_the_same_result(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A card that holds 3 rows: 12 are halved to 6 and to 3, 5 to 2."""
-    policy, backward = setting(method)
-    whole = gradients(policy, lambda: backward(Budget()))
+    gradients = setting(method)
+    whole, policy = gradients(Budget()), gradients.policy  # type: ignore[attr-defined]
     plain, sizes = policy.score, list[int]()
 
     def small(prompts, answers, owners=None, *rest, **named):
@@ -145,12 +124,12 @@ def test_out_of_memory_halves_the_micro_batch_with_the_same_result(
 
     monkeypatch.setattr(policy, "score", small)
     budget = Budget(rows=0 if method != "sft" else 5)
-    for one, other in zip(whole, gradients(policy, lambda: backward(budget)), strict=True):
+    for one, other in zip(whole, gradients(budget), strict=True):
         tiny.close(one, other, 1e-5)
     assert budget.rows in (2, 3) and max(sizes[-2:]) <= 3
-    assert len(budget.remarks) == 1 and "smaller micro-batch" in budget.remarks[0]
+    assert len(budget.messages) == 1 and "smaller micro-batch" in budget.messages[0]
     sizes.clear()
-    gradients(policy, lambda: backward(budget))
+    gradients(budget)
     assert max(sizes) <= 3, "it stays halved"
 
 
@@ -159,81 +138,91 @@ def test_out_of_memory_in_a_later_part_starts_afresh() -> None:
     weight = nn.Parameter(torch.zeros(()))
     rows = Rows([[1]] * 6, [[2]] * 6, list(range(6)))
 
-    def backward(micro: list[int]) -> updates.Metrics:
-        if 4 in micro and len(micro) > 1:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        (weight * sum(j + 1 for j in micro)).backward()
-        return {"loss": float(sum(j + 1 for j in micro))}
-
-    budget = Budget(rows=4)
-    metrics = updates.accumulate([weight], rows, list(range(6)), budget, backward)
-    assert weight.grad is not None and float(weight.grad) == metrics["loss"] == 21
-    assert budget.rows == 1 and len(budget.remarks) == 1
+    step, budget = OptimizerStep(SGD([weight], lr=0.0), 0.0), Budget(rows=4)
+    for micro in step.micro_batches(rows, list(range(6)), budget):
+        with step.part(micro):
+            if 4 in micro and len(micro) > 1:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            step.backward(
+                weight * sum(j + 1 for j in micro), {"sum": torch.tensor(sum(micro) + 0.0)}
+            )
+    assert weight.grad is not None and float(weight.grad) == 21 and step.metrics["sum"] == 15
+    assert budget.rows == 1 and len(budget.messages) == 1
 
 
 def test_one_answer_that_does_not_fit_is_told() -> None:
-    def backward(micro: list[int]) -> updates.Metrics:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    weight, rows = nn.Parameter(torch.zeros(())), Rows([[1]] * 3, [[2]] * 3, [0, 1, 2])
+    step = OptimizerStep(SGD([weight], lr=0.0), 0.0)
+    with pytest.raises(UserError, match=r"train.micro_batch_tokens: .*model.checkpointing=true"):  # noqa: PT012
+        for micro in step.micro_batches(rows, [0, 1, 2], Budget()):
+            with step.part(micro):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(UserError, match=r"train.micro_batch_tokens: .*model.checkpointing=true"):
-        updates.accumulate([], Rows([[1]] * 3, [[2]] * 3, [0, 1, 2]), [0, 1, 2], Budget(), backward)
+
+def test_another_error_in_a_part_goes_through() -> None:
+    step = OptimizerStep(SGD([nn.Parameter(torch.zeros(()))], lr=0.0), 0.0)
+    with pytest.raises(RuntimeError, match="shapes"), step.part([0, 1]):
+        raise RuntimeError("shapes differ")
 
 
 # ---- epochs and minibatches -----------------------------------------------------------------
 
 
-def test_a_minibatch_of_nothing_takes_no_step() -> None:
+def test_epochs_are_cut_into_minibatches_with_a_step_each() -> None:
     """Three minibatches of two rows, the middle one with nothing to learn: two steps, no more.
     Without that AdamW would go on in the old direction."""
     weight = nn.Parameter(torch.zeros(()))
     optimizer, seen = AdamW([weight], lr=0.1), list[list[int]]()
-
-    def backward(index: list[int]) -> updates.Metrics | None:
+    epochs = Epochs(GRPOConfig(minibatch_size=2))
+    for index in epochs.minibatches(lambda epoch: range(6)):
         seen.append(index)
         if index == [2, 3]:
-            return None
-        weight.backward(torch.ones(()))
-        return {"loss": 2.0, "policy/ratio_mean": 1.0, "policy/ratio_gap": 0.5 * len(seen)}
-
-    cfg = Config(task="sst2", grpo=GRPOConfig(minibatch_size=2))
-    metrics = updates.run([weight], optimizer, cfg, cfg.grpo, lambda epoch: range(6), backward)
+            continue
+        step = OptimizerStep(optimizer, 1.0)
+        ratios = {"policy/ratio_mean": 1.0, "policy/ratio_gap": 0.5 * len(seen)}
+        step.backward(weight + 2, {name: torch.tensor(x) for name, x in ratios.items()})
+        step.metrics["loss"] = 2.0
+        epochs.take(step, index)
+    metrics = epochs.metrics()
     assert seen == [[0, 1], [2, 3], [4, 5]] and int(optimizer.state[weight]["step"]) == 2
     assert metrics["optim/steps"] == 2 and metrics["loss"] == 2.0
     assert metrics["policy/first_ratio_gap"] == 0.5 and metrics["policy/ratio_gap"] == 1.5
-    nothing = updates.run([weight], optimizer, cfg, cfg.grpo, lambda epoch: [], backward)
-    assert nothing == {"optim/steps": 0.0, "optim/skipped": 0.0}
+    nothing = Epochs(GRPOConfig(minibatch_size=2))
+    assert list(nothing.minibatches(lambda epoch: [])) == []
+    assert nothing.metrics() == {"optim/steps": 0.0, "optim/skipped": 0.0}
 
 
 def test_an_update_stands_on_the_rollout_only_where_it_is_one_forward() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     whole = PPOConfig(minibatch_size=16)
-    assert updates.graph_tokens(whole, Budget(), 16, cpu) > 10**9
-    assert updates.graph_tokens(whole, Budget(tokens=900), 16, cpu) == 900
-    assert updates.graph_tokens(whole, Budget(tokens=900), 16, gpu) == 450
-    assert updates.graph_tokens(whole, Budget(), 17, cpu) == 0, "minibatches of 16"
-    assert updates.graph_tokens(whole, Budget(rows=8), 16, cpu) == 0, "micro-batches of 8"
-    assert updates.graph_tokens(GRPOConfig(), Budget(), 64, cpu) > 10**9
+    assert graph_tokens(whole, Budget(), 16, cpu) > 10**9
+    assert graph_tokens(whole, Budget(tokens=900), 16, cpu) == 900
+    assert graph_tokens(whole, Budget(tokens=900), 16, gpu) == 450
+    assert graph_tokens(whole, Budget(), 17, cpu) == 0, "minibatches of 16"
+    assert graph_tokens(whole, Budget(rows=8), 16, cpu) == 0, "micro-batches of 8"
+    assert graph_tokens(GRPOConfig(), Budget(), 64, cpu) > 10**9
 
 
-def steps_of(found: updates.Metrics, gradient: float = 1.0, **changes) -> tuple[nn.Parameter, int]:
-    """A weight after up to three epochs of one minibatch with these metrics, and the epochs run."""
-    weight, epochs = nn.Parameter(torch.zeros(())), list[int]()
-
-    def backward(index: list[int]) -> updates.Metrics:
-        epochs.append(len(epochs))
+def steps_of(found: Metrics, gradient: float = 1.0, **changes) -> tuple[nn.Parameter, int]:
+    """A weight after up to three epochs of one minibatch with these metrics, and the epochs run;
+    below 0 where the last one was bad."""
+    weight, count = nn.Parameter(torch.zeros(())), 0
+    optimizer, epochs = (
+        SGD([weight], lr=0.1),
+        Epochs(PPOConfig(epochs=3, minibatch_size=2, **changes)),
+    )
+    for index in epochs.minibatches(lambda epoch: range(2)):
+        count += 1
         assert weight.grad is None, "a minibatch starts without a gradient"
-        weight.backward(torch.tensor(gradient))
+        step = OptimizerStep(optimizer, 1.0)
+        step.backward(weight * gradient, {})
         ratios = {"policy/ratio_mean": 1.0, "policy/ratio_gap": 0.0, "policy/approx_kl": 0.0}
-        return {"loss": 1.0, **ratios, **found}
-
-    cfg = Config(task="sst2", ppo=PPOConfig(epochs=3, minibatch_size=2, **changes))
-    optimizer = SGD([weight], lr=0.1)
-    try:
-        updates.run([weight], optimizer, cfg, cfg.ppo, lambda epoch: range(2), backward)
-    except updates.BadStep:
-        assert weight.grad is None
-        return weight, -len(epochs)
-    return weight, len(epochs)
+        step.metrics |= {"loss": 1.0, **ratios, **found}
+        epochs.take(step, index)
+    assert weight.grad is None
+    if epochs.bad is not None:
+        assert epochs.bad[0] == [0, 1] and epochs.bad[1]["policy/ratio_mean"] == 1.0
+    return weight, count if epochs.bad is None else -count
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -1,0 +1,80 @@
+"""What the training loop asks of a method: `collect`, then `update`; weights to keep, and back.
+
+A method is a class on `Method` in a file of its own, which names it as `METHOD`, and its name in
+`config.METHODS`. The parts that are not abstract here are those of LoRA on a causal language model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as dump_tensors
+from torch import Tensor, nn
+
+from ppo_nlu.config import Config
+from ppo_nlu.methods.encoder_model import Encoder
+from ppo_nlu.methods.minibatch import Budget
+from ppo_nlu.methods.report import Report
+from ppo_nlu.model import lora, peft_format
+from ppo_nlu.model.policy import Policy
+from ppo_nlu.model.value_head import VALUE_HEAD
+from ppo_nlu.runtime.optim import build_optimizer
+from ppo_nlu.tasks import Example, TaskSpec
+
+Groups = dict[str, dict[str, Tensor]]
+
+
+class Method(ABC):
+    """One method at work on one model."""
+
+    model: Policy | Encoder  # what `evaluate` asks for answers
+    batch_size: int  # rows of a step
+    samples: int = 1  # answers that a step trains on, for each row
+    unit: str = "rows"  # what a trained row is called in the summary line
+    budget: Budget | None = None  # what a forward of the update may hold, where that is decided
+
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | Encoder):
+        self.cfg, self.specs, self.model = cfg, specs, model
+        self.optimizer = build_optimizer(cfg.optim, *self.parameters())
+
+    @abstractmethod
+    def collect(self, rows: Sequence[Example], step: int) -> Any:
+        """Everything that is asked of the model before it learns, as a batch for `update`."""
+
+    @abstractmethod
+    def update(self, batch: Any, step: int) -> Report:
+        """Learn from a batch."""
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What trains at `optim.lr`, and what at `optim.value_lr`."""
+        return lora.lora_parameters(self.model.model), []
+
+    def weights(self) -> Groups:
+        """The trained tensors by group, as a checkpoint keeps them."""
+        return {"adapter": lora.state_dict(self.model.model)}
+
+    def restore(self, groups: Groups, place: str) -> None:
+        """Take trained tensors back; `place` is named in errors."""
+        lora.load_state_dict(self.model.model, groups["adapter"], place)
+
+    def save(self, folder: Path) -> None:
+        """Write what a run hands over into its folder."""
+        name, groups = self.cfg.model.name_or_path, self.weights()
+        beside = {VALUE_HEAD: dump_tensors(groups["value_head"])} if "value_head" in groups else {}
+        peft_format.save_adapter(self.model.model, folder / "adapter", self.cfg.lora, name, beside)
+
+    def state(self) -> dict[str, Any]:
+        """Numbers beside the weights that a resumed run needs."""
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Take those numbers back."""
+        return
+
+    def base(self) -> AbstractContextManager[Any] | None:
+        """A region in which the model is the untrained one; None where there is no such thing."""
+        return lora.lora_disabled(self.model.model)

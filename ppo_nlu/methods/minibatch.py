@@ -1,0 +1,255 @@
+"""One optimizer step, and epochs of them: what the updates of all methods share.
+
+A minibatch is one optimizer step. Its gradient is a sum over micro-batches, cut by rows and by
+tokens; every loss is divided by a count of the whole minibatch, so the cuts change memory alone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ppo_nlu.config import GRPOConfig, PPOConfig
+from ppo_nlu.errors import UserError
+from ppo_nlu.runtime.optim import clip_gradients
+from ppo_nlu.tree import prefixes
+
+Metrics = dict[str, float]
+LARGEST = ("policy/ratio_max", "policy/ratio_gap")  # the largest counts, not the sum
+
+
+class Rows(Protocol):
+    """Token ids to run; answer j belongs to prompt `owners[j]`."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    owners: list[int]
+
+
+@dataclass
+class Budget:
+    """What one forward of an update may hold; 0 = no limit. It decides memory, not the result.
+
+    `messages` are for the user, and whoever tells them clears them.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    messages: list[str] = field(default_factory=list)
+
+    def halve(self, rows: int) -> None:
+        """From now on at most half of the `rows` that did not fit; said the first time."""
+        if rows < 2:
+            raise UserError(
+                "train.micro_batch_tokens: the GPU's memory does not hold the update of a single "
+                "answer; set model.checkpointing=true, or lower data.max_prompt_tokens"
+            ) from None
+        self.rows = rows // 2
+        message = "out of GPU memory: a smaller micro-batch from here on, with the same result"
+        if message not in self.messages:
+            self.messages.append(message)
+
+    def taken_messages(self) -> list[str]:
+        """The messages so far, which are told once."""
+        told, self.messages = self.messages, []
+        return told
+
+
+def graph_tokens(
+    section: PPOConfig | GRPOConfig, budget: Budget, rows: int, device: torch.device
+) -> int:
+    """How many tokens the first forward of an update may hold where it is one of all `rows`
+    answers, and so can stand on the rollout's pass over their prompts; 0 where it is not.
+
+    On a GPU half of the budget: the rollout has to fit beside it.
+    """
+    if min(section.minibatch_size or rows, budget.rows or rows) < rows:
+        return 0
+    if not budget.tokens:
+        return sys.maxsize
+    return budget.tokens // (1 if device.type == "cpu" else 2)
+
+
+# --- one optimizer step ---------------------------------------------------------------------------
+
+
+class OptimizerStep:
+    """The gradient of one minibatch, and the step along it; every method takes its steps here.
+
+        step = OptimizerStep(optimizer, max_grad_norm)
+        for micro in step.micro_batches(rows, index, budget):
+            with step.part(micro):
+                step.backward(*loss_of(micro))
+        if not step.take():
+            ...  # loss or gradient is not finite: no step was taken
+
+    Where a minibatch is one forward, `backward` and `take` alone will do. `metrics` are sums over
+    the micro-batches, and `optim/grad_norm` once the step is taken.
+    """
+
+    def __init__(self, optimizer: Optimizer, max_grad_norm: float) -> None:
+        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+        self.metrics: Metrics = {}
+        self.short = 0  # rows of the micro-batch that did not fit
+
+    def micro_batches(
+        self, rows: Rows, index: Sequence[int], budget: Budget, shared: bool = True
+    ) -> Iterator[list[int]]:
+        """The rows `index` in micro-batches; `shared` as in `cut`.
+
+        Where a GPU's memory does not hold one of them, the gradient is started afresh with half of
+        its rows.
+        """
+        while True:
+            self.metrics, self.short = {}, 0
+            for micro in cut(rows, index, budget, shared):
+                yield micro
+                if self.short:
+                    break
+            if not self.short:
+                return
+            self.optimizer.zero_grad(set_to_none=True)
+            budget.halve(self.short)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    @contextmanager
+    def part(self, micro: Sequence[int]) -> Iterator[None]:
+        """A region for forward and backward of a micro-batch, which may be too large for a GPU."""
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            # What follows waits for the end of this handler: the traceback keeps the activations.
+            self.short = len(micro)
+
+    def backward(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Add the gradient of a micro-batch, and its metrics."""
+        loss.backward()
+        named = {**metrics, "loss": loss.detach()}
+        numbers = torch.stack(list(named.values())).tolist()  # one copy from the device
+        add(self.metrics, dict(zip(named, numbers, strict=True)))
+
+    def take(self, skip: bool = False) -> bool:
+        """Clip the gradient and step along it, unless it is to be skipped; no gradient is left.
+
+        False where loss or gradient is not finite: then there is no step either.
+        """
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = float(clip_gradients(trained, self.max_grad_norm))
+        self.metrics["optim/grad_norm"] = norm
+        finite = math.isfinite(norm) and math.isfinite(self.metrics["loss"])
+        if finite and not skip:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+
+# --- epochs of them -------------------------------------------------------------------------------
+
+
+class Epochs:
+    """Epochs over a batch in minibatches, and what their steps were like.
+
+    They end early beyond `target_kl`, and where a loss or gradient is not finite: `bad` are the
+    rows of that minibatch then.
+    """
+
+    def __init__(self, section: PPOConfig | GRPOConfig) -> None:
+        self.section = section
+        self.totals: Metrics = {}
+        self.taken = self.skipped = 0
+        self.first_gap: float | None = None
+        self.over = False
+        self.bad: tuple[list[int], Metrics] | None = None
+
+    def minibatches(self, order: Callable[[int], Sequence[int]]) -> Iterator[list[int]]:
+        """The rows of each minibatch; `order`: those of an epoch, as they are cut."""
+        for epoch in range(self.section.epochs):
+            rows = order(epoch)
+            for index in chunks(rows, self.section.minibatch_size or len(rows)):
+                yield index
+                if self.over:
+                    return
+
+    def take(self, step: OptimizerStep, index: Sequence[int]) -> None:
+        """Take the step of the minibatch `index`, but where its mean ratio is above the limit."""
+        metrics, limits = step.metrics, self.section
+        if self.first_gap is None:
+            self.first_gap = metrics["policy/ratio_gap"]
+        skip = bool(limits.max_ratio and metrics["policy/ratio_mean"] > limits.max_ratio)
+        if not step.take(skip):
+            self.over, self.bad = True, (list(index), metrics)
+            return
+        self.taken, self.skipped = self.taken + (not skip), self.skipped + skip
+        add(self.totals, metrics)
+        limit = limits.target_kl
+        self.over = limit is not None and metrics["policy/approx_kl"] > 1.5 * limit
+
+    def metrics(self) -> Metrics:
+        """The means over the minibatches, and the number of steps."""
+        count = self.taken + self.skipped
+        means = {n: x if n in LARGEST else x / count for n, x in self.totals.items()}
+        means |= {"optim/steps": float(self.taken), "optim/skipped": float(self.skipped)}
+        if self.first_gap is None:
+            return means
+        return means | {"policy/first_ratio_gap": self.first_gap}
+
+
+# --- cutting --------------------------------------------------------------------------------------
+
+
+def cut(
+    rows: Rows, index: Sequence[int], budget: Budget, shared: bool = True
+) -> Iterator[list[int]]:
+    """The rows of a minibatch in micro-batches of at most `budget.rows` rows and `budget.tokens`
+    tokens; a row that is longer than that goes alone.
+
+    Tokens are counted as the prefix tree runs them, a prompt once for all its answers and what all
+    prompts share once; with `shared=False` row by row. Under a limit of tokens the longest rows
+    come first, and those of one prompt side by side.
+    """
+    most = budget.rows or len(index)
+    if not budget.tokens:
+        yield from chunks(index, most)
+        return
+    first = rows.prompts[rows.owners[index[0]]]
+    head = min(prefixes.common(first, rows.prompts[rows.owners[j]]) for j in index)
+    head = head if shared else 0
+
+    def size(j: int) -> int:
+        return len(rows.prompts[rows.owners[j]])
+
+    micro: list[int] = []
+    held, used = set[int](), head
+    for j in sorted(index, key=lambda j: (-size(j), rows.owners[j], -len(rows.answers[j]))):
+        own = 0 if shared and rows.owners[j] in held else size(j) - head
+        need = own + len(rows.answers[j]) - 1
+        if micro and (len(micro) == most or used + need > budget.tokens):
+            yield micro
+            micro, held, used = [], set(), head
+            need = size(j) - head + len(rows.answers[j]) - 1
+        micro.append(j)
+        held.add(rows.owners[j])
+        used += need
+    yield micro
+
+
+def add(totals: Metrics, metrics: Metrics) -> None:
+    """Sum metrics up, in place; of those in `LARGEST` the largest is kept."""
+    for name, value in metrics.items():
+        old = totals.get(name, 0.0)
+        totals[name] = max(old, value) if name in LARGEST else old + value
+
+
+def chunks(items: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Consecutive slices of at most `size` items."""
+    for start in range(0, len(items), max(size, 1)):
+        yield list(items[start : start + size])

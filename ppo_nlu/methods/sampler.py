@@ -1,0 +1,249 @@
+"""From prompts to scored answers: draws them, and measures how far they are from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ppo_nlu.config import Config, GRPOConfig, PPOConfig
+from ppo_nlu.data import demonstrations
+from ppo_nlu.losses import exact_kl, kl_penalty
+from ppo_nlu.methods.minibatch import Budget, graph_tokens
+from ppo_nlu.methods.reference_cache import ReferenceCache
+from ppo_nlu.methods.rollout import (
+    Fitted,
+    Rollout,
+    fit_prompt,
+    longest_prompt,
+    normalised,
+    seeded,
+)
+from ppo_nlu.model.generate import Generation, Sampling, generate
+from ppo_nlu.model.lora import lora_disabled
+from ppo_nlu.model.policy import Policy, Scored, unflatten
+from ppo_nlu.runtime import profiling
+from ppo_nlu.tasks import Example, TaskSpec, rewards
+from ppo_nlu.tasks.answers import parse
+from ppo_nlu.tasks.rewards import RunningScale
+from ppo_nlu.tree.passes import State
+
+EXACT = 1e-4  # decode and training pass may be this far apart and still count as the same
+Divergence = Literal["k1", "k2", "k3", "exact"]
+
+
+class Sampler:
+    """A policy at work on rows, with what it remembers from step to step.
+
+    `critic`: values are asked for too. `kl`: how to measure the KL to the reference; None: not at
+    all, and no pass of it is run. `reference` keeps the reference's log-probs of earlier answers
+    (not read for exact). `reuse`: whether the log-probs of the decode pass are exact enough to be
+    the old ones; None: the next step compares them with those of a training pass. `scale` puts
+    each task's scores on one scale (`reward.normalise`).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        specs: Mapping[str, TaskSpec],
+        cfg: Config,
+        critic: bool = True,
+        kl: Divergence | None = None,
+    ):
+        self.policy, self.specs, self.cfg, self.critic, self.kl = policy, specs, cfg, critic, kl
+        self.temperature = cfg.rollout.temperature
+        self.reference = ReferenceCache() if cfg.rollout.reference_cache else None
+        self.reuse: bool | None = {"always": True, "never": False}.get(cfg.rollout.reuse_logprobs)
+        self.scale = RunningScale() if cfg.reward.normalise else None
+
+    def sample(self, rows: Sequence[Example], step: int, keep_graph: int = 0) -> Rollout:
+        """Answers to these rows, parsed and scored by the rules of their tasks, with old log-probs,
+        values and KL as asked for.
+
+        Args:
+            keep_graph: keep the graph of a pass over prompts and answers of at most so many tokens.
+        """
+        fitted = self._fit(rows)
+        drawn = self._draw([fit.ids for fit in fitted], step, keep_graph)
+        rollout = self._parsed(rows, fitted, drawn)
+        if not self.reuse:
+            with profiling.phase("score"):
+                self._rescore(rollout, drawn)
+        if self.kl is not None:
+            with profiling.phase("reference"):
+                self._diverge(rollout, drawn)
+        if self.reuse is None:
+            self.reuse = rollout.reused
+            rollout.messages.append(tell_reuse(rollout))
+        return rollout
+
+    def graph_room(self, section: PPOConfig | GRPOConfig, budget: Budget) -> int:
+        """How many tokens of a rollout's pass may stay for the update; 0: none.
+
+        Only where the decode pass gives the old log-probs: in low precision a pass that is cut
+        otherwise rounds otherwise, and the first ratio would not be that of a training pass.
+        """
+        policy, roll = self.policy, self.cfg.rollout
+        if not (self.reuse and policy.tree) or policy.checkpointing:
+            return 0
+        answers = roll.batch_size * roll.samples_per_prompt
+        return graph_tokens(section, budget, answers, policy.device)
+
+    def scores(self, rollout: Rollout) -> Tensor:
+        """What the answers earned (B,), on one scale where that is asked for."""
+        return rollout.scores if self.scale is None else normalised(self.scale, rollout)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {
+            "reward_scale": self.scale and self.scale.seen,
+            "reuse": self.reuse,
+            "reference": self.reference and self.reference.state(),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Take it back; a checkpoint of an earlier version has the scale alone."""
+        self.reuse = state.get("reuse", self.reuse)
+        if self.scale is not None:
+            self.scale.seen = dict(state["reward_scale"])
+        if self.reference is not None and state.get("reference") is not None:
+            self.reference.set_state(state["reference"])
+
+    def _fit(self, rows: Sequence[Example]) -> list[Fitted]:
+        cfg, policy = self.cfg, self.policy
+        longest = longest_prompt(policy, cfg, cfg.rollout.max_new_tokens)
+        shots = {name: demonstrations.of(spec, cfg) for name, spec in self.specs.items()}
+        return [
+            fit_prompt(policy, self.specs[row.task], row, longest, cfg.prompt, shots[row.task])
+            for row in rows
+        ]
+
+    def _draw(self, prompts: list[list[int]], step: int, keep_graph: int) -> Generation:
+        roll = self.cfg.rollout
+        return generate(
+            self.policy,
+            prompts,
+            roll.max_new_tokens,
+            Sampling(self.temperature),
+            samples=roll.samples_per_prompt,
+            generator=seeded("rollout", self.cfg.seed, step),
+            critic=self.critic,
+            keep_graph=keep_graph,
+        )
+
+    def _parsed(
+        self, rows: Sequence[Example], fitted: Sequence[Fitted], drawn: Generation
+    ) -> Rollout:
+        cfg, specs = self.cfg, self.specs
+        owners = [p for p in range(len(rows)) for _ in range(cfg.rollout.samples_per_prompt)]
+        owned = [rows[p] for p in owners]
+        responses = [self.policy.decode(answer) for answer in drawn.rows]
+        predictions = [
+            parse(specs[row.task], response, cfg.prompt.form)
+            for row, response in zip(owned, responses, strict=True)
+        ]
+        scores = [
+            rewards.reward(specs[row.task], row, guess, response, cfg.reward.scale)
+            for row, guess, response in zip(owned, predictions, responses, strict=True)
+        ]
+        return Rollout(
+            prompts=[fit.ids for fit in fitted],
+            answers=drawn.rows,
+            owners=owners,
+            examples=owned,
+            responses=responses,
+            predictions=predictions,
+            mask=drawn.mask,
+            logprobs=drawn.logprobs,
+            values=drawn.values,
+            ref_logprobs=None,
+            kl=None,
+            scores=torch.tensor(scores, device=self.policy.device),
+            truncated=sum(fit.cut for fit in fitted),
+            dropped=sum(fit.dropped for fit in fitted),
+            trunk=drawn.trunk,
+        )
+
+    @torch.no_grad()
+    def _rescore(self, rollout: Rollout, drawn: Generation) -> None:
+        """Old log-probs (and values, and states) of a training pass in place of the decode pass's;
+        where the two are to be compared, only if they are further apart than `EXACT`."""
+        again = score_rows(
+            self.policy, rollout, range(rollout.size), self.temperature, values=self.critic
+        )
+        rollout.gap = float((again.logprobs - rollout.logprobs)[rollout.mask].abs().max())
+        rollout.reused = self.reuse is None and rollout.gap <= EXACT
+        if not rollout.reused:
+            rollout.logprobs, rollout.values = again.logprobs, again.values
+            drawn.hidden = again.hidden
+
+    @torch.no_grad()
+    def _diverge(self, rollout: Rollout, drawn: Generation) -> None:
+        """The reference's log-probs of the answers, and the KL per token (B, R) to it."""
+        policy = self.policy
+        if self.kl is not None and self.kl != "exact":
+            cache = ReferenceCache() if self.reference is None else self.reference
+            rollout.ref_logprobs = cache.logprobs(
+                policy, rollout.prompts, rollout.answers, rollout.owners, self.temperature
+            )
+            rollout.kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, self.kl)
+            return
+        with lora_disabled(policy.model):
+            then = score_rows(policy, rollout, range(rollout.size), self.temperature)
+        rollout.ref_logprobs = then.logprobs
+        assert drawn.hidden is not None
+        chunks = zip(drawn.hidden.split(128), then.hidden.split(128), strict=True)
+        exact = [
+            exact_kl(policy.logits(now) / self.temperature, policy.logits(then) / self.temperature)
+            for now, then in chunks
+        ]
+        rollout.kl = unflatten(torch.cat(exact), rollout.mask)
+
+
+def score_rows(
+    policy: Policy,
+    rollout: Rollout,
+    index: Sequence[int],
+    temperature: float,
+    values: bool = False,
+    entropy_grad: bool = False,
+    trunk: State | None = None,
+) -> Scored:
+    """`policy.score` of some answers; where one prompt has the same answer twice it is run once."""
+    if trunk is None:
+        prompts, answers, owners = rollout.rows(index)
+    else:
+        prompts, answers = rollout.prompts, [rollout.answers[j] for j in index]
+        owners = [rollout.owners[j] for j in index]
+    place: dict[tuple[int, tuple[int, ...]], int] = {}
+    keys = [(owner, tuple(answer)) for owner, answer in zip(owners, answers, strict=True)]
+    rows = [place.setdefault(key, len(place)) for key in keys]
+    scored = policy.score(
+        prompts,
+        [list(answer) for _, answer in place],
+        [owner for owner, _ in place],
+        temperature,
+        values,
+        entropy_grad,
+        trunk,
+    )
+    if len(place) == len(rows):
+        return scored
+    taken = torch.tensor(rows, device=scored.mask.device)
+    mask = scored.mask[taken]
+    states = unflatten(torch.arange(len(scored.hidden), device=mask.device), scored.mask)
+    return Scored(
+        mask,
+        scored.logprobs[taken],
+        scored.entropy[taken],
+        None if scored.values is None else scored.values[taken],
+        scored.hidden[states[taken][mask]],
+    )
+
+
+def tell_reuse(rollout: Rollout) -> str:
+    """What the comparison of the two passes found, for the user."""
+    done = "are taken from the decode pass" if rollout.reused else "are recomputed every step"
+    return f"old log-probs {done} (largest distance from a training pass: {rollout.gap:.1e})"

@@ -12,7 +12,7 @@ from ppo_nlu import submit
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.data.__main__ import main as data_program
 from ppo_nlu.errors import UserError
-from ppo_nlu.model import lora
+from ppo_nlu.model import peft_format
 from ppo_nlu.reproduce import comparisons
 from ppo_nlu.reproduce.__main__ import main as reproduce
 from ppo_nlu.reproduce.grid import GRIDS, Backbone, Cell, plan
@@ -107,10 +107,10 @@ def test_the_grids_program_lists_it(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_submission_holds_both_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f'task: tone\ndata: {{path: "{folder}"}}\n')
-    run = run_folder.claim(tmp_path / "run", dump(load_config(tmp_path / "run.yaml")))
-    run_folder.release(run)
+    run = tmp_path / "run"
+    run_folder.claim(run, dump(load_config(tmp_path / "run.yaml"))).release()
     (run / "adapter").mkdir()
-    (run / "adapter" / lora.CONFIG_FILE).write_text("{}")
+    (run / "adapter" / peft_format.CONFIG_FILE).write_text("{}")
     parts, missing = submit.collect("glue", [submit.Run.read(str(run), [])])
     assert [(part.file.name, part.file.rows, part.trained.name) for part in parts] == [
         ("Tone-X.tsv", 2, "tone"),

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from ppo_nlu import data, predict
+from ppo_nlu import predict
 from ppo_nlu.answering.by_policy import PolicyAnswerer
 from ppo_nlu.answering.load_run import load_trained, run_config
 from ppo_nlu.answering.new_rows import FORMATS
 from ppo_nlu.config import EvalConfig
 from ppo_nlu.runtime import cli
-from ppo_nlu.tasks import get_task
+from ppo_nlu.tasks import Example, get_task
 
 SPEC = get_task("sst2")
 SENTENCES = [
@@ -66,7 +66,7 @@ def loaded(finished_run: Path) -> Any:
 @pytest.fixture(scope="module")
 def wanted(loaded: Any) -> list[dict[str, float]]:
     """The label probabilities of the sentences, one row at a time."""
-    rows = [data.Example(str(i), {"sentence": s}, None) for i, s in enumerate(SENTENCES)]
+    rows = [Example(str(i), {"sentence": s}, None) for i, s in enumerate(SENTENCES)]
     found = [next(loaded.answer(SPEC, [row], "score")) for row in rows]
     return [row.probabilities or {} for row in found]
 
@@ -213,7 +213,7 @@ def test_rows_are_read_a_window_at_a_time(loaded: Any) -> None:
     def endless() -> Any:
         while True:
             taken.append(1)
-            yield data.Example(str(len(taken)), {"sentence": "a film"}, None)
+            yield Example(str(len(taken)), {"sentence": "a film"}, None)
 
     answers = predict.predict(small, SPEC, endless(), 16)
     assert [next(answers).example.id for _ in range(20)] == [str(i + 1) for i in range(20)]

@@ -256,14 +256,13 @@ def test_the_first_step_comes_soon(
     """At most 2 s of processor time from the call of the program, with torch imported, to the end
     of the first step of the bundled model."""
     ends = []
-    original = train._learn
+    original = train._told
 
-    def learn(*arguments: Any) -> dict[str, Any]:
-        metrics = original(*arguments)
-        ends.append(time.process_time())
-        return metrics
+    def told(*arguments: Any) -> dict[str, Any]:
+        ends.append(time.process_time())  # the step has been taken
+        return original(*arguments)
 
-    monkeypatch.setattr(train, "_learn", learn)
+    monkeypatch.setattr(train, "_told", told)
     began = time.process_time()
     assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
     assert ends[0] - began < 2
@@ -316,8 +315,8 @@ def test_a_signal_from_outside_saves_and_tells_how_to_go_on(
 
 
 STOPS: dict[str, Callable[[], tuple[Any, str, Callable[..., bool]]]] = {
-    "in a rollout": lambda: (ppo, "collect", lambda *a: a[5] == 1),
-    "in an update": lambda: (ppo, "update", lambda *a: a[4] == 1),
+    "in a rollout": lambda: (ppo.PPO, "collect", lambda *a: a[2] == 1),
+    "in an update": lambda: (ppo.PPO, "update", lambda *a: a[2] == 1),
     "in a midway evaluation": lambda: (by_policy, "generate", lambda *a: True),
     "behind the checkpoint": lambda: (checkpoint, "prune", lambda *a: True),
     "in the evaluation at the end": lambda: (by_policy, "label_probabilities", lambda *a: True),
@@ -403,15 +402,15 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of `whole`, interrupted behind step 3: with checkpoints of steps 2 and 3."""
     root = tmp_path_factory.mktemp("unfinished")
     (root / "tiny.yaml").write_text(CONFIG)
-    learn = train._learn
+    told = train._told
 
     def interrupted(at: train.Run, *rest: Any) -> dict[str, Any]:
         if at.step == 3:
             raise KeyboardInterrupt
-        return learn(at, *rest)
+        return told(at, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_learn", interrupted)
+        patch.setattr(train, "_told", interrupted)
         assert run(root / "tiny.yaml", *QUICK, "--output", root / "run") == 130
     return root / "run"
 

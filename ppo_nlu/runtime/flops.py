@@ -66,7 +66,7 @@ def weights_of(policy: Any) -> Weights:
     """Those of a `model.Policy`: the matrices of its blocks (an embedding is a look-up)."""
     head, shape = policy.head.weight, policy.shape
     blocks, adapters = _matrices(policy.model, head)
-    parts = [m for m in policy.model.modules() if getattr(m, "trimmed", False)]
+    parts = [m for m in policy.model.modules() if getattr(m, "trimming", None)]
     trimmed = [_matrices(part, head) for part in parts]
     critic = sum(p.numel() for p in policy.value_head.parameters() if p.dim() == 2)
     return Weights(

@@ -24,8 +24,8 @@ ENCODER = replace(CFG, method="encoder")
 def test_a_run_has_finished_when_its_folder_is_whole(
     tmp_path: Path, cfg: Config, name: str
 ) -> None:
-    run = run_folder.claim(tmp_path / "run", dump(cfg))
-    run_folder.release(run)
+    run = tmp_path / "run"
+    run_folder.claim(run, dump(cfg)).release()
     assert load_run.trained_folder(run, cfg) == run / name
     with pytest.raises(UserError, match=f"has not finished and left no {name}/; .*--resume"):
         load_run.run_config(run)

@@ -75,15 +75,15 @@ class Place:
 
     def stopped(self, patch: pytest.MonkeyPatch, config: Path, *more: str) -> None:
         """A run that was stopped behind its second step."""
-        real = train._learn
+        real = train._told
 
-        def learn(run: train.Run, *rest: Any) -> dict[str, Any]:
+        def told(run: train.Run, *rest: Any) -> dict[str, Any]:
             if run.step == 2:
                 raise KeyboardInterrupt
             return real(run, *rest)
 
         with patch.context() as inside:
-            inside.setattr(train, "_learn", learn)
+            inside.setattr(train, "_told", told)
             assert start(config, *more, "--output", self.run) == 130
 
     def resume(self, *more: str) -> int:
@@ -396,7 +396,7 @@ def test_the_command_in_a_line_of_error_goes_on(
         raise KeyError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_learn", full)
+        patch.setattr(train, "_told", full)
         assert start(config, "--output", place.run) == 2
     words = typed(capsys.readouterr().err)
     with monkeypatch.context() as patch:

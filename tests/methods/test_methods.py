@@ -91,11 +91,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("head", "module", "name"),
     [
-        ("task: sst2\nmethod: sft\n", sft, "update"),
-        ("tasks: [sst2, cola]\nmethod: sft\nmixture: {mixing: equal}\n", sft, "update"),
-        ("tasks: [sst2, cola]\nreward: {normalise: true}\n", ppo, "update"),
-        ("task: sst2\nmethod: grpo\ngrpo: {kl_coef: 0.1, drop_even: false}\n", grpo, "update"),
-        ("tasks: [sst2, cola]\nmethod: grpo\nreward: {normalise: true}\n", grpo, "update"),
+        ("task: sst2\nmethod: sft\n", sft.SFT, "update"),
+        ("tasks: [sst2, cola]\nmethod: sft\nmixture: {mixing: equal}\n", sft.SFT, "update"),
+        ("tasks: [sst2, cola]\nreward: {normalise: true}\n", ppo.PPO, "update"),
+        ("task: sst2\nmethod: grpo\ngrpo: {kl_coef: 0.1, drop_even: false}\n", grpo.GRPO, "update"),
+        ("tasks: [sst2, cola]\nmethod: grpo\nreward: {normalise: true}\n", grpo.GRPO, "update"),
         ("task: cola\nmethod: encoder\n", train.mixture, "batch"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ppo_nlu import submit
+from ppo_nlu.answering import leaderboard
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.data.__main__ import main as data_program
 from ppo_nlu.errors import UserError
@@ -111,7 +111,7 @@ def test_the_submission_holds_both_files(folder: Path, tmp_path: Path) -> None:
     run_folder.claim(run, dump(load_config(tmp_path / "run.yaml"))).release()
     (run / "adapter").mkdir()
     (run / "adapter" / peft_format.CONFIG_FILE).write_text("{}")
-    parts, missing = submit.collect("glue", [submit.Run.read(str(run), [])])
+    parts, missing = leaderboard.collect("glue", [leaderboard.FinishedRun.read(str(run), [])])
     assert [(part.file.name, part.file.rows, part.trained.name) for part in parts] == [
         ("Tone-X.tsv", 2, "tone"),
         ("Tone.tsv", 2, "tone"),

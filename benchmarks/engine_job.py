@@ -5,6 +5,7 @@ Imported in our environment and in TRL's.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -33,10 +34,8 @@ class Meter:
 
     def imported(self) -> None:
         """All is imported and nothing is loaded."""
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-        except OSError:
-            pass
         self.import_mb = 0.0 if self.device == "cuda" else status_mb("VmRSS")
 
     def mark(self) -> None:

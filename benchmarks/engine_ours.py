@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,10 +215,8 @@ def startup(job: Job, meter: Meter) -> None:
     register_optimizer_step_post_hook(stop)
     folder = Path(job["out"]).with_suffix("")
     data = [f"data.path={job['data']}"] if job["data"] else []
-    try:
+    with suppress(_Done):
         train.main([str(ROOT / "configs" / "sst2.yaml"), *data, "--output", str(folder)])
-    except _Done:
-        pass
     whole, cpu = time.perf_counter() - began, time.process_time() - cpu
     spent["start"] -= spent["model"]  # data, LoRA layers, the check of the tree
     spent["step"] = whole - sum(spent.values())

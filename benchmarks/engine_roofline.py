@@ -27,8 +27,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not benchmarks/: see kernels.py
 
-from benchmarks import engine_cells, engine_setup, engines  # noqa: E402
-from benchmarks.engine_cells import Cell  # noqa: E402
+from benchmarks import engine_cells, engine_setup, engines
+from benchmarks.engine_cells import Cell
 
 RANK = 16
 SHAPES = ("llama2-7b", "qwen2.5-0.5b", "qwen2.5-7b")

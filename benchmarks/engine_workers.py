@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not benchmarks/: see kernels.py
 
-from benchmarks.engine_job import Meter  # noqa: E402
+from benchmarks.engine_job import Meter
 
 
 def main(argv: list[str]) -> int:

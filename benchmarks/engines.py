@@ -33,8 +33,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not benchmarks/: see kernels.py
 
-from benchmarks import engine_cells, engine_setup, engine_summary  # noqa: E402
-from benchmarks.engine_cells import PARTS, Cell  # noqa: E402
+from benchmarks import engine_cells, engine_setup, engine_summary
+from benchmarks.engine_cells import PARTS, Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "engines.csv"

@@ -20,14 +20,14 @@ from statistics import median
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not benchmarks/: see kernels.py
 
-import torch  # noqa: E402
+import torch
 
-from ppo_nlu.answering.answer import DECODES, held_out  # noqa: E402
-from ppo_nlu.answering.by_policy import PolicyAnswerer  # noqa: E402
-from ppo_nlu.config import load_config  # noqa: E402
+from ppo_nlu.answering.answer import DECODES, held_out
+from ppo_nlu.answering.by_policy import PolicyAnswerer
+from ppo_nlu.config import load_config
 from ppo_nlu.data import demonstrations
-from ppo_nlu.model.load import load_policy  # noqa: E402
-from ppo_nlu.tasks import get_task  # noqa: E402
+from ppo_nlu.model.load import load_policy
+from ppo_nlu.tasks import get_task
 
 
 def main() -> int:

@@ -28,9 +28,9 @@ import torch
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see kernels.py
 
-from benchmarks import cases, kernels, rivals, timing  # noqa: E402
-from benchmarks.cases import Case  # noqa: E402
-from ppo_nlu.tree import decode_graph  # noqa: E402
+from benchmarks import cases, kernels, rivals, timing
+from benchmarks.cases import Case
+from ppo_nlu.tree import decode_graph
 
 QWEN, LLAMA = (3584, 152064), (4096, 32000)  # H, V
 LORA_SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # K, O

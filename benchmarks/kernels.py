@@ -29,9 +29,9 @@ if __name__ == "__main__":
     # Not benchmarks/: there this file would pass for Hugging Face's package named `kernels`.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks import cases, rivals, timing  # noqa: E402
-from benchmarks.cases import Case, Inputs  # noqa: E402
-from benchmarks.timing import Timing  # noqa: E402
+from benchmarks import cases, rivals, timing
+from benchmarks.cases import Case, Inputs
+from benchmarks.timing import Timing
 
 COLUMNS = (
     "kernel", "provider", "mode", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms", "cpu_ms",

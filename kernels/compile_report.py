@@ -225,6 +225,7 @@ def shipped(only: str = "") -> list[Launch]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The program."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=[80, 90])
     parser.add_argument("--only", default="", metavar="NAME", help="part of a label or kernel name")

@@ -62,7 +62,7 @@ def _surrogate(log_ratio, advantage, low, high, dual_clip, DUAL: tl.constexpr):
     slope = to_free + tl.where(inside, to_clipped, 0.0)
     if DUAL:
         cap = -dual_clip * advantage
-        _, to_cap, to_loss = _larger(loss, cap)  # the minimum is the other side
+        _, _to_cap, to_loss = _larger(loss, cap)  # the minimum is the other side
         capped = tl.where(loss > cap, cap, loss)
         loss = tl.where(advantage < 0.0, capped, loss)
         slope = tl.where(advantage < 0.0, slope * to_loss, slope)

@@ -66,6 +66,7 @@ def floored(x):
 
 @triton.jit
 def finite_or_zero(top):
+    """A row's largest logit; 0 where all of them are -inf."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 

@@ -69,7 +69,7 @@ def test_masked_whiten_epsilon_is_1e_8_inside_the_root() -> None:
     near(masked_whiten(x, mask_of([2], 2)), [[1 / math.sqrt(3), -1 / math.sqrt(3)]])
 
 
-@pytest.mark.parametrize("shift_mean, expected", [(True, 0.0), (False, 5.0)])
+@pytest.mark.parametrize(("shift_mean", "expected"), [(True, 0.0), (False, 5.0)])
 def test_masked_whiten_of_one_element(shift_mean: bool, expected: float) -> None:
     x, mask = torch.tensor([[5.0, NAN]]), mask_of([1], 2)
     near(masked_whiten(x, mask, shift_mean), [[expected, 0.0]])
@@ -167,7 +167,7 @@ def test_gae_defaults_are_gamma_1_lambda_095() -> None:
     near(advantages, [[0.4625, 0.75]])
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.99, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (0.99, 0.0), (1.0, 1.0)])
 def test_gae_against_loops_row_by_row(gamma: float, lam: float) -> None:
     rewards, values, mask = random_rows()
     advantages, returns = gae(rewards, values, mask, gamma, lam)

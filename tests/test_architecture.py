@@ -52,7 +52,7 @@ ALLOWED = {
 }
 # None: no limit. Everything else must come from the standard library.
 LIBRARIES = {"maths": {"torch"}, "kernels": {"torch", "triton"}}
-FORBIDDEN = dict.fromkeys(("tasks", "data"), {"torch", "triton", "transformers"})
+FORBIDDEN = {key: {"torch", "triton", "transformers"} for key in ("tasks", "data")}
 
 
 def modules() -> dict[str, Path]:

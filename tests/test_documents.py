@@ -68,9 +68,11 @@ def broken(path: Path, text: str) -> list[str]:
             continue
         file, _, anchor = link.partition("#")
         target = (path.parent / file).resolve() if file else path
-        if not target.exists() or not target.is_relative_to(ROOT):
-            wrong.append(link)
-        elif anchor and anchor not in anchors(target.read_text("utf-8") if file else text):
+        if (
+            not target.exists()
+            or not target.is_relative_to(ROOT)
+            or (anchor and anchor not in anchors(target.read_text("utf-8") if file else text))
+        ):
             wrong.append(link)
     return wrong
 

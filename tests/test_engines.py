@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import engine_cells, engine_roofline, engine_setup, engine_summary, engines  # noqa: E402, I001
+from benchmarks import engine_cells, engine_roofline, engine_setup, engine_summary, engines  # noqa: E402
 from benchmarks.engine_cells import COLUMNS, KEY, Cell  # noqa: E402
 from benchmarks.engine_roofline import Size, passes  # noqa: E402
 

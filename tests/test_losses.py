@@ -124,7 +124,9 @@ def test_at_ratio_1_the_gradient_is_the_policy_gradient() -> None:
         near(metrics[name], 0.0)
 
 
-@pytest.mark.parametrize("clip, high, dual", [(0.2, None, None), (0.1, 0.3, None), (0.2, 0.28, 3)])
+@pytest.mark.parametrize(
+    ("clip", "high", "dual"), [(0.2, None, None), (0.1, 0.3, None), (0.2, 0.28, 3)]
+)
 def test_policy_loss_against_loops(clip: float, high: float | None, dual: float | None) -> None:
     """The clipped objective of TRL (`dual` None) and of verl (dual-clip), token by token."""
     logprobs, old, advantages, mask = rows(3, seed=3, lengths=(6, 1, 0, 3, 5, 6, 6, 6, 6, 6))

@@ -305,7 +305,7 @@ def test_a_set_without_training_rows_takes_the_majority_of_what_was_learned(worl
 
 def test_without_training_rows_the_other_stand_in_is_named(world: World) -> None:
     run = world.run("c", "cola", answers={"cola": [None]})
-    with pytest.raises(UserError, match="CoLA.tsv: .*train.*; or use --fallback random"):
+    with pytest.raises(UserError, match=r"CoLA.tsv: .*train.*; or use --fallback random"):
         submitted("glue", [run], "--allow-partial")
     assert not (world.root / "out.zip").exists()
 
@@ -384,7 +384,7 @@ def test_a_submission_that_is_not_whole_is_refused_with_all_that_is_missing(
 
 def test_what_goes_with_a_task_is_missed_under_the_tasks_name(world: World) -> None:
     run = world.run("c", "cola", answers={"cola": ["Yes"]})
-    with pytest.raises(UserError, match="AX.tsv: no run was trained on mnli;"):
+    with pytest.raises(UserError, match=r"AX.tsv: no run was trained on mnli;"):
         submitted("glue", [run])
 
 
@@ -392,7 +392,9 @@ def test_test_rows_must_be_numbered_from_0(world: World, monkeypatch: pytest.Mon
     sized(monkeypatch)
     world.splits["cola", "test"] = list(reversed(numbered("cola", 2)))
     run = world.run("c", "cola", answers={"cola": ["Yes", "No"]})
-    with pytest.raises(UserError, match="CoLA.tsv: the test rows are not numbered 0 to 1 in order"):
+    with pytest.raises(
+        UserError, match=r"CoLA.tsv: the test rows are not numbered 0 to 1 in order"
+    ):
         submitted("glue", [run])
     files = unzipped(submitted("glue", [run], "--allow-partial"))
     assert files["CoLA.tsv"] == b"index\tprediction\n1\t1\n0\t0\n"
@@ -406,7 +408,7 @@ def test_a_row_that_comes_twice_stands_for_one_that_is_missing(
     first = world.splits["wic", "test"][0]
     world.splits["wic", "test"] = [first, first]
     world.keep(run, "wic", ["Same", "Same"])
-    with pytest.raises(UserError, match="WiC.jsonl: some test rows come twice"):
+    with pytest.raises(UserError, match=r"WiC.jsonl: some test rows come twice"):
         submitted("superglue", [run])
 
 
@@ -416,13 +418,13 @@ def test_the_queries_of_record_are_counted_and_not_its_rows(
     sized(monkeypatch, record=6)
     world.splits["record", "test"] = record_rows()
     run = world.run("r", "record", answers={"record": ["No"] * 5 + ["Yes"]})
-    with pytest.raises(UserError, match="ReCoRD.jsonl: 2 test rows, the official file has 6"):
+    with pytest.raises(UserError, match=r"ReCoRD.jsonl: 2 test rows, the official file has 6"):
         submitted("superglue", [run])
 
 
 def test_two_runs_of_one_task_are_refused(world: World) -> None:
     runs = [world.run("one", "cola", "sst2"), world.run("two", "sst2")]
-    with pytest.raises(UserError, match="sst2: both .*one and .*two were trained on it"):
+    with pytest.raises(UserError, match=r"sst2: both .*one and .*two were trained on it"):
         submitted("glue", runs)
     with pytest.raises(UserError, match="sst2: both"):
         submitted("glue", [runs[1], runs[1]])
@@ -444,7 +446,7 @@ def test_nothing_at_all_is_refused(world: World) -> None:
 @pytest.mark.parametrize("name", ["there.zip", "nowhere/out.zip"])
 def test_a_bad_output_is_refused_at_once(world: World, name: str) -> None:
     (world.root / "there.zip").write_text("x")
-    with pytest.raises(UserError, match="--output .*(exists already|no folder)"):
+    with pytest.raises(UserError, match=r"--output .*(exists already|no folder)"):
         submitted("glue", [world.run("c", "cola", answers={"cola": ["Yes"]})], name=name)
 
 

@@ -547,7 +547,7 @@ def test_what_metrics_jsonl_lacks_is_told(
     folder = tmp_path / "run"
     shutil.copytree(unfinished, folder)
     log = folder / "metrics.jsonl"
-    first, second, third = log.read_bytes().splitlines(True)
+    first, _second, third = log.read_bytes().splitlines(True)
     log.write_bytes(first + third + third + b'{"step": 4, "rew')
     capsys.readouterr()
     assert run(folder / "config.yaml", "--resume", folder) == 0

@@ -146,6 +146,7 @@ def lacking(entry: Entry) -> Iterator[str]:
 
 
 def index_of(example: Example) -> int:
+    """The number of a row in the official test file."""
     return int(example.extra.get("idx", example.id))
 
 

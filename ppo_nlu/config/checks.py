@@ -59,9 +59,9 @@ def _convert(kind: Any, value: Any) -> Any:
             value = float(value)
         if isinstance(value, float) and math.isfinite(value):
             return value
-    elif kind is str and isinstance(value, str) and value.strip() and value != "None":
-        return value
-    elif kind in (bool, int, type(None)) and type(value) is kind:
+    elif (kind is str and isinstance(value, str) and value.strip() and value != "None") or (
+        kind in (bool, int, type(None)) and type(value) is kind
+    ):
         return value
     raise TypeError
 

@@ -46,9 +46,9 @@ def idle_keys(cfg: Config, said: Collection[str], saw_labels: bool) -> Iterator[
     """(key, why it has no effect) of the keys that were said, in their order."""
     default, mine = values(Config(task="x")), values(cfg)
     for key in said:
-        if key in mine and mine[key] != default[key]:
-            if why := _why(cfg, key, saw_labels):
-                yield key, why
+        changed = key in mine and mine[key] != default[key]
+        if changed and (why := _why(cfg, key, saw_labels)):
+            yield key, why
 
 
 def _why(cfg: Config, key: str, saw_labels: bool) -> str:

@@ -11,6 +11,7 @@ Write them in the layout of the official files:  python -m ppo_nlu.tasks.bundled
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Sequence
@@ -233,7 +234,7 @@ class _Writer:
 
 def _articles(text: str) -> str:
     words = text.split(" ")
-    for place, (word, after) in enumerate(zip(words, words[1:], strict=False)):
+    for place, (word, after) in enumerate(itertools.pairwise(words)):
         vowel = after[0] in "aeiou" and after not in _SOUNDS_LIKE_CONSONANT
         if word == "a" and (vowel or after in _SOUNDS_LIKE_VOWEL):
             words[place] = "an"

@@ -209,10 +209,8 @@ def _choose(logits: Tensor, draw: Tensor, sampling: Sampling) -> tuple[Tensor, T
         logits = logits / sampling.temperature
     highest = logits.amax(-1, keepdim=True)
     weights = (logits - highest).exp_()
-    if sampling.greedy:
-        token = logits.argmax(-1)
-    else:
-        token = invert(_truncate(weights, sampling), draw)
+    greedy = sampling.greedy
+    token = logits.argmax(-1) if greedy else invert(_truncate(weights, sampling), draw)
     chosen = (logits.gather(1, token[:, None]) - highest).squeeze(1)
     return token, chosen - weights.sum(-1).log()
 

@@ -12,6 +12,7 @@ from ppo_nlu.errors import UserError, first_line
 
 
 def unsupported(model: Any, reason: str) -> UserError:
+    """The one line about an architecture that cannot be run rightly."""
     return UserError(
         f"model.name_or_path: {model.config.model_type} {reason}; "
         "this architecture is not supported"

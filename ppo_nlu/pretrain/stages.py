@@ -102,7 +102,7 @@ def pack(corpus: Corpus, tokenizer: Any, cfg: PretrainConfig, seed: int) -> Tens
     documents: list[list[int]] = []
     for name, texts in corpus.texts.items():
         ids = tokenizer(texts)["input_ids"]
-        documents += [row + [tokenizer.eos_token_id] for row in ids] * corpus.passes.get(name, 1)
+        documents += [[*row, tokenizer.eos_token_id] for row in ids] * corpus.passes.get(name, 1)
     random.Random(seed).shuffle(documents)
     stream = torch.tensor([token for document in documents for token in document])
     rows = stream[: len(stream) // length * length].view(-1, length)

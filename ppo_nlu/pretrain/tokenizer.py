@@ -29,22 +29,22 @@ def train_tokenizer(lines: Iterable[str], cfg: TokenizerConfig, folder: Path) ->
     import sentencepiece
 
     model = io.BytesIO()
-    settings: dict[str, Any] = dict(
-        model_type="bpe",
-        vocab_size=cfg.vocab_size,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
+    settings: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": cfg.vocab_size,
+        "byte_fallback": True,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
         # Without the dummy prefix a text begins with the token it would have after a line break.
-        add_dummy_prefix=False,
-        character_coverage=1.0 - 1e-5,
-        max_sentence_length=100_000,
-        user_defined_symbols=[piece.replace(" ", "▁") for piece in USER_PIECES],
-        pad_id=3,
-        num_threads=1,
-        minloglevel=2,
-    )
+        "add_dummy_prefix": False,
+        "character_coverage": 1.0 - 1e-5,
+        "max_sentence_length": 100_000,
+        "user_defined_symbols": [piece.replace(" ", "▁") for piece in USER_PIECES],
+        "pad_id": 3,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, **settings

@@ -190,7 +190,7 @@ class Runner:
             return 0.0
         means = {method: sum(values) / len(values) for method, values in spent.items()}
         typical = sum(means.values()) / len(means)
-        coming = [cell for cell in self.waiting] + [cell for cell, _, _ in self.running.values()]
+        coming = list(self.waiting) + [cell for cell, _, _ in self.running.values()]
         seconds = sum(
             means.get(cell.method, typical) * (len(cell.tasks) if not cell.source else 0.1)
             for cell in coming

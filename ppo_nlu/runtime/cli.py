@@ -181,7 +181,7 @@ def _lasting() -> Iterator[Output]:
 def _output(stream: TextIO | None, name: str) -> Output:
     if stream is not None:
         return Output(stream, name)
-    closed = Output(open(os.devnull, "w", encoding="utf-8"), name)
+    closed = Output(open(os.devnull, "w", encoding="utf-8"), name)  # noqa: SIM115
     closed.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
     return closed
 

@@ -46,7 +46,7 @@ class MetricsLog:
         record = {"step": step, **plain(metrics)}
         with write_errors(self.path):
             if self._file is None:
-                self._file = open(self.path, "a", encoding="utf-8", opener=open_regular)
+                self._file = open(self.path, "a", encoding="utf-8", opener=open_regular)  # noqa: SIM115
             self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
         scalars = {k: v for k, v in record.items() if k != "step" and is_number(v)}

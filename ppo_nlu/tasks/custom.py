@@ -209,11 +209,11 @@ def _of_scores(custom: CustomConfig, kind: str) -> Iterator[tuple[str, str]]:
     if custom.reward in REWARD_KINDS and custom.reward not in REWARDS[kind]:
         fitting = " or ".join(REWARDS[kind])
         yield "reward", f"{custom.reward} does not suit this task ({_KINDS[kind]}); use {fitting}"
-    if custom.reward != "auto" and custom.reward not in REWARD_KINDS and "." not in custom.reward:
-        if ":" not in custom.reward:
-            near = get_close_matches(custom.reward, [*REWARD_KINDS, "auto"], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "use auto or package.module:function"
-            yield "reward", f"unknown reward {custom.reward!r}; {hint}"
+    known = custom.reward in (*REWARD_KINDS, "auto")
+    if not known and "." not in custom.reward and ":" not in custom.reward:
+        near = get_close_matches(custom.reward, [*REWARD_KINDS, "auto"], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "use auto or package.module:function"
+        yield "reward", f"unknown reward {custom.reward!r}; {hint}"
     for name in custom.metrics:
         if name not in METRICS[kind]:
             every = {other for names in METRICS.values() for other in names}

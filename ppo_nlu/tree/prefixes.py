@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def shared_prefixes(prompts: Sequence[Tokens]) -> tuple[list[int], list[int]]:
     """
     count = len(prompts)
     order = sorted(range(count), key=lambda i: list(prompts[i]))
-    near = [common(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False)]
+    near = [common(prompts[a], prompts[b]) for a, b in itertools.pairwise(order)]
     best_saved, best = 0, ([0] * count, [-1] * count)
     steps = sorted(set(near) - {0})
     for threshold in sorted({*steps[:1], *steps[-16:]}, reverse=True):

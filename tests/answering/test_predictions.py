@@ -68,7 +68,7 @@ def test_a_file_of_other_answers_is_refused(tmp_path: Path, old: str, new: str) 
     path, rows = tmp_path / "p.jsonl", tiny.examples(2)
     write_predictions(path, [Answer(row, None, "") for row in rows])
     path.write_text(path.read_text().replace(old, new, 1))
-    with pytest.raises(ValueError, match="p.jsonl|JSON|Expecting|delimiter"):
+    with pytest.raises(ValueError, match=r"p.jsonl|JSON|Expecting|delimiter"):
         read_predictions(path, rows)
     with pytest.raises(ValueError, match="other rows"):
         write_predictions(path, [Answer(rows[0], None, "")])

@@ -357,7 +357,7 @@ def test_a_link_to_the_config_of_a_run_is_no_word_of_the_users(
     names = ["a.yaml", *links[:-1]]
     for name, target in zip(names, links, strict=True):
         (tmp_path / name).symlink_to(target)
-    with pytest.raises(UserError, match="add model.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"add model.trust_remote_code=true"):
         provenance.read_config(tmp_path / "a.yaml", training=True)
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError, match="loop"):

@@ -364,7 +364,7 @@ def furnish(folder: Path) -> None:
 
 
 def snapshot() -> dict[str, int]:
-    paths = [path for path in Path().rglob("*")]
+    paths = list(Path().rglob("*"))
     return {str(p): p.lstat().st_mtime_ns if p.is_file() else 0 for p in paths}
 
 

@@ -208,7 +208,7 @@ def test_a_message_cannot_steer_the_terminal(tmp_path: Path) -> None:
 
 def test_an_unknown_split_and_an_unreadable_file(tmp_path: Path) -> None:
     cfg = DataConfig(path=str(_fill(tmp_path)))
-    with pytest.raises(UserError, match="'val'.*train, dev, test"):
+    with pytest.raises(UserError, match=r"'val'.*train, dev, test"):
         load_split(SST2, "val", cfg)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_tsv(tmp_path / "nowhere.tsv", ["sentence"])
@@ -288,7 +288,7 @@ def test_short_rows_and_the_limit(tmp_path: Path, seen: Path) -> None:
     ids, note = _train(tmp_path / "a", True, limit=1)  # the limit comes last
     assert ids == ["1"] and "the first 1 rows" in note
     assert _train(tmp_path / "a", False, limit=99)[0] == ["0", "1", "2"]
-    with pytest.raises(UserError, match="data.min_words: no training row is left of 3"):
+    with pytest.raises(UserError, match=r"data.min_words: no training row is left of 3"):
         _train(tmp_path / "a", False, min_words=9)
 
 

@@ -325,7 +325,7 @@ def test_a_large_archive_is_fetched_only_when_asked_for(tmp_path: Path, serve) -
     url = serve(_missing)
     large = [name for name, archive in ARCHIVES.items() if not archive.automatic]
     assert large == ["glue/QQP", "glue/MNLI", "superglue/ReCoRD"]
-    with pytest.raises(UserError, match="MNLI.zip is large.*python -m ppo_nlu.data get mnli"):
+    with pytest.raises(UserError, match=r"MNLI.zip is large.*python -m ppo_nlu.data get mnli"):
         locate(get_task("mnli"), DataConfig(cache=str(tmp_path), url=url))
     assert serve.asked == []
     with pytest.raises(download.DownloadError, match="404"):

@@ -491,7 +491,7 @@ def test_weights_are_copies() -> None:
     encoder_model.load_weights(made, kept)
     assert same(encoder_model.weights(made), kept)
     kept.pop("classifier.bias")
-    with pytest.raises(UserError, match="1 tensors are missing .*classifier.bias"):
+    with pytest.raises(UserError, match=r"1 tensors are missing .*classifier.bias"):
         encoder_model.load_weights(made, kept)
 
 
@@ -603,17 +603,17 @@ def test_a_tokenizer_without_padding_is_refused(tmp_path: Path) -> None:
 def test_mistakes_in_a_run_folder(tmp_path: Path) -> None:
     finished(tmp_path, MNLI)
     folder = tmp_path / "encoder"
-    with pytest.raises(UserError, match="its head gives Entailment, Neutral, .* asks for Yes, No"):
+    with pytest.raises(UserError, match=r"its head gives Entailment, Neutral, .* asks for Yes, No"):
         encoder_model.load_saved(config("mrpc"), MRPC, folder)
     pretrained(tmp_path / "other", "roberta")
     start = config("mrpc", str(tmp_path / "other"), init_from=str(tmp_path))
     refused("init_from: .* tensors are missing or of another shape", start)
     (folder / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="model.safetensors: is damaged"):
+    with pytest.raises(UserError, match=r"model.safetensors: is damaged"):
         encoder_model.load_saved(config("mnli"), MNLI, folder)
     (folder / "checksums.json").unlink()
-    with pytest.raises(UserError, match="model.safetensors: is damaged, or no safetensors"):
+    with pytest.raises(UserError, match=r"model.safetensors: is damaged, or no safetensors"):
         encoder_model.load_saved(config("mnli"), MNLI, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "no such"}))
-    with pytest.raises(UserError, match="its config.json cannot be read"):
+    with pytest.raises(UserError, match=r"its config.json cannot be read"):
         encoder_model.load_saved(config("mnli"), MNLI, folder)

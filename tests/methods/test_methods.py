@@ -320,7 +320,7 @@ def test_the_chat_form_wraps_the_same_text_once() -> None:
     policy = tiny.pretrained("stories260K")
     row = Example("1", {"sentence": "a good film"}, "Positive", "sst2")
     style = PromptConfig(chat_template=True)
-    with pytest.raises(UserError, match="prompt.chat_template"):
+    with pytest.raises(UserError, match=r"prompt.chat_template"):
         fit_prompt(policy, tiny.SST2, row, 1000, style)
     policy.tokenizer.chat_template = CHAT
     fit = fit_prompt(policy, tiny.SST2, row, 1000, style)

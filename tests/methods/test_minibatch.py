@@ -153,7 +153,7 @@ def test_out_of_memory_in_a_later_part_starts_afresh() -> None:
 def test_one_answer_that_does_not_fit_is_told() -> None:
     weight, rows = nn.Parameter(torch.zeros(())), Rows([[1]] * 3, [[2]] * 3, [0, 1, 2])
     step = OptimizerStep(SGD([weight], lr=0.0), 0.0)
-    with pytest.raises(UserError, match=r"train.micro_batch_tokens: .*model.checkpointing=true"):  # noqa: PT012
+    with pytest.raises(UserError, match=r"train.micro_batch_tokens: .*model.checkpointing=true"):
         for micro in step.micro_batches(rows, [0, 1, 2], Budget()):
             with step.part(micro):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -240,7 +241,7 @@ def test_a_first_ratio_away_from_one_is_seen() -> None:
     batch.rollout.logprobs[3, 0] -= 0.01
     gap = update(policy, sgd(policy), cfg, batch, 0)["policy/first_ratio_gap"]
     assert gap == pytest.approx(math.exp(0.01) - 1, abs=1e-4)
-    with pytest.raises(UserError, match="the first ratio is 1.0e-02 away from 1"):
+    with pytest.raises(UserError, match=r"the first ratio is 1.0e-02 away from 1"):
         check_first_ratio(gap, exact=True)
 
 
@@ -308,7 +309,7 @@ def test_every_answer_once_an_epoch_in_a_fresh_order(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(OptimizerStep, "micro_batches", spy)
     batch = collect(policy, cfg)
     update(policy, sgd(policy), cfg, batch, 0)
-    first, second = sum(seen[:3], []), sum(seen[3:], [])
+    first, second = [*chain(*seen[:3])], [*chain(*seen[3:])]
     assert sorted(first) == sorted(second) == list(range(8)) and first != second
     update(policy, sgd(policy), cfg, batch, 1)
     assert seen[6:9] != seen[:3]

@@ -108,7 +108,7 @@ def test_longest_prompt_leaves_room_for_the_answer() -> None:
     assert longest_prompt(policy, config(), 16) == 240
     assert longest_prompt(policy, config(data=DataConfig(max_prompt_tokens=100)), 16) == 100
     assert longest_prompt(policy, config(data=DataConfig(max_prompt_tokens=999)), 16) == 240
-    with pytest.raises(UserError, match="rollout.max_new_tokens: 256 leaves no room"):
+    with pytest.raises(UserError, match=r"rollout.max_new_tokens: 256 leaves no room"):
         longest_prompt(policy, config(), 256)
 
 

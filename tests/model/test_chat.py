@@ -278,7 +278,7 @@ def test_a_template_may_refuse_an_answer_but_not_break_on_it(told: str, fits: bo
         text = fit_prompt(made, tiny.SST2, ROW, 4000, CHAT).text
         assert text.endswith(query(tiny.SST2, ROW.fields) + "\n<Judgement>")
         return
-    with pytest.raises(UserError, match="prompt.chat_template: .*ZeroDivisionError"):
+    with pytest.raises(UserError, match=r"prompt.chat_template: .*ZeroDivisionError"):
         PolicyAnswerer(made, Config(task="sst2", prompt=CHAT)).require_fit(tiny.SST2)
 
 

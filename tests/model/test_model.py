@@ -233,7 +233,7 @@ def test_a_token_between_does_not_hide_the_tag_from_the_stop_alone() -> None:
 
 
 def test_check_words_refuses_a_tokenizer_without_the_tag() -> None:
-    with pytest.raises(UserError, match="tinystories-656k.*does not keep 'Positive </Judgement>'"):
+    with pytest.raises(UserError, match=r"tinystories-656k.*does not keep 'Positive </Judgement>'"):
         check_words(tiny.pretrained("tinystories-656k"), tiny.SST2)
 
 
@@ -294,13 +294,13 @@ def test_load_policy_from_a_folder(tmp_path) -> None:
 
 
 def test_loading_mistakes_are_the_users(tmp_path) -> None:
-    with pytest.raises(UserError, match="model.name_or_path: .* holds no config.json"):
+    with pytest.raises(UserError, match=r"model.name_or_path: .* holds no config.json"):
         load_policy(Config(task="sst2", model=ModelConfig(str(tmp_path))))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="model.name_or_path: cannot load"):
+    with pytest.raises(UserError, match=r"model.name_or_path: cannot load"):
         load_policy(Config(task="sst2", model=ModelConfig(str(tmp_path))))
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="model.device: cuda"):
+        with pytest.raises(UserError, match=r"model.device: cuda"):
             pick_device("cuda")
 
 
@@ -316,7 +316,9 @@ def test_a_tree_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(interface, "forward", off)
     assert choose_path(policy, "auto") is False
-    with pytest.raises(UserError, match="model.path: in the prefix tree this model gives other lo"):
+    with pytest.raises(
+        UserError, match=r"model.path: in the prefix tree this model gives other lo"
+    ):
         choose_path(policy, "tree")
     monkeypatch.setattr(interface, "forward", broken)
     assert choose_path(policy, "auto") is False
@@ -327,7 +329,7 @@ def test_a_tree_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("kind", "changes"), [("mpt", {}), ("mistral", {"sliding_window": 16})])
 def test_a_tree_that_is_asked_for_and_impossible_is_refused(kind: str, changes: dict) -> None:
-    with pytest.raises(UserError, match="model.path"):
+    with pytest.raises(UserError, match=r"model.path"):
         choose_path(tiny.policy(kind, **changes), "tree")
 
 

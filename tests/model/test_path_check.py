@@ -211,7 +211,7 @@ def test_rows_longer_than_a_window_take_the_plain_path(tmp_path: Path) -> None:
     assert policy.packs(64) and not policy.packs(65)
     for length in (40, 63, 66, 120):
         assert_right(policy, model, length)
-    assert policy.opening([row + [5] for row in rows(120)]) is not None
+    assert policy.opening([[*row, 5] for row in rows(120)]) is not None
     for length in (50, 62, 70, 120):  # the second grows across the window
         prompts = rows(length)
         drawn = generate(policy, prompts, 6, Sampling(greedy=True))
@@ -410,7 +410,7 @@ def test_a_layer_that_is_never_called_gets_no_lora(tmp_path: Path) -> None:
     assert any(name.endswith("in_proj") for name in names)
     policy.score(rows(20), ANSWERS, OWNERS).logprobs.sum().backward()
     assert all(layer.lora_b.grad is not None for layer in names.values())
-    with pytest.raises(UserError, match="lora.targets: dt_proj matches no linear layer"):
+    with pytest.raises(UserError, match=r"lora.targets: dt_proj matches no linear layer"):
         loaded(folder, targets=["dt_proj"])
 
 
@@ -553,7 +553,7 @@ def test_a_merged_model_needs_weights_that_no_two_adapters_share() -> None:
     model = tiny.causal_lm("llama")
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     lora.attach(model, LoraConfig(r=2))
-    with pytest.raises(UserError, match="share one weight.*export without --merge"):
+    with pytest.raises(UserError, match=r"share one weight.*export without --merge"):
         lora.merge(model)
 
 

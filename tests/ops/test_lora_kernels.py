@@ -25,8 +25,8 @@ from ppo_nlu import ops
 from ppo_nlu.ops import torch_lora
 
 pytest.importorskip("triton")
-from ppo_nlu.kernels import lora_gemm, lora_table  # noqa: E402
-from ppo_nlu.kernels import lora_linear as kernel  # noqa: E402
+from ppo_nlu.kernels import lora_gemm, lora_table
+from ppo_nlu.kernels import lora_linear as kernel
 
 VARIANTS = ("fused", "cublas", "extended", "decode")
 FORMS = [(v, b) for v in VARIANTS for b in ("fused", "cublas")]

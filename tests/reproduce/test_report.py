@@ -499,5 +499,5 @@ def test_without_matplotlib_there_are_tables_and_a_line(
 
 
 def test_a_folder_that_is_no_grid_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no grid.json"):
+    with pytest.raises(UserError, match=r"no grid.json"):
         report.main([str(tmp_path)])

@@ -359,7 +359,7 @@ def test_another_grid_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             again(**changed)
     (grid.folder / "configs" / "tiny.yaml").write_text("task: sst2\n")
-    with pytest.raises(UserError, match="another version of the preset tiny.yaml"):
+    with pytest.raises(UserError, match=r"another version of the preset tiny.yaml"):
         again()
 
 

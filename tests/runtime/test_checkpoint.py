@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -377,10 +378,8 @@ def test_a_second_kill_while_cleaning_up_loses_nothing(
             ):
                 with monkeypatch.context() as patch:
                     on_call(patch, kill_at, die, CALLS)
-                    try:
+                    with contextlib.suppress(Killed):
                         act(run)
-                    except Killed:
-                        pass
             survive(run, "best")
 
 
@@ -496,8 +495,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(
                 write(run, 2)
             except UserError as error:
                 refused += 1
-                assert "no space left" in str(error) and "--resume" in str(error)
-                assert str(run) in str(error) and "\n" not in str(error)
+                said = str(error)
+                assert "no space left" in said and "--resume" in said
+                assert str(run) in said and "\n" not in said
                 if fail_at < 5:  # mkdir, 3 files, their folder; later the new one has its name
                     check(find(run), 1)
                     assert names(run) == before

@@ -218,7 +218,7 @@ def child(main: Any, arguments: list[object], out: Stream, err: Stream, printed:
         if given is not None:
             found = os.open(given, os.O_WRONLY) if isinstance(given, str) else given
             os.dup2(found, number)
-            setattr(sys, name, open(number, "w", closefd=False, encoding="utf-8"))
+            setattr(sys, name, open(number, "w", closefd=False, encoding="utf-8"))  # noqa: SIM115
     torch.set_num_threads(1)
     code = cli.run(main, [str(argument) for argument in arguments], printed)
     for stream in filter(None, (sys.stdout, sys.stderr)):

@@ -143,7 +143,7 @@ def test_an_odd_optimizer_state_is_damage(change: dict[str, Any]) -> None:
 def test_another_optimizer_or_other_shapes_are_the_users_mistake() -> None:
     model = small_model()
     tensors, state = optimizer_state.flatten_optimizer(adamw(model))
-    with pytest.raises(UserError, match="AdamW.*Adafactor"):
+    with pytest.raises(UserError, match=r"AdamW.*Adafactor"):
         optimizer_state.restore_optimizer(adafactor(model), tensors, state)
     with pytest.raises(UserError, match="shapes"):
         fresh = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())

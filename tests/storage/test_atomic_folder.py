@@ -32,9 +32,9 @@ def test_an_empty_folder_is_replaced_and_a_full_one_is_kept(tmp_path: Path) -> N
     path.mkdir()
     with folders.atomic_folder(path) as folder:
         (folder / "first").write_text("")
-    with pytest.raises(UserError, match="folder: cannot be written") as error:
-        with folders.atomic_folder(path) as folder:
-            (folder / "second").write_text("")
+    refused = pytest.raises(UserError, match="folder: cannot be written")
+    with refused as error, folders.atomic_folder(path) as folder:
+        (folder / "second").write_text("")
     assert "\n" not in str(error.value)
     assert [p.name for p in path.iterdir()] == ["first"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]

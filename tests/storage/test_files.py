@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -40,10 +41,8 @@ def test_a_kill_leaves_the_old_content_or_the_new(
         files.atomic_write_json(path, {"n": 1})
         with monkeypatch.context() as patch:
             on_call(patch, kill_at, die, CALLS)
-            try:
+            with contextlib.suppress(Killed):
                 files.atomic_write_json(path, {"n": 2})
-            except Killed:
-                pass
         seen.add(json.loads(path.read_text())["n"])
     assert seen == {1, 2}
     files.atomic_write_json(path, {"n": 2})  # takes away what the kills have left

@@ -509,7 +509,7 @@ def test_neither_side_is_empty(tmp_path: Path, share: float) -> None:
     for count in (2, 3):
         found = _shared(tmp_path, [f"row {n}" for n in range(count)], share)
         assert found["train"] and found["dev"]
-    with pytest.raises(UserError, match="give custom.dev"):
+    with pytest.raises(UserError, match=r"give custom.dev"):
         _shared(tmp_path, ["same", "same"], share)
 
 

@@ -291,7 +291,7 @@ def test_a_reward_of_the_user_s_own(tmp_path, monkeypatch) -> None:
     # The text before the tag, stripped; the row's fields and label.
     assert reward(own("my_rewards:length"), row, "abc", " abc </Judgement> x") == 13.0
     assert reward(own("my_rewards.length"), row, None, " ab") == 12.0
-    with pytest.raises(UserError, match="custom.reward: my_rewards:bad returned 'high'"):
+    with pytest.raises(UserError, match=r"custom.reward: my_rewards:bad returned 'high'"):
         reward(own("my_rewards:bad"), row, None, "")
     for path, words in (
         ("my_rewards:none", "cannot import"),
@@ -372,7 +372,7 @@ def test_a_module_of_rewards_that_fails_on_import(tmp_path, monkeypatch, text: s
     (tmp_path / "broken_rewards.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     load.cache_clear()
-    with pytest.raises(UserError, match="custom.reward: cannot import 'broken_rewards:f'"):
+    with pytest.raises(UserError, match=r"custom.reward: cannot import 'broken_rewards:f'"):
         load("broken_rewards:f")
 
 

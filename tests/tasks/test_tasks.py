@@ -218,7 +218,7 @@ def test_a_row_of_the_table_fits_together(name: str) -> None:
 def test_names_are_found_in_any_spelling() -> None:
     assert get_task("STS-B").name == "stsb" and get_task("MNLI-m").name == "mnli"
     assert get_task("AX_b").name == "ax-b" and get_task("superglue/RTE").benchmark == "superglue"
-    with pytest.raises(UserError, match="'rte' is in both benchmarks.*glue/rte or superglue/rte"):
+    with pytest.raises(UserError, match=r"'rte' is in both benchmarks.*glue/rte or superglue/rte"):
         get_task("rte")
     with pytest.raises(UserError, match="did you mean 'multirc'"):
         get_task("multrc")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import tiny
@@ -23,7 +24,7 @@ from tests.model.test_generate import endless, policy_of, ragged, seeded
 class Again:
     """A recording for the CPU; what it is asked to do is written down."""
 
-    log: list[str] = []
+    log: ClassVar[list[str]] = []
     off = 0.0  # added to every replayed state
 
     def record(self, call: Callable[[], Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import numpy as np
@@ -83,6 +84,6 @@ def histogram(rows: Rows) -> dict[str, int]:
     ends = np.linspace(rating.low, rating.high, PARTS + 1)
     given = rows.numbers[[prediction is not None for prediction in rows.predictions]]
     counts = np.histogram(given, ends)[0].tolist()
-    names = [f"{low:g}-{high:g}" for low, high in zip(ends, ends[1:], strict=False)]
+    names = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(ends)]
     unparsed = len(rows.numbers) - len(given)
     return dict(zip(names, counts, strict=True)) | {UNPARSED: unparsed}

@@ -90,8 +90,8 @@ def run(base: Path, tmp_path: Path) -> Path:
     given.write_text(
         f"task: sst2\nmodel: {{name_or_path: {base}, device: cpu}}\nlora: {{r: 2, alpha: 8}}\n"
     )
-    folder = run_folder.claim(tmp_path / "run", dump(load_config(given)))
-    run_folder.release(folder)
+    folder = tmp_path / "run"
+    run_folder.claim(folder, dump(load_config(given))).release()
     lora.save_adapter(policy(base, FINAL), folder / "adapter", LORA, "somewhere/else")
     save_file({"out.bias": torch.tensor([0.5])}, folder / "adapter" / export.VALUE_HEAD)
 

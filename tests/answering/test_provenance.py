@@ -22,6 +22,7 @@ from ppo_nlu import evaluate, export, predict, submit, teach_form, train
 from ppo_nlu.answering import provenance
 from ppo_nlu.config import dump, load_config
 from ppo_nlu.errors import UserError
+from ppo_nlu.methods import base
 from ppo_nlu.model import BUNDLED
 from ppo_nlu.pretrain import __main__ as pretrain
 from ppo_nlu.runtime import cli, run_folder
@@ -400,7 +401,7 @@ def test_the_command_in_a_line_of_error_goes_on(
         assert start(config, "--output", place.run) == 2
     words = typed(capsys.readouterr().err)
     with monkeypatch.context() as patch:
-        patch.setattr(train.optim, "build_optimizer", broken)
+        patch.setattr(base, "build_optimizer", broken)
         assert start(*words) == 1
     error = capsys.readouterr().err
     crash = place.run / "crash.txt"

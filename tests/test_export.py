@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ppo_nlu import export
 from ppo_nlu.config import LoraConfig, dump, load_config
 from ppo_nlu.errors import UserError
-from ppo_nlu.model import lora
+from ppo_nlu.model import lora, peft_format
 from ppo_nlu.runtime import checkpoint, cli, run_folder
 
 transformers = pytest.importorskip("transformers")
@@ -92,7 +92,7 @@ def run(base: Path, tmp_path: Path) -> Path:
     )
     folder = tmp_path / "run"
     run_folder.claim(folder, dump(load_config(given))).release()
-    lora.save_adapter(policy(base, FINAL), folder / "adapter", LORA, "somewhere/else")
+    peft_format.save_adapter(policy(base, FINAL), folder / "adapter", LORA, "somewhere/else")
     save_file({"out.bias": torch.tensor([0.5])}, folder / "adapter" / export.VALUE_HEAD)
 
     def groups(seed: int) -> checkpoint.Tensors:
@@ -143,7 +143,7 @@ def test_readme_loads_the_adapter_with_peft(
 
 def test_an_export_does_not_tell_the_machines_path_of_its_base(run: Path, base: Path) -> None:
     output = export_to(run)
-    config = json.loads((output / lora.CONFIG_FILE).read_text())
+    config = json.loads((output / peft_format.CONFIG_FILE).read_text())
     assert config["base_model_name_or_path"] == base.name
     assert config["r"] == 2 and config["lora_alpha"] == 8.0
     for path in output.iterdir():
@@ -237,7 +237,7 @@ def test_refuses_an_output_in_use(run: Path, tmp_path: Path) -> None:
 def test_an_empty_output_is_taken(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "exported").mkdir()
-    assert (export_to(run) / lora.WEIGHTS_FILE).is_file()
+    assert (export_to(run) / peft_format.WEIGHTS_FILE).is_file()
 
 
 def test_refuses_what_is_no_finished_run(run: Path, base: Path, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_refuses_a_checkpoint_without_lora(run: Path) -> None:
 
 
 def test_refuses_a_damaged_adapter(run: Path) -> None:
-    path = run / "adapter" / lora.WEIGHTS_FILE
+    path = run / "adapter" / peft_format.WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:100])
     for merge in ([], ["--merge"]):
         refused("damaged", run, "--output", run.parent / "out", *merge)

@@ -417,13 +417,16 @@ def _child(chunk: list[Case], results: Any) -> None:
     signal.signal(signal.SIGALRM, _too_long)
     for module, name in (
         (train, "plan_memory"),
-        (evaluate, "load_policy"),
+        (evaluate, "load_base"),
         (evaluate, "load_trained"),
         (predict, "load_trained"),
         (teach_form, "load_base"),
         (pretrain, "run"),
         (reproduce, "settle"),
     ):
+        assert hasattr(module, name), (
+            f"{module.__name__}.{name} has moved: nothing is stopped there"
+        )
         setattr(module, name, _accepted)
     for number, case in enumerate(chunk):
         results.send((number, failure(case)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from ppo_nlu.config import ModelConfig, OptimConfig
 from ppo_nlu.errors import UserError
+from ppo_nlu.methods.minibatch import OptimizerStep
 from ppo_nlu.model.policy import Policy, ValueHead
 from ppo_nlu.pretrain.config import (
     ArchitectureConfig,
@@ -76,23 +76,20 @@ class Descent:
             schedule=schedule,
             warmup=cfg.warmup,
         )
-        self.parameters = list(policy.model.parameters())
-        matrices = [p for p in self.parameters if p.ndim > 1]
-        norms = [p for p in self.parameters if p.ndim <= 1]
+        matrices = [p for p in policy.model.parameters() if p.ndim > 1]
+        norms = [p for p in policy.model.parameters() if p.ndim <= 1]
         self.optimizer = optim.build_optimizer(self.settings, matrices, norms)
         self.optimizer.param_groups[-1]["weight_decay"] = 0.0  # norms are not decayed
 
     def step(self, loss: Tensor) -> None:
         """One optimizer step with clipped gradients."""
-        loss.backward()
-        norm = optim.clip_gradients(self.parameters, self.settings.max_grad_norm)
-        if not math.isfinite(float(norm)):
+        optim.set_lr(self.optimizer, optim.learning_rate(self.settings, self.done, self.steps))
+        step = OptimizerStep(self.optimizer, self.settings.max_grad_norm)
+        step.backward(loss, {})
+        if not step.take():
             raise UserError(
                 f"{self.key}.lr: the gradient of step {self.done + 1} is not finite; lower it"
             )
-        optim.set_lr(self.optimizer, optim.learning_rate(self.settings, self.done, self.steps))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
 
 

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ppo_nlu import data
 from ppo_nlu.answering.aggregate import Measured, summarise
-from ppo_nlu.answering.aggregate import report as report  # for `train`
 from ppo_nlu.answering.answer import (
     DECODES,
     Answer,
     Answerer,
-    ask,
     decodes_of,
     held_out,
     join,
-    never,
     shown,
 )
-from ppo_nlu.answering.load_run import answerer_of, load_base, load_trained, run_config
+from ppo_nlu.answering.load_run import load_base, load_trained, run_config
 from ppo_nlu.answering.predictions import recorded, write_predictions
 from ppo_nlu.answering.provenance import read_config
 from ppo_nlu.config import Config
@@ -166,29 +163,6 @@ def print_report(title: str, row: dict[str, Any]) -> None:
     if row["predicted"]:
         counts = ", ".join(f"{word} {count}" for word, count in row["predicted"].items())
         print(f"  predicted: {counts}")
-
-
-# ---- for `train`, which asks a model that it holds itself ------------------------------------
-
-
-def evaluate_all(
-    model: Any,
-    spec: TaskSpec,
-    cfg: Config,
-    examples: Sequence[Example],
-    decodes: Sequence[str] | None = None,
-    progress: bool = False,
-    title: str = "evaluate",
-    stop: Callable[[], bool] = never,
-) -> dict[str, list[Answer]]:
-    """All answers of a model that `cfg.method` trains, under each way of decoding."""
-    shown_as = title if progress else None
-    return ask(answerer_of(model, cfg), spec, examples, decodes, shown_as, stop)
-
-
-def require_fit(model: Any, spec: TaskSpec, cfg: Config) -> None:
-    """A UserError where a model that `cfg.method` trains cannot answer the task."""
-    answerer_of(model, cfg).require_fit(spec)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_nlu import data, evaluate
-from ppo_nlu.answering import provenance
+from ppo_nlu import data
+from ppo_nlu.answering import aggregate, answer, predictions, provenance
+from ppo_nlu.answering.answer import Answer
+from ppo_nlu.answering.load_run import answerer_of
 from ppo_nlu.config import Config, diff, dump, load_config, strict_config, to_dict
 from ppo_nlu.config.idle_keys import BY_REWARD, idle_keys
 from ppo_nlu.data import mixture
@@ -183,12 +185,11 @@ def _evaluated(run: Run, metrics: dict[str, Any], stop: StopRequest) -> bool:
     for name, spec in run.specs.items():
         rows = run.held[name].examples
         with profiling.phase("evaluation"):
-            found = evaluate.evaluate_all(
-                run.method.model, spec, run.cfg, rows, ("greedy",), stop=lambda: bool(stop)
-            )["greedy"]
+            answerer = answerer_of(run.method.model, run.cfg)
+            found = answer.ask(answerer, spec, rows, ("greedy",), stop=lambda: bool(stop))["greedy"]
         if len(found) < len(rows):
             return False
-        report = evaluate.report(spec, found)
+        report = aggregate.report(spec, found)
         metrics |= {f"eval/{name}/{metric}": value for metric, value in report["metrics"].items()}
         scores.append(report["score"])
     mean = sum(scores) / len(scores)
@@ -313,7 +314,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None, work: ExitStack
     rows, held = {}, {}
     for name, spec in specs.items():
         rows[name] = data.train_examples(spec, cfg.data, seen)
-        held[name] = evaluate.held_out(spec, cfg)
+        held[name] = answer.held_out(spec, cfg)
         if any(row.label is None for row in held[name].examples):
             raise UserError(f"eval.split: {cfg.eval.split} has no labels to measure by; use dev")
         print(
@@ -323,8 +324,9 @@ def start(cfg: Config, folder: Path | None, output: Path | None, work: ExitStack
         if spec.reward not in REWARD_KINDS and cfg.method in BY_REWARD:
             rewards.load(spec.reward)
     method = METHODS[cfg.method](cfg, specs)
+    answerer = answerer_of(method.model, cfg)
     for spec in specs.values():
-        evaluate.require_fit(method.model, spec, cfg)
+        answerer.require_fit(spec)
     tree = ""
     if isinstance(method.model, Policy):
         tree = f", {path_of(method.model)}"
@@ -373,18 +375,19 @@ def finish(run: Run, stop: StopRequest) -> bool:
     with profiling.phase("io"):
         method.save(folder)
 
-    def measure(title: str) -> dict[str, dict[str, list[evaluate.Answer]]]:
-        return {
-            name: evaluate.evaluate_all(
-                method.model, spec, cfg, run.held[name].examples, None, cfg.log.progress,
-                f"{title}: {spec.title}", lambda: bool(stop),
-            )
-            for name, spec in run.specs.items()
-        }  # fmt: skip
+    answerer = answerer_of(method.model, cfg)
+
+    def measure(what: str) -> dict[str, dict[str, list[Answer]]]:
+        found = {}
+        for name, spec in run.specs.items():
+            title = f"{what}: {spec.title}" if cfg.log.progress else None
+            rows = run.held[name].examples
+            found[name] = answer.ask(answerer, spec, rows, None, title, lambda: bool(stop))
+        return found
 
     with profiling.phase("evaluation"):
         after = measure("tuned")
-    before: dict[str, dict[str, list[evaluate.Answer]]] = {}
+    before: dict[str, dict[str, list[Answer]]] = {}
     untrained = method.base() if cfg.eval.before else None
     if untrained is not None and not stop:
         with untrained, profiling.phase("evaluation"):
@@ -392,19 +395,19 @@ def finish(run: Run, stop: StopRequest) -> bool:
     if stop:
         return False
     measured = [
-        evaluate.Measured(
+        aggregate.Measured(
             spec, run.held[name], after[name], before.get(name), cfg.eval.bootstrap, cfg.seed
         )
         for name, spec in run.specs.items()
     ]
     answers = [
-        evaluate.join(found["greedy"], found["score"]) if "score" in found else found["greedy"]
+        answer.join(found["greedy"], found["score"]) if "score" in found else found["greedy"]
         for found in after.values()
     ]
-    flat = [answer for found in answers for answer in found]
+    flat = [row for found in answers for row in found]
     with profiling.phase("io"):
-        evaluate.write_predictions(folder / "predictions.jsonl", flat, named=len(answers) > 1)
-    summary = evaluate.summarise(cfg, measured) | {
+        predictions.write_predictions(folder / "predictions.jsonl", flat, named=len(answers) > 1)
+    summary = aggregate.summarise(cfg, measured) | {
         "data": run.source,
         "reward_before": mean_reward(run, before) if before and cfg.method in BY_REWARD else None,
         "train_samples": int(run.totals["samples"]),
@@ -425,7 +428,7 @@ def finish(run: Run, stop: StopRequest) -> bool:
     return True
 
 
-def mean_reward(run: Run, found: dict[str, dict[str, list[evaluate.Answer]]]) -> float:
+def mean_reward(run: Run, found: dict[str, dict[str, list[Answer]]]) -> float:
     """What these sampled answers would earn, KL left out: the curve's starting height."""
     earned = [
         rewards.reward(

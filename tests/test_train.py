@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppo_nlu import evaluate, train
-from ppo_nlu.answering import by_policy
+from ppo_nlu import train
+from ppo_nlu.answering import answer, by_policy, predictions
 from ppo_nlu.methods import memory, ppo
 from ppo_nlu.model import BUNDLED, peft_format
 from ppo_nlu.runtime import checkpoint, cli
@@ -141,15 +141,13 @@ MOMENTS: dict[str, Callable[[], None]] = {
         checkpoint, "_remove", lambda path: path.name == "step_000001"
     ),
     "in the evaluation of step 4": lambda: _die_at(
-        evaluate,
-        "evaluate_all",
-        lambda policy, spec, cfg, rows, decodes, *a: decodes == ("greedy",),
+        answer, "ask", lambda answerer, spec, rows, decodes, *a: decodes == ("greedy",)
     ),
     "at the end, half an adapter written": lambda: _die_at(
         peft_format, "save_adapter", lambda *a: True
     ),
     "at the end, before the summary": lambda: _die_at(
-        evaluate, "write_predictions", lambda *a: True
+        predictions, "write_predictions", lambda *a: True
     ),
 }
 

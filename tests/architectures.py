@@ -128,10 +128,10 @@ class Rows:
 
     prompts: list[list[int]]
     answers: list[list[int]]
-    owners: list[int]
+    prompt_of: list[int]
 
     @classmethod
-    def draw(cls, shared: int, own: Sequence[int], owners: Sequence[int], longest: int) -> Rows:
+    def draw(cls, shared: int, own: Sequence[int], prompt_of: Sequence[int], longest: int) -> Rows:
         """Prompts of `shared` common tokens and `own` of their own, short enough for an answer
         within `longest`; answers of 1 to 5 tokens."""
         draw = torch.Generator().manual_seed(shared)
@@ -139,9 +139,11 @@ class Rows:
         def tokens(count: int) -> list[int]:
             return torch.randint(5, tiny.VOCAB, (count,), generator=draw).tolist()
 
-        opening = tokens(shared)
-        prompts = [[*opening, *tokens(n)][: longest - LIMIT] for n in own]
-        return cls(prompts, [tokens(1 + (j + 1) % LIMIT) for j in range(len(owners))], list(owners))
+        prefix = tokens(shared)
+        prompts = [[*prefix, *tokens(n)][: longest - LIMIT] for n in own]
+        return cls(
+            prompts, [tokens(1 + (j + 1) % LIMIT) for j in range(len(prompt_of))], list(prompt_of)
+        )
 
     def chosen(self, table: Tensor) -> Tensor:
         """The entries (N,) of the answers' tokens in a table (N, V)."""
@@ -152,7 +154,7 @@ class Rows:
 def table_alone(model: Any, rows: Rows, temperature: float = 1.0) -> Tensor:
     """Log-probabilities (N, V) of all tokens where the answers' tokens stand, row by row."""
     tables = []
-    for owner, answer in zip(rows.owners, rows.answers, strict=True):
+    for owner, answer in zip(rows.prompt_of, rows.answers, strict=True):
         prompt = rows.prompts[owner]
         ids = torch.tensor([[*prompt, *answer[:-1]]])
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
@@ -182,7 +184,7 @@ class Case:
 
     def scored(self, rows: Rows, **more: Any) -> Tensor:
         """The policy's log-probabilities (N,)."""
-        found = self.policy.score(rows.prompts, rows.answers, rows.owners, **more)
+        found = self.policy.score(rows.prompts, rows.answers, rows.prompt_of, **more)
         return found.logprobs[found.mask]
 
 
@@ -203,7 +205,7 @@ def score(case: Case) -> float:
 def tempered(case: Case) -> float:
     """At a temperature, and the entropy there."""
     few = case.few
-    found = case.policy.score(few.prompts, few.answers, few.owners, 0.7)
+    found = case.policy.score(few.prompts, few.answers, few.prompt_of, 0.7)
     table = table_alone(case.adapted, few, 0.7)
     entropy = -(table.exp() * table).sum(-1)
     off = gap(found.logprobs[found.mask], few.chosen(table))
@@ -219,11 +221,11 @@ def joined(case: Case) -> float:
 
 
 @torch.no_grad()
-def opening(case: Case) -> float:
+def prefix_cache(case: Case) -> float:
     """Behind a prefix that was run before."""
     worst = 0.0
     for rows in (case.few, case.long):
-        found = case.scored(rows, opening=case.policy.opening(rows.prompts))
+        found = case.scored(rows, prefix_cache=case.policy.prefix_cache(rows.prompts))
         worst = max(worst, gap(found, alone(case.adapted, rows)))
     return worst
 
@@ -257,13 +259,13 @@ def sampled(case: Case) -> float:
     return gap(drawn.logprobs[drawn.mask], alone(case.adapted, found, 0.7))
 
 
-def trunk(case: Case) -> float:
+def prompt_pass(case: Case) -> float:
     """Answers scored behind the rollout's own pass over the prompts, and their gradient."""
     worst = 0.0
     for rows in (case.few, case.long):
         drawn = generate.generate(case.policy, rows.prompts, 2, GREEDY, keep_graph=10**6)
-        if drawn.trunk is not None:
-            found = case.scored(rows, trunk=drawn.trunk)
+        if drawn.prompt_pass is not None:
+            found = case.scored(rows, prompt_pass=drawn.prompt_pass)
             off = gap(found, alone(case.adapted, rows))
             worst = max(worst, off, _gradient_gap(case, rows, found.sum()))
     return worst
@@ -340,11 +342,11 @@ COMPARISONS: dict[str, Callable[[Case], float]] = {
     "score": score,
     "tempered": tempered,
     "joined": joined,
-    "opening": opening,
+    "prefix_cache": prefix_cache,
     "long": long,
     "generate": generated,
     "sample": sampled,
-    "trunk": trunk,
+    "prompt_pass": prompt_pass,
     "gradient": gradient,
     "merged": merged,
     "planned": planned,
@@ -441,7 +443,7 @@ def _tells(model: Any, rows: Rows) -> None:
     """The model's answers must depend on the tokens before them, or nothing is compared."""
     other = [[*p[:-4], (p[-4] - 4) % (tiny.VOCAB - 5) + 5, *p[-3:]] for p in rows.prompts]
     with torch.no_grad():
-        moved = gap(alone(model, Rows(other, rows.answers, rows.owners)), alone(model, rows))
+        moved = gap(alone(model, Rows(other, rows.answers, rows.prompt_of)), alone(model, rows))
     assert moved > 100 * BOUND, f"its answers hardly depend on its prompts: {moved:.1e}"
 
 
@@ -478,7 +480,7 @@ def _in_low_precision(found: Outcome, row: Row, folder: Path, base: Any, few: Ro
         found.failed["bfloat16"] = f"WRONG: {path} in bfloat16, {found.path} in float32"
     elif path != "refused":
         exact = alone(base, few)
-        scored = policy.score(few.prompts, few.answers, few.owners)
+        scored = policy.score(few.prompts, few.answers, few.prompt_of)
         ours = (scored.logprobs[scored.mask] - exact).abs().median()
         alike = replace(row, reference=policy.model.config._attn_implementation)
         theirs = (alone(plain(alike, folder, torch.bfloat16), few) - exact).abs().median()

@@ -254,8 +254,8 @@ ROLLOUT = of(
         "both distributions are those at the temperature",
     ),
     equal_answers_of_other_prompts=(
-        "keys = [(owner, tuple(answer)) for",
-        "keys = [(owners[0], tuple(answer)) for",
+        "keys = [(p, tuple(answer)) for",
+        "keys = [(prompt_of[0], tuple(answer)) for",
         "one answer to two prompts is two rows",
     ),
 ) + of(
@@ -266,26 +266,27 @@ ROLLOUT = of(
     "methods/ppo::test_the_kl_of_the_coefficient_is_the_sum_over_an_answer",
     "methods/ppo::test_the_first_ratio_is_told_once_of_each_pass",
     rows_owners=(
-        "[place[self.owners[j]] for j in index]",
-        "[self.owners[j] for j in index]",
-        "owners are numbers in the prompts given back",
+        "[place[self.prompt_of[j]] for j in index]",
+        "[self.prompt_of[j] for j in index]",
+        "prompt_of are numbers in the prompts given back",
     ),
     room_for_the_answer=(
         "limit = policy.context - room",
         "limit = policy.context",
         "the answer needs room too",
     ),
-    trunk_given_twice=(
-        "trunk, self.trunk = self.trunk, None",
-        "trunk = self.trunk",
+    prompt_pass_given_twice=(
+        "prompt_pass, self.prompt_pass = self.prompt_pass, None",
+        "prompt_pass = self.prompt_pass",
         "the weights have moved since",
     ),
-    trunk_stood_is_forgotten=(
-        "        trunk, self.trunk = self.trunk, None",
-        "        self.stood = False\n        trunk, self.trunk = self.trunk, None",
+    used_prompt_pass_is_forgotten=(
+        "        prompt_pass, self.prompt_pass = self.prompt_pass, None",
+        "        self.used_prompt_pass = False\n"
+        "        prompt_pass, self.prompt_pass = self.prompt_pass, None",
         "later passes take nothing back",
     ),
-    trunk_of_few_prompts=(
+    prompt_pass_of_few_prompts=(
         "used < MOST * len(self.prompts)",
         "used < 0",
         "a pass of its own is cheaper where few prompts have answers",
@@ -545,8 +546,8 @@ REFERENCE = of(
         "the reference is the model without LoRA",
     ),
     cache_temperature_1=(
-        "                [used[owners[j]] for j in new.values()],\n                temperature,",
-        "                [used[owners[j]] for j in new.values()],\n                1.0,",
+        "                [used[prompt_of[j]] for j in new.values()],\n                temperature,",
+        "                [used[prompt_of[j]] for j in new.values()],\n                1.0,",
         "the reference is at the temperature of the draws",
     ),
     cache_key_runs_together=(
@@ -637,8 +638,8 @@ GENERATE = of(
         "the token that ends an answer is its last",
     ),
     samples_interleaved=(
-        "owners = [p for p in range(len(prompts)) for _ in range(samples)]",
-        "owners = [p for _ in range(samples) for p in range(len(prompts))]",
+        "prompt_of = [p for p in range(len(prompts)) for _ in range(samples)]",
+        "prompt_of = [p for _ in range(samples) for p in range(len(prompts))]",
         "the answers to a prompt lie side by side",
     ),
     last_of_weight=(
@@ -674,7 +675,7 @@ PACK = of(
         "len(prompt) - cuts[p] for p",
         "an answer is predicted from its prompt's last token",
     ),
-    trunk_rows=(
+    prompt_pass_rows=(
         "[count + start for start in starts]",
         "[start for start in starts]",
         "answers' states stand behind the prompts' ends",

@@ -201,9 +201,9 @@ def force(patch: pytest.MonkeyPatch, made: Policy, answers: list[list[int]]) -> 
     """Makes every rollout give these answers, with the log-probs and values that they have."""
 
     def generate(policy, prompts, limit, sampling, samples=1, generator=None, critic=False, **more):
-        owners = [p for p in range(len(prompts)) for _ in range(samples)]
+        prompt_of = [p for p in range(len(prompts)) for _ in range(samples)]
         with torch.no_grad():
-            scored = policy.score(prompts, answers, owners, sampling.temperature, values=True)
+            scored = policy.score(prompts, answers, prompt_of, sampling.temperature, values=True)
         tokens, mask = pack.pad(answers)
         return Generation(tokens, mask, scored.logprobs, scored.values, scored.hidden)
 

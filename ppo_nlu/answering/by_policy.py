@@ -63,7 +63,9 @@ class PolicyAnswerer:
             window = examples[start : start + WINDOW * size]
             fitted = [fit_prompt(policy, spec, row, longest, style, shots) for row in window]
             order = sorted(range(len(window)), key=lambda i: -len(fitted[i].ids))
-            opening = policy.opening([fit.ids for fit in fitted]) if len(window) > size else None
+            prefix_cache = (
+                policy.prefix_cache([fit.ids for fit in fitted]) if len(window) > size else None
+            )
             done: dict[int, Answer] = {}
             for place in range(0, len(order), size):
                 if stop():
@@ -71,11 +73,11 @@ class PolicyAnswerer:
                 index = order[place : place + size]
                 rows, prompts = [window[i] for i in index], [fitted[i] for i in index]
                 if decode == "score":
-                    answers = self._scored(spec, rows, prompts, opening)
+                    answers = self._scored(spec, rows, prompts, prefix_cache)
                 else:
                     generator = seeded("evaluate", self.cfg.seed, start, index[0])
                     answers = self._decoded(
-                        spec, rows, prompts, decode == "greedy", generator, opening
+                        spec, rows, prompts, decode == "greedy", generator, prefix_cache
                     )
                 for i, row in zip(index, answers, strict=True):
                     done[i] = replace(row, cut=fitted[i].cut, dropped=fitted[i].dropped)
@@ -96,7 +98,7 @@ class PolicyAnswerer:
         prompts: Sequence[Fitted],
         greedy: bool,
         generator: torch.Generator,
-        opening: PrefixCache | None,
+        prefix_cache: PrefixCache | None,
     ) -> list[Answer]:
         cfg = self.cfg
         drawn = generate(
@@ -105,7 +107,7 @@ class PolicyAnswerer:
             cfg.rollout.max_new_tokens,
             Sampling(1.0, greedy, cfg.eval.top_k, cfg.eval.top_p),
             generator=generator,
-            opening=opening,
+            prefix_cache=prefix_cache,
         )
         _require_numbers(drawn.logprobs)
         texts = [self.policy.decode(row) for row in drawn.rows]
@@ -117,11 +119,11 @@ class PolicyAnswerer:
         spec: TaskSpec,
         rows: Sequence[Example],
         prompts: Sequence[Fitted],
-        opening: PrefixCache | None,
+        prefix_cache: PrefixCache | None,
     ) -> list[Answer]:
         """The likeliest word; for a rating the expectation over its grid."""
         form = self.cfg.prompt.form
-        table = label_probabilities(self.policy, spec, prompts, form, opening).tolist()
+        table = label_probabilities(self.policy, spec, prompts, form, prefix_cache).tolist()
         answers = []
         for example, probabilities in zip(rows, table, strict=True):
             by_word = dict(zip(spec.words, probabilities, strict=True))
@@ -138,7 +140,7 @@ def label_probabilities(
     spec: TaskSpec,
     prompts: Sequence[Fitted],
     form: str = "judgement",
-    opening: PrefixCache | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> torch.Tensor:
     """softmax over the labels of log π(` Word </Judgement>` | prompt), (P, K), no length norm.
 
@@ -146,15 +148,15 @@ def label_probabilities(
     last tokens, scoring starts at the first token that differs. In the analysis form the label
     stands behind an empty reason.
     """
-    heads, answers, owners = [], [], []
+    heads, answers, prompt_of = [], [], []
     replies = _replies(policy, spec, form)
     for number, prompt in enumerate(prompts):
         whole = [policy.encode(prompt.text + reply) for reply in replies]
         cut = min(common(prompt.ids, row) for row in whole)
         heads.append(prompt.ids[:cut])
         answers += [row[cut:] for row in whole]
-        owners += [number] * len(whole)
-    scored = policy.score(heads, answers, owners, opening=opening)
+        prompt_of += [number] * len(whole)
+    scored = policy.score(heads, answers, prompt_of, prefix_cache=prefix_cache)
     _require_numbers(scored.logprobs)
     return scored.logprobs.sum(1).view(len(prompts), -1).softmax(-1)
 

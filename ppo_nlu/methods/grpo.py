@@ -101,7 +101,7 @@ class GRPO(Method):
                         minibatch.backward(*self.loss(batch, micro, run, run / count))
                 minibatch.metrics["grpo/trained"] = float(len(trained))
                 epochs.take(minibatch, index)
-        rollout.trunk = None  # of a step that had nothing to learn from
+        rollout.prompt_pass = None  # of a step that had nothing to learn from
         room = self.sampler.graph_room(self.section, self.budget)
         messages = self.budget.taken_messages() + self.first_ratio.look(epochs, rollout, room)
         return report_of(batch, epochs, messages)
@@ -129,9 +129,9 @@ class GRPO(Method):
         """
         grpo, rollout = self.section, batch.rollout
         rows = torch.tensor(micro, device=rollout.mask.device)
-        trunk = rollout.take_trunk(micro)
+        prompt_pass = rollout.take_prompt_pass(micro)
         temperature = self.cfg.rollout.temperature
-        scored = score_rows(self.model, rollout, micro, temperature, trunk=trunk)
+        scored = score_rows(self.model, rollout, micro, temperature, prompt_pass=prompt_pass)
         width = scored.mask.shape[1]
         mask, old = rollout.mask[rows, :width], rollout.logprobs[rows, :width]
         assert torch.equal(mask, scored.mask)

@@ -27,11 +27,11 @@ LARGEST = ("policy/ratio_max", "policy/ratio_gap")  # the largest counts, not th
 
 
 class Rows(Protocol):
-    """Token ids to run; answer j belongs to prompt `owners[j]`."""
+    """Token ids to run; answer j belongs to prompt `prompt_of[j]`."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
-    owners: list[int]
+    prompt_of: list[int]
 
 
 @dataclass
@@ -220,24 +220,24 @@ def cut(
     if not budget.tokens:
         yield from chunks(index, most)
         return
-    first = rows.prompts[rows.owners[index[0]]]
-    head = min(prefixes.common(first, rows.prompts[rows.owners[j]]) for j in index)
+    first = rows.prompts[rows.prompt_of[index[0]]]
+    head = min(prefixes.common(first, rows.prompts[rows.prompt_of[j]]) for j in index)
     head = head if shared else 0
 
     def size(j: int) -> int:
-        return len(rows.prompts[rows.owners[j]])
+        return len(rows.prompts[rows.prompt_of[j]])
 
     micro: list[int] = []
     held, used = set[int](), head
-    for j in sorted(index, key=lambda j: (-size(j), rows.owners[j], -len(rows.answers[j]))):
-        own = 0 if shared and rows.owners[j] in held else size(j) - head
+    for j in sorted(index, key=lambda j: (-size(j), rows.prompt_of[j], -len(rows.answers[j]))):
+        own = 0 if shared and rows.prompt_of[j] in held else size(j) - head
         need = own + len(rows.answers[j]) - 1
         if micro and (len(micro) == most or used + need > budget.tokens):
             yield micro
             micro, held, used = [], set(), head
             need = size(j) - head + len(rows.answers[j]) - 1
         micro.append(j)
-        held.add(rows.owners[j])
+        held.add(rows.prompt_of[j])
         used += need
     yield micro
 

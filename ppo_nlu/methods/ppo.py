@@ -103,7 +103,7 @@ class PPO(Method):
                     with minibatch.part(micro):
                         minibatch.backward(*self.loss(batch, micro, count))
                 epochs.take(minibatch, index)
-        rollout.trunk = None  # of a step that had nothing to learn from
+        rollout.prompt_pass = None  # of a step that had nothing to learn from
         room = self.sampler.graph_room(self.section, self.budget)
         messages = self.budget.taken_messages() + self.first_ratio.look(epochs, rollout, room)
         return report_of(batch, epochs, messages)
@@ -121,8 +121,8 @@ class PPO(Method):
         ppo, rollout = self.section, batch.rollout
         rows = torch.tensor(micro, device=rollout.mask.device)
         temperature, bonus = self.cfg.rollout.temperature, ppo.entropy_coef != 0
-        trunk = rollout.take_trunk(micro)
-        scored = score_rows(self.model, rollout, micro, temperature, True, bonus, trunk)
+        prompt_pass = rollout.take_prompt_pass(micro)
+        scored = score_rows(self.model, rollout, micro, temperature, True, bonus, prompt_pass)
         width = scored.mask.shape[1]
         mask = rollout.mask[rows, :width]
         assert scored.values is not None and rollout.values is not None

@@ -42,20 +42,20 @@ class ReferenceCache:
         policy: Policy,
         prompts: Sequence[Tokens],
         answers: Sequence[Tokens],
-        owners: Sequence[int],
+        prompt_of: Sequence[int],
         temperature: float,
     ) -> Tensor:
         """(B, R) log-probs of the answers; the reference is run for those not seen before alone,
         each once."""
         heads = [hashlib.sha256(array("q", prompt)) for prompt in prompts]
-        keys = [_key(heads[owner], answer) for owner, answer in zip(owners, answers, strict=True)]
+        keys = [_key(heads[p], answer) for p, answer in zip(prompt_of, answers, strict=True)]
         new: dict[bytes, int] = {}  # its first row
         for j, key in enumerate(keys):
             if key not in self.kept:
                 new.setdefault(key, j)
         self.misses += len(new)
         self.hits += len(keys) - len(new)
-        fresh = self._run(policy, prompts, answers, owners, new, temperature)
+        fresh = self._run(policy, prompts, answers, prompt_of, new, temperature)
         found = dict(zip(new, fresh, strict=True))
         found |= {key: self.kept[key] for key in keys if key not in found}
         self._keep(found, new)
@@ -68,19 +68,19 @@ class ReferenceCache:
         policy: Policy,
         prompts: Sequence[Tokens],
         answers: Sequence[Tokens],
-        owners: Sequence[int],
+        prompt_of: Sequence[int],
         new: Mapping[bytes, int],
         temperature: float,
     ) -> list[array[float]]:
         if not new:
             return []
-        asked = dict.fromkeys(owners[j] for j in new.values())
-        used = {owner: place for place, owner in enumerate(asked)}
+        asked = dict.fromkeys(prompt_of[j] for j in new.values())
+        used = {p: place for place, p in enumerate(asked)}
         with lora_disabled(policy.model):
             scored = policy.score(
-                [prompts[owner] for owner in used],
+                [prompts[p] for p in used],
                 [answers[j] for j in new.values()],
-                [used[owners[j]] for j in new.values()],
+                [used[prompt_of[j]] for j in new.values()],
                 temperature,
             )
         rows = zip(scored.logprobs.tolist(), new.values(), strict=True)

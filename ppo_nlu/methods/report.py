@@ -84,7 +84,7 @@ class FirstRatio:
         """What to say after a step; `graph_room`: whether updates may stand on a rollout's pass."""
         if epochs.first_gap is None or epochs.bad is not None or self.checked:
             return []
-        self.checked = rollout.stood or not graph_room
+        self.checked = rollout.used_prompt_pass or not graph_room
         message = check_first_ratio(epochs.first_gap, self.exact)
         news = self.checked or not self.told  # the same pass again is nothing new
         self.told = True

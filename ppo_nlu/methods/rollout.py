@@ -19,24 +19,24 @@ from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.prompts import OPENING, render, turns
 from ppo_nlu.tree.passes import State
 
-MOST = 0.75  # of the prompts have answers in an update's first pass, or the trunk is of no use
+MOST = 0.75  # of the prompts have answers in an update's first pass, or it runs its own
 
 
 @dataclass
 class Rollout:
     """A batch of answers and all that was known when they were given.
 
-    Answer j belongs to prompt `owners[j]`. Tensors are (B, R), right-padded, column t for action
+    Answer j belongs to prompt `prompt_of[j]`. Tensors are (B, R), right-padded, column t for action
     a_t; `scores` is (B,). The mask counts the token that ends the answer and nothing behind it.
     None: not asked for. `gap` is the largest distance between the log-probs of the decode pass and
     those of a training pass, where both were run; `reused` says that the former are `logprobs`.
-    `trunk` is the pass over all prompts with its graph, where that was kept. `messages` are for the
-    user.
+    `prompt_pass` is the pass over all prompts with its graph, where that was kept. `messages` are
+    for the user.
     """
 
     prompts: list[list[int]]
     answers: list[list[int]]
-    owners: list[int]
+    prompt_of: list[int]
     examples: list[Example]
     responses: list[str]
     predictions: list[str | None]
@@ -50,8 +50,8 @@ class Rollout:
     dropped: int  # worked examples left out of the prompts
     reused: bool = True
     gap: float | None = None
-    trunk: State | None = None
-    stood: bool = False  # whether an update's first pass stood on the trunk
+    prompt_pass: State | None = None
+    used_prompt_pass: bool = False  # whether an update's first pass stood on `prompt_pass`
     messages: list[str] = field(default_factory=list)
 
     @property
@@ -59,27 +59,27 @@ class Rollout:
         """B, the number of answers."""
         return len(self.answers)
 
-    def take_trunk(self, index: Sequence[int]) -> State | None:
-        """The trunk, for the first pass of an update to stand on, if these answers are those of
+    def take_prompt_pass(self, index: Sequence[int]) -> State | None:
+        """`prompt_pass`, for the first pass of an update to stand on, if these answers are those of
         most prompts; it is given away once: a backward frees it, and then the weights move.
 
         Its backward runs all prompts: where many have no answer here, a pass of its own is cheaper.
         """
-        trunk, self.trunk = self.trunk, None
-        used = len({self.owners[j] for j in index})
-        if trunk is None or used < MOST * len(self.prompts):
+        prompt_pass, self.prompt_pass = self.prompt_pass, None
+        used = len({self.prompt_of[j] for j in index})
+        if prompt_pass is None or used < MOST * len(self.prompts):
             return None
-        self.stood = True  # and stays so: later passes of the update ask in vain
-        return trunk
+        self.used_prompt_pass = True  # and stays so: later passes of the update ask in vain
+        return prompt_pass
 
     def rows(self, index: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Prompts, answers and owners of some answers, each prompt once."""
-        used = list(dict.fromkeys(self.owners[j] for j in index))  # in the order of the answers
+        """Prompts, answers and prompt_of of some answers, each prompt once."""
+        used = list(dict.fromkeys(self.prompt_of[j] for j in index))  # in the order of the answers
         place = {prompt: new for new, prompt in enumerate(used)}
         return (
             [self.prompts[prompt] for prompt in used],
             [self.answers[j] for j in index],
-            [place[self.owners[j]] for j in index],
+            [place[self.prompt_of[j]] for j in index],
         )
 
 

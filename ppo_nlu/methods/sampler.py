@@ -137,8 +137,8 @@ class Sampler:
         self, rows: Sequence[Example], fitted: Sequence[Fitted], drawn: Generation
     ) -> Rollout:
         cfg, specs = self.cfg, self.specs
-        owners = [p for p in range(len(rows)) for _ in range(cfg.rollout.samples_per_prompt)]
-        owned = [rows[p] for p in owners]
+        prompt_of = [p for p in range(len(rows)) for _ in range(cfg.rollout.samples_per_prompt)]
+        owned = [rows[p] for p in prompt_of]
         responses = [self.policy.decode(answer) for answer in drawn.rows]
         predictions = [
             parse(specs[row.task], response, cfg.prompt.form)
@@ -151,7 +151,7 @@ class Sampler:
         return Rollout(
             prompts=[fit.ids for fit in fitted],
             answers=drawn.rows,
-            owners=owners,
+            prompt_of=prompt_of,
             examples=owned,
             responses=responses,
             predictions=predictions,
@@ -163,7 +163,7 @@ class Sampler:
             scores=torch.tensor(scores, device=self.policy.device),
             truncated=sum(fit.cut for fit in fitted),
             dropped=sum(fit.dropped for fit in fitted),
-            trunk=drawn.trunk,
+            prompt_pass=drawn.prompt_pass,
         )
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ class Sampler:
         if self.kl is not None and self.kl != "exact":
             cache = ReferenceCache() if self.reference is None else self.reference
             rollout.ref_logprobs = cache.logprobs(
-                policy, rollout.prompts, rollout.answers, rollout.owners, self.temperature
+                policy, rollout.prompts, rollout.answers, rollout.prompt_of, self.temperature
             )
             rollout.kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, self.kl)
             return
@@ -209,25 +209,25 @@ def score_rows(
     temperature: float,
     values: bool = False,
     entropy_grad: bool = False,
-    trunk: State | None = None,
+    prompt_pass: State | None = None,
 ) -> Scored:
     """`policy.score` of some answers; where one prompt has the same answer twice it is run once."""
-    if trunk is None:
-        prompts, answers, owners = rollout.rows(index)
+    if prompt_pass is None:
+        prompts, answers, prompt_of = rollout.rows(index)
     else:
         prompts, answers = rollout.prompts, [rollout.answers[j] for j in index]
-        owners = [rollout.owners[j] for j in index]
+        prompt_of = [rollout.prompt_of[j] for j in index]
     place: dict[tuple[int, tuple[int, ...]], int] = {}
-    keys = [(owner, tuple(answer)) for owner, answer in zip(owners, answers, strict=True)]
+    keys = [(p, tuple(answer)) for p, answer in zip(prompt_of, answers, strict=True)]
     rows = [place.setdefault(key, len(place)) for key in keys]
     scored = policy.score(
         prompts,
         [list(answer) for _, answer in place],
-        [owner for owner, _ in place],
+        [p for p, _ in place],
         temperature,
         values,
         entropy_grad,
-        trunk,
+        prompt_pass,
     )
     if len(place) == len(rows):
         return scored

@@ -37,7 +37,7 @@ class Batch:
     examples: Sequence[Example]
     prompts: list[list[int]]
     answers: list[list[int]]
-    owners: list[int]
+    prompt_of: list[int]
     truncated: int  # prompts that were cut
     dropped: int  # worked examples left out of the prompts
 
@@ -60,7 +60,7 @@ class SFT(Method):
             examples=rows,
             prompts=[prompt for prompt, _, _ in found],
             answers=[answer for _, answer, _ in found],
-            owners=list(range(len(rows))),
+            prompt_of=list(range(len(rows))),
             truncated=sum(cut for _, _, (cut, _) in found),
             dropped=sum(dropped for _, _, (_, dropped) in found),
         )

@@ -25,17 +25,17 @@ TEXT = "The film is good, and long. Now judge the opinion of the sentence."
 
 @dataclass(frozen=True)
 class Probe:
-    """A few prompts and answers; answer j stands behind prompt `owners[j]`."""
+    """A few prompts and answers; answer j stands behind prompt `prompt_of[j]`."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
-    owners: list[int]
+    prompt_of: list[int]
 
     @property
     def longest(self) -> int:
         """The tokens of the longest row."""
-        pairs = zip(self.answers, self.owners, strict=True)
-        return max(len(self.prompts[owner]) + len(answer) for answer, owner in pairs)
+        pairs = zip(self.answers, self.prompt_of, strict=True)
+        return max(len(self.prompts[place]) + len(answer) for answer, place in pairs)
 
 
 @dataclass(frozen=True)
@@ -208,5 +208,5 @@ def _states_alone(decoder: Any, probe: Probe) -> Tensor:
 def _rows(model: nn.Module, probe: Probe) -> Iterator[tuple[Tensor, int]]:
     """The token ids (1, T) of each answer behind its prompt, and how many of them it has."""
     device = next(model.parameters()).device
-    for answer, owner in zip(probe.answers, probe.owners, strict=True):
-        yield torch.tensor([[*probe.prompts[owner], *answer[:-1]]], device=device), len(answer)
+    for answer, place in zip(probe.answers, probe.prompt_of, strict=True):
+        yield torch.tensor([[*probe.prompts[place], *answer[:-1]]], device=device), len(answer)

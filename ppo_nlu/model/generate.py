@@ -40,8 +40,8 @@ class Generation:
     """Responses with the token that ends each; (B, R), right-padded, zero behind the mask.
 
     `logprobs` are those of the sampling distribution before top-k and top-p; `hidden` (N, H) are
-    the states that the counted tokens were drawn from, row by row. `trunk` is the pass over the
-    prompts with its graph, where it was to be kept.
+    the states that the counted tokens were drawn from, row by row. `prompt_pass` is the pass over
+    the prompts with its graph, where it was to be kept.
     """
 
     tokens: Tensor
@@ -49,7 +49,7 @@ class Generation:
     logprobs: Tensor
     values: Tensor | None
     hidden: Tensor | None
-    trunk: State | None = None
+    prompt_pass: State | None = None
 
     @property
     def rows(self) -> list[list[int]]:
@@ -68,7 +68,7 @@ def generate(
     generator: torch.Generator | None = None,
     critic: bool = False,
     keep_graph: int = 0,
-    opening: PrefixCache | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Generation:
     """`samples` responses for each prompt, those of one prompt side by side.
 
@@ -77,26 +77,26 @@ def generate(
     beforehand, so a row's response does not depend on which other rows have finished.
 
     Where prompts and longest answers are together at most `keep_graph` tokens, the prompts are run
-    under autograd, and their pass comes back for a later one to stand on. An `opening` of the
+    under autograd, and their pass comes back for a later one to stand on. A `prefix_cache` of the
     prompts, run with these weights, is not run again; one and a kept graph exclude each other.
     """
-    assert opening is None or not keep_graph
+    assert prefix_cache is None or not keep_graph
     sampling = sampling or Sampling()
     device, rows = policy.device, len(prompts) * samples
     draws = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
-    owners = [p for p in range(len(prompts)) for _ in range(samples)]
+    prompt_of = [p for p in range(len(prompts)) for _ in range(samples)]
 
     def run(graph: int) -> Generation:
         with profiling.phase("prefill"):
             shared = policy.packs(max(map(len, prompts)) + max_new_tokens)
-            state, kept = _prefill(policy, prompts, owners, shared, graph, opening)
-            repeat = torch.tensor(owners, device=device)
+            state, kept = _prefill(policy, prompts, prompt_of, shared, graph, prefix_cache)
+            repeat = torch.tensor(prompt_of, device=device)
             hidden = state.ends.detach()[repeat]
             place = torch.tensor(state.tree.lengths, device=device)[repeat]
-            cache = state.start(owners, max_new_tokens - 1, policy.recorder is not None)
+            cache = state.start(prompt_of, max_new_tokens - 1, policy.recorder is not None)
         with profiling.phase("decode"):
             drawn = _decode(policy, hidden, place, cache, draws, sampling, critic)
-        drawn.trunk = state if kept else None
+        drawn.prompt_pass = state if kept else None
         return drawn
 
     graph = keep_graph - rows * (max_new_tokens - 1)
@@ -111,18 +111,18 @@ def generate(
 def _prefill(
     policy: Policy,
     prompts: Sequence[Tokens],
-    owners: list[int],
+    prompt_of: list[int],
     shared: bool,
     keep_graph: int,
-    opening: PrefixCache | None,
+    prefix_cache: PrefixCache | None,
 ) -> tuple[State, bool]:
     """Run the prompts; what decoding needs of them, and whether their graph was kept, which is done
     where they are at most `keep_graph` tokens. `shared`: as in `pack.build`."""
-    tree = pack.build(prompts, shared=shared, prefix_cache=opening).to(policy.device)
+    tree = pack.build(prompts, shared=shared, prefix_cache=prefix_cache).to(policy.device)
     cost = tree.cost
-    saved = sum(tree.lengths[p] for p in owners) - cost.tokens_run
+    saved = sum(tree.lengths[p] for p in prompt_of) - cost.tokens_run
     profiling.count(
-        cost.tokens_run, saved, positions=len(owners), pairs=cost.pairs, wanted=cost.wanted
+        cost.tokens_run, saved, positions=len(prompt_of), pairs=cost.pairs, wanted=cost.wanted
     )
     kept = tree.plan is not None and cost.tokens_run <= keep_graph
     with torch.set_grad_enabled(kept):

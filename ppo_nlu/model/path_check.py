@@ -99,7 +99,7 @@ def _near(found: Tensor, wanted: Tensor, exact: bool) -> bool:
 
 def _in_one_pass(policy: Runner, probe: Probe, shared: bool) -> Tensor:
     """The states that predict the answers' tokens (N, H), all tokens run at once."""
-    tree = pack.build(probe.prompts, probe.answers, probe.owners, shared)
+    tree = pack.build(probe.prompts, probe.answers, probe.prompt_of, shared)
     tree = tree.to(_device(policy))
     flat, _ = passes.run(policy.decoder, tree, policy.takes_positions)
     return flat.index_select(0, tree.positions[tree.mask])
@@ -107,19 +107,19 @@ def _in_one_pass(policy: Runner, probe: Probe, shared: bool) -> Tensor:
 
 def _decoded(policy: Runner, probe: Probe, shared: bool) -> Tensor:
     """The same states, the answers run token by token; a row leaves the batch when it is over."""
-    device, owners, answers = _device(policy), probe.owners, probe.answers
+    device, prompt_of, answers = _device(policy), probe.prompt_of, probe.answers
     tree = pack.build(probe.prompts, shared=shared).to(device)
     _, state = passes.run(policy.decoder, tree, policy.takes_positions, keep=True)
-    cache = state.start(owners, max(map(len, answers)) - 1)
+    cache = state.start(prompt_of, max(map(len, answers)) - 1)
     rows = list(range(len(answers)))
-    states = [[state.ends[owner]] for owner in owners]
+    states = [[state.ends[p]] for p in prompt_of]
     for step in range(max(map(len, answers)) - 1):
         going = [place for place, row in enumerate(rows) if len(answers[row]) > step + 1]
         if len(going) < len(rows):
             cache.keep(going)
             rows = [rows[place] for place in going]
         token = torch.tensor([answers[row][step] for row in rows], device=device)
-        places = [len(probe.prompts[owners[row]]) + step for row in rows]
+        places = [len(probe.prompts[prompt_of[row]]) + step for row in rows]
         place = torch.tensor(places, device=device) if policy.takes_positions else None
         for row, hidden in zip(rows, cache.step(policy.decoder, token, place), strict=True):
             states[row].append(hidden)

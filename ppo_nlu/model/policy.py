@@ -1,4 +1,4 @@
-"""The policy: one trunk in memory that is policy, reference (LoRA off) and critic at once."""
+"""The policy: one model in memory that is policy, reference (LoRA off) and critic at once."""
 
 from __future__ import annotations
 
@@ -146,12 +146,12 @@ class Policy:
         self,
         prompts: Sequence[Tokens],
         answers: Sequence[Tokens],
-        owners: Sequence[int] | None = None,
-        opening: PrefixCache | None = None,
+        prompt_of: Sequence[int] | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """States that predict the answers' tokens (N, H), row by row, and the mask (B, R)."""
         longest = max(map(len, prompts)) + max(map(len, answers), default=0)
-        tree = pack.build(prompts, answers, owners, self.packs(longest), opening)
+        tree = pack.build(prompts, answers, prompt_of, self.packs(longest), prefix_cache)
         tree = tree.to(self.device)
         self.last_pass = cost = tree.cost
         count = sum(map(len, answers))
@@ -163,13 +163,13 @@ class Policy:
         return flat.index_select(0, tree.positions[tree.mask]), tree.mask
 
     def _grown(
-        self, trunk: State, answers: Sequence[Tokens], owners: Sequence[int]
+        self, prompt_pass: State, answers: Sequence[Tokens], prompt_of: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """`hidden` of answers behind prompts that were run before, under autograd."""
-        hidden, mask, cost = passes.run_answers(self.decoder, trunk, answers, owners)
+        hidden, mask, cost = passes.run_answers(self.decoder, prompt_pass, answers, prompt_of)
         saved = cost.tokens_full - cost.tokens_run
         profiling.count(cost.tokens_run, saved, positions=len(hidden), pairs=cost.pairs)
-        before = trunk.tree.cost
+        before = prompt_pass.tree.cost
         profiling.count_backward(before.tokens_run, before.pairs, before.wanted)
         return hidden, mask
 
@@ -177,26 +177,26 @@ class Policy:
         self,
         prompts: Sequence[Tokens],
         answers: Sequence[Tokens],
-        owners: Sequence[int] | None = None,
+        prompt_of: Sequence[int] | None = None,
         temperature: float = 1.0,
         values: bool = False,
         entropy_grad: bool = False,
-        trunk: State | None = None,
-        opening: PrefixCache | None = None,
+        prompt_pass: State | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> Scored:
         """Log-probabilities, entropies and (where asked) values of the answers' tokens.
 
-        `entropy_grad` says that the loss will ask for the entropy's gradient. With `trunk`, a pass
-        over just these prompts that was run under autograd with these weights, the answers alone
-        are run; a trunk serves one backward. An `opening` of the prompts, run with these weights,
-        is not run again; it gets no gradient.
+        `entropy_grad` says that the loss will ask for the entropy's gradient. `prompt_pass` is a
+        pass over just these prompts, run under autograd with these weights: then the answers alone
+        are run. It serves one backward. What `prefix_cache` holds of the prompts, run with these
+        weights, is not run again; it gets no gradient.
         """
-        if trunk is None:
-            hidden, mask = self.hidden(prompts, answers, owners, opening)
+        if prompt_pass is None:
+            hidden, mask = self.hidden(prompts, answers, prompt_of, prefix_cache)
         else:
-            assert trunk.tree.lengths == [len(prompt) for prompt in prompts]
-            owners = range(len(answers)) if owners is None else owners
-            hidden, mask = self._grown(trunk, answers, owners)
+            assert prompt_pass.tree.lengths == [len(prompt) for prompt in prompts]
+            prompt_of = range(len(answers)) if prompt_of is None else prompt_of
+            hidden, mask = self._grown(prompt_pass, answers, prompt_of)
         targets = torch.tensor([t for a in answers for t in a], device=self.device)
         head, form = self.head, self.head_form
         logprobs, entropy = ops.linear_logprobs(
@@ -213,7 +213,7 @@ class Policy:
             critic = unflatten(self.value(hidden), mask)
         return Scored(mask, unflatten(logprobs, mask), unflatten(entropy, mask), critic, hidden)
 
-    def opening(self, prompts: Sequence[Tokens]) -> PrefixCache | None:
+    def prefix_cache(self, prompts: Sequence[Tokens]) -> PrefixCache | None:
         """What these prompts begin with, run once for all passes over some of them with today's
         weights; None where that is little, or on the plain path."""
         if not self.tree:

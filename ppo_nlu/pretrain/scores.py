@@ -42,13 +42,15 @@ def label_logprobs(policy: Policy, lesson: Lesson, batch_size: int = BATCH) -> T
     """log P of every label's whole answer, (rows, labels)."""
     words = lesson.spec.words
     asked = [tokens(policy, prompt, words) for prompt in lesson.prompts()]
-    opening = policy.opening([ids for ids, _ in asked])
+    prefix_cache = policy.prefix_cache([ids for ids, _ in asked])
     found = []
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
         answers = [reply for _, replies in batch for reply in replies]
-        owners = [place for place in range(len(batch)) for _ in words]
-        scored = policy.score([ids for ids, _ in batch], answers, owners, opening=opening)
+        prompt_of = [place for place in range(len(batch)) for _ in words]
+        scored = policy.score(
+            [ids for ids, _ in batch], answers, prompt_of, prefix_cache=prefix_cache
+        )
         found.append(scored.logprobs.sum(1).view(len(batch), len(words)))
     return torch.cat(found)
 

@@ -102,23 +102,23 @@ def test_what_all_prompts_begin_with_is_run_once_a_window(
     decode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The tokens of the first pass of each batch: without the opening, which one pass has run. The
-    scores are those of batches that run it themselves."""
+    """The tokens of the first pass of each batch: without the shared prefix, which one pass has
+    run. The scores are those of batches that run it themselves."""
     cfg, policy = loaded
     few = replace(cfg, eval=replace(cfg.eval, batch_size=4))
     sizes = tiny.sizes_of_passes(monkeypatch)
     found = answered(policy, few, rows, decode)
     prompts = [policy.encode(render(SPEC, row.fields)) for row in rows]
-    opening = min(prefixes.common(prompts[0], prompt) for prompt in prompts)
+    length = min(prefixes.common(prompts[0], prompt) for prompt in prompts)
     longest = sorted(map(len, prompts), reverse=True)[:4]  # the first batch
-    own = sum(longest) - 4 * opening
+    own = sum(longest) - 4 * length
     labels = 0 if decode == "greedy" else sizes[1] - own  # their tokens but the last
-    assert opening > 40 and sizes[0] == opening and sizes[1] == own + labels
+    assert length > 40 and sizes[0] == length and sizes[1] == own + labels
     assert 0 <= labels < 4 * 2 * 4
-    monkeypatch.setattr(type(policy), "opening", lambda self, prompts: None)
+    monkeypatch.setattr(type(policy), "prefix_cache", lambda self, prompts: None)
     sizes.clear()
     again = answered(policy, few, rows, decode)
-    assert sizes[0] > opening and [got.response for got in again] == [got.response for got in found]
+    assert sizes[0] > length and [got.response for got in again] == [got.response for got in found]
     for one, other in zip(found, again, strict=True):
         if one.probabilities is not None:
             assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)

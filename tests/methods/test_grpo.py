@@ -182,7 +182,7 @@ def alone(policy: Policy, batch: grpo.Batch, index: list[int]) -> list[Tensor]:
     found = []
     for j in index:
         answer = batch.rollout.answers[j]
-        prompt = batch.rollout.prompts[batch.rollout.owners[j]]
+        prompt = batch.rollout.prompts[batch.rollout.prompt_of[j]]
         states = tiny.alone(policy.decoder, prompt, answer)
         table = torch.log_softmax(policy.logits(states), -1)
         found.append(table.gather(1, torch.tensor(answer)[:, None]).squeeze(1))
@@ -321,14 +321,14 @@ def test_a_step_of_even_groups_moves_nothing() -> None:
 def test_on_the_rollouts_pass_left_out_groups_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three of four groups are trained; the fourth's prompt is in the trunk, without gradient."""
+    """Three of four groups are trained; the fourth's prompt is run without gradient."""
     policy, cfg = tiny.policy(), config(kl_coef=0.1)
     found, grown = [], []
     plain = passes.run_answers
     monkeypatch.setattr(passes, "run_answers", lambda *a: grown.append(0) or plain(*a))
     for tokens in (10**6, 0):
         batch = collect(policy, cfg, room=tokens)
-        assert (batch.rollout.trunk is None) == (tokens == 0)
+        assert (batch.rollout.prompt_pass is None) == (tokens == 0)
         batch.advantages = torch.linspace(-1, 1, 12)
         found.append(gradients(policy, cfg, batch, [9, 10, 11, 0, 1, 2, 5, 4, 3]))
     assert len(grown) == 1
@@ -419,7 +419,7 @@ def test_the_update_is_at_the_temperature_of_the_draws(temperature: float) -> No
     assert metrics["policy/ratio_gap"] < 1e-4
     entropy, kl, count = 0.0, 0.0, 0
     for j, answer in enumerate(batch.rollout.answers):
-        prompt = batch.rollout.prompts[batch.rollout.owners[j]]
+        prompt = batch.rollout.prompts[batch.rollout.prompt_of[j]]
         tables = []
         for region in (nullcontext(), lora.lora_disabled(policy.model)):
             with torch.no_grad(), region:

@@ -21,7 +21,7 @@ from ppo_nlu.methods.minibatch import Budget, Epochs, Metrics, OptimizerStep, cu
 class Rows:
     prompts: list[list[int]]
     answers: list[list[int]]
-    owners: list[int]
+    prompt_of: list[int]
 
 
 # Four prompts that share 3 tokens, with 2, 5, 1 and 5 of their own, the last two of them alike.
@@ -116,11 +116,11 @@ def test_out_of_memory_halves_the_micro_batch_with_the_same_result(
     whole, policy = gradients(Budget()), gradients.policy  # type: ignore[attr-defined]
     plain, sizes = policy.score, list[int]()
 
-    def small(prompts, answers, owners=None, *rest, **named):
+    def small(prompts, answers, prompt_of=None, *rest, **named):
         sizes.append(len(answers))
         if len(answers) > 3:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return plain(prompts, answers, owners, *rest, **named)
+        return plain(prompts, answers, prompt_of, *rest, **named)
 
     monkeypatch.setattr(policy, "score", small)
     budget = Budget(rows=0 if method != "sft" else 5)

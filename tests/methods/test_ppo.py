@@ -137,11 +137,11 @@ def test_an_update_on_the_rollouts_pass_has_the_same_gradient(kind: str) -> None
     policy, cfg = tiny.policy(kind), config(entropy_coef=0.1)
     kept, plain = (collect(policy, cfg, room=tokens) for tokens in (10**6, 0))
     assert kept.rollout.answers == plain.rollout.answers
-    assert kept.rollout.trunk is not None and plain.rollout.trunk is None
+    assert kept.rollout.prompt_pass is not None and plain.rollout.prompt_pass is None
     for tensor in (kept.rollout.logprobs, kept.rollout.values, kept.rollout.ref_logprobs):
         assert tensor is not None and not tensor.requires_grad
     mine, metrics = gradients(policy, cfg, kept)
-    assert kept.rollout.trunk is None, "it serves one pass: then the weights move"
+    assert kept.rollout.prompt_pass is None, "it serves one pass: then the weights move"
     theirs, wanted = gradients(policy, cfg, plain)
     for a, b in zip(mine, theirs, strict=True):
         tiny.close(a, b)
@@ -170,14 +170,14 @@ def test_a_kept_pass_is_freed(end: str) -> None:
     """Its graph must not hold on to itself: Python's collector does not see through autograd."""
     policy, cfg = tiny.policy(), config(epochs=2)
     batch = collect(policy, cfg, room=9999)
-    trunk = batch.rollout.trunk
-    assert trunk is not None and trunk.layers is not None
-    seen = [weakref.ref(x) for pair in trunk.layers for x in pair]
-    del trunk
+    prompt_pass = batch.rollout.prompt_pass
+    assert prompt_pass is not None and prompt_pass.layers is not None
+    seen = [weakref.ref(x) for pair in prompt_pass.layers for x in pair]
+    del prompt_pass
     if end == "a step":
         update(policy, sgd(policy), cfg, batch, 0)
     elif end == "no use for it":
-        batch.rollout.take_trunk([0])
+        batch.rollout.take_prompt_pass([0])
     else:
         batch.advantages = batch.advantages[:, :1]
         with pytest.raises(Exception):  # noqa: B017
@@ -203,11 +203,11 @@ def test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on() -> None:
     policy, cfg = tiny.policy(), config()
     run = pack.build(collect(policy, cfg, room=0).rollout.prompts).cost.tokens_run
     longest = cfg.rollout.batch_size * 2 * (cfg.rollout.max_new_tokens - 1)
-    assert collect(policy, cfg, room=run + longest - 1).rollout.trunk is None
+    assert collect(policy, cfg, room=run + longest - 1).rollout.prompt_pass is None
     batch = collect(policy, cfg, room=run + longest)
-    assert batch.rollout.trunk is not None
-    assert batch.rollout.take_trunk([0, 1, 2, 3]) is None, "two prompts of four"
-    assert batch.rollout.trunk is None
+    assert batch.rollout.prompt_pass is not None
+    assert batch.rollout.take_prompt_pass([0, 1, 2, 3]) is None, "two prompts of four"
+    assert batch.rollout.prompt_pass is None
 
 
 # ---- the first ratio ------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_gradient_at_ratio_one_is_the_policy_gradient() -> None:
     rollout, params = batch.rollout, lora.lora_parameters(policy.model)
     logprobs = []
     for j, answer in enumerate(rollout.answers):
-        states = tiny.alone(policy.decoder, rollout.prompts[rollout.owners[j]], answer)
+        states = tiny.alone(policy.decoder, rollout.prompts[rollout.prompt_of[j]], answer)
         table = torch.log_softmax(policy.logits(states), -1)
         logprobs += [table[t, token] for t, token in enumerate(answer)]
     loss = -(torch.stack(logprobs) * batch.advantages[rollout.mask]).mean()
@@ -655,8 +655,8 @@ def test_micro_batches_of_one_update_stand_on_the_rollout_once() -> None:
     policy, cfg = tiny.policy(), config()
     batch = collect(policy, cfg, room=9999)
     rollout = batch.rollout
-    given = [rollout.take_trunk(part) is not None for part in ([0, 2, 4], [1, 3, 5], [6, 7])]
-    assert given == [True, False, False] and rollout.stood
+    given = [rollout.take_prompt_pass(part) is not None for part in ([0, 2, 4], [1, 3, 5], [6, 7])]
+    assert given == [True, False, False] and rollout.used_prompt_pass
 
 
 # ---- the whole way against loops in plain Python --------------------------------------------
@@ -730,7 +730,7 @@ def loss_by_loops(policy: Policy, cfg: Config, batch: ppo.Batch) -> dict[str, fl
     c, rollout, sums = cfg.ppo, batch.rollout, dict.fromkeys(("policy", "value", "entropy"), 0.0)
     for j, answer in enumerate(rollout.answers):
         with torch.no_grad():
-            states = tiny.alone(policy.decoder, rollout.prompts[rollout.owners[j]], answer)
+            states = tiny.alone(policy.decoder, rollout.prompts[rollout.prompt_of[j]], answer)
             logp = torch.log_softmax(policy.head(states) / cfg.rollout.temperature, -1)
             values = [*policy.value_head(states).tolist(), 0.0]
         for t, token in enumerate(answer):

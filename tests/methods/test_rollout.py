@@ -129,12 +129,12 @@ def test_a_rollout_says_what_was_known_when_the_answers_were_given() -> None:
     policy = tiny.policy()
     cfg = config(temperature=0.8)
     rollout = collected(policy, cfg)
-    assert rollout.size == 12 and rollout.owners == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert [e.id for e in rollout.examples] == [str(p) for p in rollout.owners]
+    assert rollout.size == 12 and rollout.prompt_of == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [e.id for e in rollout.examples] == [str(p) for p in rollout.prompt_of]
     assert rollout.responses == [policy.decode(answer) for answer in rollout.answers]
     assert rollout.mask.sum(1).tolist() == [len(answer) for answer in rollout.answers]
     with torch.no_grad():
-        again = policy.score(rollout.prompts, rollout.answers, rollout.owners, 0.8, values=True)
+        again = policy.score(rollout.prompts, rollout.answers, rollout.prompt_of, 0.8, values=True)
     assert again.values is not None
     tiny.close(rollout.logprobs, again.logprobs)
     tiny.close(there(rollout.values), again.values)
@@ -163,10 +163,10 @@ def test_scores(scale, expected, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_takes_each_prompt_once() -> None:
     """Prompts come in the order of their answers, so that one answer a prompt needs no level."""
     rollout = collected(tiny.policy(), config())
-    prompts, answers, owners = rollout.rows([7, 2, 6, 11])
+    prompts, answers, prompt_of = rollout.rows([7, 2, 6, 11])
     assert prompts == [rollout.prompts[p] for p in (2, 0, 3)]
     assert answers == [rollout.answers[j] for j in (7, 2, 6, 11)]
-    assert owners == [0, 1, 0, 2]
+    assert prompt_of == [0, 1, 0, 2]
 
 
 def test_seeded_depends_on_every_part() -> None:
@@ -252,7 +252,7 @@ def test_old_logprobs_come_from_the_decode_pass_where_it_is_exact(
     assert len(passes) == (1 if compared or not reused else 0)
     assert rollout.reused is reused and (rollout.gap is None) is (not passes)
     with torch.no_grad():
-        right = plain(rollout.prompts, rollout.answers, rollout.owners, values=True)
+        right = plain(rollout.prompts, rollout.answers, rollout.prompt_of, values=True)
     gap = float((rollout.logprobs - right.logprobs).abs().max())
     assert gap == pytest.approx(by if reused else 0, abs=2e-5)
     tiny.close(there(rollout.values), there(right.values))
@@ -285,7 +285,7 @@ def test_exact_kl_equals_the_sum_over_the_vocabulary(kind: str) -> None:
     assert bool((there(rollout.kl) >= 0).all()) and float(there(rollout.kl).max()) > 1e-3
     assert not there(rollout.kl)[~rollout.mask].any()
     for j, answer in enumerate(rollout.answers):
-        ids = torch.tensor([[*rollout.prompts[rollout.owners[j]], *answer[:-1]]])
+        ids = torch.tensor([[*rollout.prompts[rollout.prompt_of[j]], *answer[:-1]]])
         with torch.no_grad():
             now = policy.model(input_ids=ids, use_cache=False).logits[0, -len(answer) :]
             with lora_disabled(policy.model):
@@ -302,7 +302,7 @@ def test_sampled_kl_is_against_lora_off_at_the_sampling_temperature(estimator: s
     policy = tiny.policy()
     rollout = collected(policy, config(estimator, 0.8))
     with torch.no_grad(), lora_disabled(policy.model):
-        then = policy.score(rollout.prompts, rollout.answers, rollout.owners, 0.8).logprobs
+        then = policy.score(rollout.prompts, rollout.answers, rollout.prompt_of, 0.8).logprobs
     tiny.close(there(rollout.kl), kl_penalty(rollout.logprobs, then, estimator))  # type: ignore[arg-type]
     assert float(there(rollout.kl).abs().max()) > 1e-3
 
@@ -312,7 +312,7 @@ def test_in_low_precision_old_logprobs_are_those_of_the_training_pass() -> None:
     policy.model.to(torch.bfloat16)
     rollout = collected(policy, config("exact"))
     with torch.no_grad():
-        again = policy.score(rollout.prompts, rollout.answers, rollout.owners, values=True)
+        again = policy.score(rollout.prompts, rollout.answers, rollout.prompt_of, values=True)
     assert again.values is not None
     assert torch.equal(rollout.logprobs, again.logprobs)
     assert torch.equal(there(rollout.values), again.values)

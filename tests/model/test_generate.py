@@ -89,9 +89,9 @@ def test_logprobs_and_values_are_those_of_the_scoring_pass(kind: str) -> None:
     made = generate(
         policy, prompts, 6, Sampling(temperature), samples, generator=seeded(), critic=True
     )
-    owners = [p for p in range(len(prompts)) for _ in range(samples)]
+    prompt_of = [p for p in range(len(prompts)) for _ in range(samples)]
     with torch.no_grad():
-        scored = policy.score(prompts, made.rows, owners, temperature, values=True)
+        scored = policy.score(prompts, made.rows, prompt_of, temperature, values=True)
     assert torch.equal(scored.mask, made.mask)
     tiny.close(made.logprobs, scored.logprobs)
     assert made.values is not None and scored.values is not None and made.hidden is not None
@@ -235,7 +235,7 @@ def test_out_of_memory_behind_a_kept_pass(monkeypatch: pytest.MonkeyPatch) -> No
     first = generate(policy, ragged(), 6, None, 2, seeded(), keep_graph=10_000)
     second = generate(policy, ragged(), 6, None, 2, seeded(), keep_graph=10_000)
     assert kept == [True, True, False]
-    assert first.trunk is not None and second.trunk is None
+    assert first.prompt_pass is not None and second.prompt_pass is None
     assert torch.equal(first.tokens, second.tokens)
     tiny.close(first.logprobs, second.logprobs, 1e-6)
     kept[:] = [False]

@@ -40,13 +40,13 @@ TOKENIZERS = ("llama2", "gpt2", "gptneox-20b", "qwen2", "stories260K")
 def test_score_is_of_the_action_given_what_stands_before_it(kind, name, temperature) -> None:
     """Column t is log π(a_t | prompt, a_<t): a naive loop runs the model once for every token."""
     policy = tiny.policy(kind)
-    prompts, answers, owners = SHAPES[name]
+    prompts, answers, prompt_of = SHAPES[name]
     with torch.no_grad():
-        scored = policy.score(prompts, answers, owners, temperature, values=True)
+        scored = policy.score(prompts, answers, prompt_of, temperature, values=True)
         assert scored.values is not None
         row = 0
         for j, reply in enumerate(answers):
-            prompt = prompts[j if owners is None else owners[j]]
+            prompt = prompts[j if prompt_of is None else prompt_of[j]]
             for t, action in enumerate(reply):
                 ids = torch.tensor([[*prompt, *reply[:t]]])
                 out = policy.model(input_ids=ids, use_cache=False, output_hidden_states=True)
@@ -69,8 +69,8 @@ def test_score_is_of_the_action_given_what_stands_before_it(kind, name, temperat
 
 def test_score_gradient_reaches_only_what_trains() -> None:
     policy = tiny.policy()
-    prompts, answers, owners = SHAPES["several answers a prompt"]
-    scored = policy.score(prompts, answers, owners, values=True)
+    prompts, answers, prompt_of = SHAPES["several answers a prompt"]
+    scored = policy.score(prompts, answers, prompt_of, values=True)
     assert scored.values is not None
     (scored.logprobs.sum() + scored.values.sum()).backward()
     got = {id(p) for p in policy.model.parameters() if p.grad is not None}
@@ -97,12 +97,14 @@ def test_value_head_starts_at_zero_in_fp32(kind: str) -> None:
 
 def test_reference_is_the_same_model_with_lora_off() -> None:
     fresh, shaken = tiny.policy(shaken=False), tiny.policy()
-    prompts, answers, owners = SHAPES["several answers a prompt"]
+    prompts, answers, prompt_of = SHAPES["several answers a prompt"]
     with torch.no_grad():
-        start = fresh.score(prompts, answers, owners).logprobs
-        assert not torch.allclose(shaken.score(prompts, answers, owners).logprobs, start, atol=1e-2)
+        start = fresh.score(prompts, answers, prompt_of).logprobs
+        assert not torch.allclose(
+            shaken.score(prompts, answers, prompt_of).logprobs, start, atol=1e-2
+        )
         with lora.lora_disabled(shaken.model):
-            assert torch.equal(shaken.score(prompts, answers, owners).logprobs, start)
+            assert torch.equal(shaken.score(prompts, answers, prompt_of).logprobs, start)
 
 
 # ---- the stop detector ----------------------------------------------------------------------

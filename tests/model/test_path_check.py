@@ -211,7 +211,7 @@ def test_rows_longer_than_a_window_take_the_plain_path(tmp_path: Path) -> None:
     assert policy.packs(64) and not policy.packs(65)
     for length in (40, 63, 66, 120):
         assert_right(policy, model, length)
-    assert policy.opening([[*row, 5] for row in rows(120)]) is not None
+    assert policy.prefix_cache([[*row, 5] for row in rows(120)]) is not None
     for length in (50, 62, 70, 120):  # the second grows across the window
         prompts = rows(length)
         drawn = generate(policy, prompts, 6, Sampling(greedy=True))

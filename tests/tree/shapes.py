@@ -15,7 +15,7 @@ BASE = [5, 9, 3, 14, 22, 7, 30, 11]
 OTHER = [6, 4, 17, 25, 8, 19]
 
 
-# name: (prompts, answers, owners)
+# name: (prompts, answers, prompt_of)
 SHAPES: dict[str, tuple[list[list[int]], list[list[int]], list[int] | None]] = {
     "shared prefix": (
         [[*BASE, 20, 21], [*BASE, 23], [*BASE, 24, 26, 27, 28]],
@@ -38,7 +38,7 @@ SHAPES: dict[str, tuple[list[list[int]], list[list[int]], list[int] | None]] = {
         [[31, 12, 2], [31], [13, 15], [16, 2], [16, 31, 33, 2], [34]],
         [0, 0, 0, 1, 1, 2],
     ),
-    "owners out of order, one prompt without": (
+    "prompt_of out of order, one prompt without": (
         [[*BASE, 20], OTHER, [*BASE, 23]],
         [[31, 12], [13], [15, 16, 2]],
         [2, 0, 2],
@@ -63,9 +63,9 @@ def pull(hidden: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True))
 
 
-def by_row(decoder: nn.Module, prompts, answers, owners) -> Tensor:
-    owners = range(len(answers)) if owners is None else owners
-    rows = zip(owners, answers, strict=True)
+def by_row(decoder: nn.Module, prompts, answers, prompt_of) -> Tensor:
+    prompt_of = range(len(answers)) if prompt_of is None else prompt_of
+    rows = zip(prompt_of, answers, strict=True)
     return torch.cat([tiny.alone(decoder, prompts[o], answer) for o, answer in rows])
 
 
@@ -77,9 +77,9 @@ def through(decoder: nn.Module, tree: Tree, positions: bool = True) -> Tensor:
 def assert_equal_to_rows(
     decoder: nn.Module, params, shape, shared: bool = True, positions: bool = True
 ) -> None:
-    prompts, answers, owners = shape
-    actual = through(decoder, build(prompts, answers, owners, shared), positions)
-    expected = by_row(decoder, prompts, answers, owners)
+    prompts, answers, prompt_of = shape
+    actual = through(decoder, build(prompts, answers, prompt_of, shared), positions)
+    expected = by_row(decoder, prompts, answers, prompt_of)
     tiny.close(actual, expected)
     for mine, theirs in zip(pull(actual, params), pull(expected, params), strict=True):
         tiny.close(mine, theirs)

@@ -67,11 +67,11 @@ def test_a_pass_under_autocast(kind: str, fused: bool, monkeypatch: pytest.Monke
     """Forward, backward (inside and outside of the region) and decoding, as in bf16."""
     monkeypatch.setattr(attention, "FUSED_ON", "cpu" if fused else "none")
     policy = tiny.policy(kind)
-    prompts, answers, owners = SHAPES["several answers a prompt"]
-    expected = policy.score(prompts, answers, owners).logprobs.detach()
+    prompts, answers, prompt_of = SHAPES["several answers a prompt"]
+    expected = policy.score(prompts, answers, prompt_of).logprobs.detach()
     for inside in (True, False):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            scored = policy.score(prompts, answers, owners)
+            scored = policy.score(prompts, answers, prompt_of)
             if inside:
                 scored.logprobs.sum().backward()
         if not inside:

@@ -35,14 +35,14 @@ def test_answers_behind_a_prompt_pass_equal_one_row_at_a_time(
     decoder = tiny.causal_lm(kind).base_model
     params = list(decoder.parameters())
     trim.trim(decoder)  # the last block runs the ends of the prompts alone
-    prompts, answers, owners = SHAPES[name]
-    given = list(range(len(answers))) if owners is None else owners
+    prompts, answers, prompt_of = SHAPES[name]
+    given = list(range(len(answers))) if prompt_of is None else prompt_of
     _, prompt_pass = run(decoder, build(prompts), keep=True)
     actual, mask, cost = passes.run_answers(decoder, prompt_pass, answers, given)
     assert mask.sum(1).tolist() == [len(answer) for answer in answers]
     assert cost.tokens_run == sum(len(answer) - 1 for answer in answers)
     whole = tiny.causal_lm(kind).base_model
-    expected = by_row(whole, prompts, answers, owners)
+    expected = by_row(whole, prompts, answers, prompt_of)
     tiny.close(actual, expected)
     pulled = pull(expected, list(whole.parameters()))
     for mine, theirs in zip(pull(actual, params), pulled, strict=True):
@@ -55,21 +55,21 @@ def test_a_prefix_cache_is_run_once_for_many_passes(kind: str, name: str) -> Non
     """Its tokens are those that all prompts begin with; scores and decoding equal single rows."""
     policy = tiny.policy(kind)
     decoder = policy.decoder
-    prompts, answers, owners = SHAPES[name]
-    owners = list(range(len(answers))) if owners is None else owners
+    prompts, answers, prompt_of = SHAPES[name]
+    prompt_of = list(range(len(answers))) if prompt_of is None else prompt_of
     found = cache_prefix(decoder, prompts)
     assert found is not None and found.tokens == BASE
     with torch.no_grad():
         for part in (slice(0, 2), slice(1, 3)):
             few = prompts[part]
-            mine = [j for j, owner in enumerate(owners) if owner in range(*part.indices(3))]
-            tree = build(few, [answers[j] for j in mine], [owners[j] - part.start for j in mine],
+            mine = [j for j, owner in enumerate(prompt_of) if owner in range(*part.indices(3))]
+            tree = build(few, [answers[j] for j in mine], [prompt_of[j] - part.start for j in mine],
                          prefix_cache=found)  # fmt: skip
             assert tree.cost.tokens_run == sum(len(prompt) - 8 for prompt in few) + sum(
                 len(answers[j]) - 1 for j in mine
             )
             expected = by_row(
-                decoder, prompts, [answers[j] for j in mine], [owners[j] for j in mine]
+                decoder, prompts, [answers[j] for j in mine], [prompt_of[j] for j in mine]
             )
             tiny.close(through(decoder, tree), expected)
         state = run(decoder, build(prompts, prefix_cache=found), keep=True)[1]
@@ -113,11 +113,11 @@ def test_choose_path(kind: str, changes: dict, tree: bool) -> None:
     policy = tiny.policy(kind, **changes)
     assert policy.tree is tree
     assert choose_path(policy, "plain") is False
-    prompts, answers, owners = SHAPES["several answers a prompt"]
+    prompts, answers, prompt_of = SHAPES["several answers a prompt"]
     long = [prompt * 4 for prompt in prompts]
     policy.tree = tree
-    hidden, _ = policy.hidden(long, answers, owners)
-    tiny.close(hidden, by_row(policy.decoder, long, answers, owners))
+    hidden, _ = policy.hidden(long, answers, prompt_of)
+    tiny.close(hidden, by_row(policy.decoder, long, answers, prompt_of))
 
 
 def test_the_decoder_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,4 +31,4 @@ def test_a_prefix_cache_that_does_not_fit_is_not_taken(monkeypatch: pytest.Monke
     monkeypatch.setattr(prefixes, "PREFIX_COST", 16)
     assert cache_prefix(policy.decoder, [[*BASE, 20], [*BASE, 21]]) is None
     policy.tree = False
-    assert policy.opening([[*BASE * 3, 20], [*BASE * 3, 21]]) is None
+    assert policy.prefix_cache([[*BASE * 3, 20], [*BASE * 3, 21]]) is None

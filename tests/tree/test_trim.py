@@ -16,9 +16,9 @@ pytestmark = pytest.mark.usefixtures("every_prefix_counts")
 @pytest.mark.parametrize("kind", tiny.TREE_KINDS)
 def test_the_last_block_runs_the_wanted_tokens_alone(kind: str) -> None:
     """Of 18 tokens the 6 that predict an answer are wanted; states and gradients agree."""
-    prompts, answers, owners = SHAPES["shared prefix"]
+    prompts, answers, prompt_of = SHAPES["shared prefix"]
     model = tiny.causal_lm(kind)
-    tree = build(prompts, answers, owners)
+    tree = build(prompts, answers, prompt_of)
     expected = through(model.base_model, tree)
     gradients = pull(expected, list(model.base_model.parameters()))
     names = trim.trim(model.base_model)
@@ -27,7 +27,7 @@ def test_the_last_block_runs_the_wanted_tokens_alone(kind: str) -> None:
     block = trim.blocks(model.base_model)[-1]
     inner = next(m for m in block.mlp.modules() if not list(m.children()) and list(m.parameters()))
     inner.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[1]))
-    actual = through(model.base_model, build(prompts, answers, owners))
+    actual = through(model.base_model, build(prompts, answers, prompt_of))
     assert sizes == [6] and len(tree.ids) == 18
     tiny.close(actual, expected)
     for mine, theirs in zip(
@@ -35,15 +35,15 @@ def test_the_last_block_runs_the_wanted_tokens_alone(kind: str) -> None:
     ):
         tiny.close(mine, theirs)
     trim.trim(model.base_model)  # a second policy around the same model
-    tiny.close(through(model.base_model, build(prompts, answers, owners)), expected)
+    tiny.close(through(model.base_model, build(prompts, answers, prompt_of)), expected)
     assert pass_of(model.config) is None
     with trim.whole(model.base_model):
-        through(model.base_model, build(prompts, answers, owners))
+        through(model.base_model, build(prompts, answers, prompt_of))
     assert sizes == [6, 6, 18]
 
 
 def test_a_model_that_runs_all_tokens_leaves_others_as_they_are() -> None:
-    prompts, answers, owners = SHAPES["shared prefix"]
+    prompts, answers, prompt_of = SHAPES["shared prefix"]
     sizes: dict[str, list[int]] = {"llama": [], "qwen2": []}
     decoders = {kind: tiny.causal_lm(kind).base_model for kind in sizes}
     for kind, decoder in decoders.items():
@@ -52,7 +52,7 @@ def test_a_model_that_runs_all_tokens_leaves_others_as_they_are() -> None:
         up.register_forward_pre_hook(lambda m, args, k=kind: sizes[k].append(args[0].shape[1]))
     with pytest.raises(RuntimeError), trim.whole(decoders["llama"]):
         for decoder in decoders.values():
-            through(decoder, build(prompts, answers, owners))
+            through(decoder, build(prompts, answers, prompt_of))
         raise RuntimeError("what happens inside")
-    through(decoders["llama"], build(prompts, answers, owners))
+    through(decoders["llama"], build(prompts, answers, prompt_of))
     assert sizes == {"llama": [18, 6], "qwen2": [6]}

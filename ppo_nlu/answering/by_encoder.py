@@ -8,14 +8,14 @@ import torch
 
 from ppo_nlu.answering.answer import Answer, never
 from ppo_nlu.config import Config
-from ppo_nlu.methods import encoder_model as encoders
+from ppo_nlu.methods.encoder_model import Encoder, answer_all
 from ppo_nlu.tasks import Example, TaskSpec
 
 
 class EncoderAnswerer:
     """An encoder as an `Answerer`."""
 
-    def __init__(self, encoder: encoders.Encoder, cfg: Config):
+    def __init__(self, encoder: Encoder, cfg: Config):
         self.encoder, self.cfg = encoder, cfg
 
     @property
@@ -34,6 +34,6 @@ class EncoderAnswerer:
         stop: Callable[[], bool] = never,
     ) -> Iterator[Answer]:
         """Answers in the order of the examples; ends early where `stop` says so."""
-        found = encoders.answer_all(self.encoder, spec, self.cfg, examples, decode, stop)
+        found = answer_all(self.encoder, spec, self.cfg, examples, decode, stop)
         for example, (prediction, probabilities) in zip(examples, found, strict=False):
             yield Answer(example, prediction, prediction or "", probabilities)

@@ -13,7 +13,8 @@ from ppo_nlu.answering.by_policy import PolicyAnswerer
 from ppo_nlu.answering.provenance import resume_command, stored_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods import encoder_model as encoders
+from ppo_nlu.methods import encoder_load, encoder_save
+from ppo_nlu.methods.encoder_model import Encoder
 from ppo_nlu.model import lora, peft_format
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy
@@ -93,8 +94,8 @@ def _trained_policy(cfg: Config, run_dir: Path) -> Policy:
     return policy
 
 
-def _trained_encoder(cfg: Config, run_dir: Path) -> encoders.Encoder:
-    return encoders.load_saved(cfg, specs_of(cfg)[cfg.names[0]], run_dir / _ENCODER.folder)
+def _trained_encoder(cfg: Config, run_dir: Path) -> Encoder:
+    return encoder_load.load_saved(cfg, specs_of(cfg)[cfg.names[0]], run_dir / _ENCODER.folder)
 
 
 def _no_encoder(cfg: Config) -> None:
@@ -102,4 +103,4 @@ def _no_encoder(cfg: Config) -> None:
 
 
 _POLICY = Kind("adapter", peft_format.CONFIG_FILE, PolicyAnswerer, _trained_policy, load_policy)
-_ENCODER = Kind(encoders.FOLDER, "config.json", EncoderAnswerer, _trained_encoder, _no_encoder)
+_ENCODER = Kind(encoder_save.FOLDER, "config.json", EncoderAnswerer, _trained_encoder, _no_encoder)

@@ -159,7 +159,7 @@ def model_folder(name: str) -> Path | None:
 
 def _start_folder(cfg: Config) -> Path:
     if cfg.method == "encoder":
-        from ppo_nlu.methods.encoder_model import saved_folder
+        from ppo_nlu.methods.encoder_load import saved_folder
 
         return saved_folder(str(cfg.init_from))
     return adapter_folder(str(cfg.init_from))

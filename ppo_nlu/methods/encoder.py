@@ -1,9 +1,9 @@
 """The encoder baseline: BERT fine-tuned whole with a head on top (Devlin et al., 2019).
 
-With `init_from` the start is another task's run (STILTs, arXiv 1811.01088). Weights and optimizer
-are fp32. Ratings are learned by squared error in fifths of their range, which for STS-B (0 to 5) is
-its own scale. Unlike BERT's own code, weight decay spares no parameter, and `max_grad_norm` is the
-config's.
+With `init_from` training starts from another task's run (STILTs, arXiv 1811.01088). Weights and
+optimizer are fp32. Ratings are learned by squared error in fifths of their range; for STS-B (0 to
+5) that is its own scale. Two departures from BERT's own code: weight decay acts on all parameters,
+and the gradient is clipped at the config's `max_grad_norm`.
 """
 
 from __future__ import annotations
@@ -19,24 +19,16 @@ from torch import Tensor, nn
 
 from ppo_nlu.config import Config
 from ppo_nlu.methods.base import Groups, Method
-from ppo_nlu.methods.encoder_model import (
-    FOLDER,
-    SPAN,
-    Encoder,
-    drawing_from,
-    load,
-    load_weights,
-    rating_of,
-    save,
-    weights,
-)
+from ppo_nlu.methods.encoder_load import load
+from ppo_nlu.methods.encoder_model import SPAN, Encoder, drawing_from, rating_of
+from ppo_nlu.methods.encoder_save import FOLDER, load_weights, save, weights
 from ppo_nlu.methods.minibatch import OptimizerStep
 from ppo_nlu.methods.report import BadStep, Report, row_for_a_human
 from ppo_nlu.tasks import Example, TaskSpec
 
 
 class EncoderTuning(Method):
-    """Fine-tuning of an encoder, the baseline."""
+    """Fine-tuning of an encoder."""
 
     model: Encoder
 
@@ -46,15 +38,15 @@ class EncoderTuning(Method):
         self.batch_size = cfg.encoder.batch_size
 
     def collect(self, rows: Sequence[Example], step: int) -> Sequence[Example]:
-        """The rows themselves: nothing is asked of the model before it learns."""
+        """The rows themselves: there is nothing to run before learning."""
         assert rows, "nothing to learn from"
         return rows
 
     def update(self, batch: Sequence[Example], step: int) -> Report:
         """One optimizer step on these rows.
 
-        Dropout depends on the seed and the step alone. The accuracy is that of the training pass,
-        dropout on; a rating is right where it rounds to the gold one's decimal.
+        Dropout depends on the seed and the step only. The accuracy is that of the training pass,
+        with dropout. A rating is right where it rounds to the same decimal as the gold rating.
         """
         encoder, cfg = self.model, self.cfg
         minibatch = OptimizerStep(self.optimizer, cfg.optim.max_grad_norm)
@@ -84,11 +76,12 @@ class EncoderTuning(Method):
         save(self.model, folder / FOLDER)
 
     def base(self) -> AbstractContextManager[Any] | None:
-        return None  # its head is new: there is nothing to measure before
+        return None  # the head is new, so an untrained encoder has nothing to measure
 
 
 def loss_of(spec: TaskSpec, outputs: Tensor, examples: Sequence[Example]) -> tuple[Tensor, float]:
-    """Mean cross-entropy, or mean squared error in fifths of the range; the share of right rows."""
+    """Mean cross-entropy, or mean squared error in fifths of the range; and the share of right
+    rows."""
     labels = [_label(row) for row in examples]
     if spec.rating is None:
         gold = torch.tensor([spec.words.index(word) for word in labels], device=outputs.device)

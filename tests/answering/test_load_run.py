@@ -13,7 +13,7 @@ from ppo_nlu.answering.by_encoder import EncoderAnswerer
 from ppo_nlu.answering.by_policy import PolicyAnswerer
 from ppo_nlu.config import Config, ModelConfig, dump
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods import encoder_model as encoders
+from ppo_nlu.methods import encoder_load
 from ppo_nlu.runtime import run_folder
 
 CFG = Config(task="sst2", model=ModelConfig(device="cpu"))
@@ -37,7 +37,7 @@ def test_a_run_has_finished_when_its_folder_is_whole(
 def test_the_method_says_which_model_answers() -> None:
     policy = tiny.policy()
     assert isinstance(load_run.answerer_of(policy, CFG), PolicyAnswerer)
-    encoder = encoders.load(ENCODER, tiny.SST2)
+    encoder = encoder_load.load(ENCODER, tiny.SST2)
     answerer = load_run.answerer_of(encoder, ENCODER)
     assert isinstance(answerer, EncoderAnswerer) and answerer.device == encoder.device
     answerer.require_fit(tiny.SST2)

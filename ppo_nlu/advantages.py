@@ -1,11 +1,11 @@
-"""What the losses are fed with: masked statistics, shaped rewards, GAE and group advantages.
+"""What the losses are computed from: masked statistics, shaped rewards, GAE, group advantages.
 
 Pure functions on tensors, torch only: no text, no config, no randomness, nothing edited in place.
 Response tensors are `(B, R)`, right-padded; column t belongs to action aₜ, and `values[:, t]` is
 V(sₜ) *before* aₜ. `mask` is bool, True = counts, and includes the stop token; it is built from
-lengths. What stands in the padding is never read: every input is masked before the formula, so NaN
-or inf there reaches neither a result nor a gradient, and results are 0 there. Inputs of lower
-precision are computed in float32; float64 stays float64.
+lengths. Padding is never read: every input is masked before the formula, so NaN or inf in the
+padding reaches neither a result nor a gradient, and results are 0 there. Inputs of lower precision
+are computed in float32; float64 stays float64.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-VARIANCE_EPS = 1e-8  # inside the square root of masked_whiten, as OpenAI and TRL have it
+VARIANCE_EPS = 1e-8  # inside the square root of masked_whiten, as in OpenAI's code and TRL
 GROUP_EPS = 1e-4  # added to the standard deviation of a group
 
 
@@ -47,7 +47,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scales the counted elements to variance 1 and, with `shift_mean`, takes their mean away.
+    """Scales the counted elements to variance 1 and, with `shift_mean`, subtracts their mean.
 
     y = (x − μ) / √(σ² + 1e-8), plus μ again when `shift_mean=False` (used for rewards).
     μ and the unbiased σ² = Σ m(x − μ)² / (n − 1) are those of the counted elements.
@@ -55,8 +55,8 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     Source: OpenAI lm-human-preferences (arXiv 1909.08593); the meaning of `shift_mean` is theirs.
     The variance is unbiased as in TRL, which the paper's code runs on; OpenAI's own is biased.
 
-    Args: x, mask: any one shape.  Returns: that shape, 0 outside the mask; one element alone has
-    variance 0, hence 0 (or itself when `shift_mean=False`).
+    Args: x, mask: any one shape.  Returns: that shape, 0 outside the mask. A single element has
+    variance 0 and becomes 0 (with `shift_mean=False` it stays as it is).
     """
     x, n = counted(x, mask), token_count(mask)
     mean = x.sum() / n

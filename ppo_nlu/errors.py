@@ -2,14 +2,14 @@
 
 import unicodedata
 
-LONGEST = 560  # characters of a line of error
-SHOWN = 80  # letters of a cell or word that a message quotes
+LONGEST = 560  # characters of an error's line
+SHOWN = 80  # characters of a cell or word that a message quotes
 
 
 class UserError(ValueError):
-    """A mistake the user can mend; the message says what is wrong, where, and how to mend it.
+    """A mistake that the user can mend; the message says what is wrong, where, and how to mend it.
 
-    What it quotes cannot steer the terminal: signs that control it are written out.
+    What it quotes cannot control the terminal: invisible characters are written out.
     """
 
     def __init__(self, message: str):
@@ -17,20 +17,21 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """The text with all but white space that is not to be seen written out, as `\\x1b`."""
+    """The text with invisible characters written out, as `\\x1b`; white space stays."""
     if text.isprintable():
         return text
     return "".join(
-        sign if sign.isspace() or unicodedata.category(sign) not in HIDDEN else _escaped(sign)
-        for sign in text
+        char if char.isspace() or unicodedata.category(char) not in HIDDEN else _escaped(char)
+        for char in text
     )
 
 
+# Control and format characters, surrogates, private use, unassigned.
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn")
 
 
-def _escaped(sign: str) -> str:
-    return sign.encode("unicode_escape", "surrogatepass").decode("ascii")
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def quoted(text: object) -> str:
@@ -47,7 +48,7 @@ def first_line(error: BaseException, longest: int = 200) -> str:
 def one_line(text: str, longest: int = LONGEST) -> str:
     """The text on one line: control characters escaped, the middle of a long one left out.
 
-    The place stands at the head of a message and the mend at its end, so both are kept.
+    A message begins with the place of the mistake and ends with how to mend it: both are kept.
     """
     shown = printable(" ".join(text.split()))
     if len(shown) <= longest:

@@ -2,14 +2,15 @@
 
     from ppo_nlu.losses import gae, masked_whiten, policy_loss, shaped_rewards, value_loss
 
-Shapes, mask and padding are those of `ppo_nlu.advantages`, whose functions import from here too.
-Only the first argument of a loss gets a gradient; old log-probs, advantages, returns and the
-reference are detached. Metrics are detached tensors in a dict.
+All losses are in one file on purpose: with `ppo_nlu.advantages` it can be copied into another
+project. The shapes, the mask and the padding are described there, and its functions can be imported
+from here. Only the model that is trained gets a gradient: old log-probs, advantages, returns and
+the reference are detached. Metrics are detached tensors in a dict.
 
 `denominator` is the token count of the whole minibatch. With it every loss is a sum divided by that
-number, so micro-batches (and ranks) add up to the loss and the gradient of the minibatch, and so do
-the metrics, all but `policy/ratio_max` (take the maximum) and `value/explained_variance` (call
-`explained_variance` on the whole). Without it a loss is the mean over its own counted tokens.
+number, so micro-batches (and ranks) add up to the loss and the gradient of the minibatch. So do the
+metrics, except `policy/ratio_max` (take the maximum) and `value/explained_variance` (call
+`explained_variance` on the whole batch). Without it a loss is the mean over its own counted tokens.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ __all__ = [
     "value_loss",
 ]
 
-MAX_LOG_RATIO = 20.0  # e²⁰ ≈ 5e8: past it the exponential only destroys the sum it stands in
+MAX_LOG_RATIO = 20.0  # e²⁰ ≈ 5e8: beyond it one token would swamp the sum over all tokens
 
 Metrics = dict[str, Tensor]
 
@@ -233,25 +234,39 @@ def ppo_loss(
 
     L = `policy_loss` + c_v · `value_loss` − c_e · mean Hₜ
 
-    Source: arXiv 1707.06347, equation 9. Arguments go by keyword: of seven tensors of one shape no
-    two can change places.
+    Source: arXiv 1707.06347, equation 9. Arguments go by keyword, so that no two of the seven
+    tensors of one shape can be swapped.
 
     Args:
         logprobs, values, entropy: (B, R) of the current policy and critic; these get gradients.
         old_logprobs, old_values, advantages, returns: (B, R) from the rollout.
         values: None leaves the critic out; entropy: None leaves the bonus out.
         value_coef, entropy_coef: c_v, c_e; the others as in `policy_loss` and `value_loss`.
-    Returns: the scalar loss, and the metrics of its parts (`value/explained_variance` is not among
-    them: it belongs to the whole batch), `policy/entropy` and `policy/ratio_gap` = max |ρ − 1|.
+    Returns: the scalar loss, and the metrics of its parts (without `value/explained_variance`,
+    which is of the whole batch), `policy/entropy` and `policy/ratio_gap` = max |ρ − 1|.
     """
     loss, metrics = policy_loss(
-        logprobs, old_logprobs, advantages, mask, clip, clip_high, dual_clip, denominator
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        clip=clip,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        denominator=denominator,
     )
     log_ratio = (counted(logprobs, mask) - counted(old_logprobs, mask)).detach()
     metrics["policy/ratio_gap"] = torch.expm1(log_ratio).abs().amax()
     if values is not None:
         assert returns is not None, "a critic needs the returns of the rollout"
-        critic, more = value_loss(values, old_values, returns, mask, value_clip, denominator)
+        critic, more = value_loss(
+            values=values,
+            old_values=old_values,
+            returns=returns,
+            mask=mask,
+            clip=value_clip,
+            denominator=denominator,
+        )
         more.pop("value/explained_variance")
         loss, metrics = loss + value_coef * critic, metrics | more
     if entropy is not None:
@@ -272,8 +287,8 @@ def td_error_loss(
 
     L = mean (rₜ + γVₜ₊₁ − Vₜ)²,  V after the last counted token is 0
 
-    Source: arXiv 2410.11020, equation 1, with its missing ½. The target rₜ + γVₜ₊₁ is detached,
-    which the paper leaves unsaid.
+    Source: arXiv 2410.11020, equation 1, which has no ½. The target rₜ + γVₜ₊₁ is detached; the
+    paper does not say so.
 
     Args: values, rewards, mask: (B, R); denominator: as in `value_loss`.  Returns: a scalar.
     """
@@ -299,8 +314,8 @@ def grpo_loss(
     L = L_policy + β·mean (eᵈ − 1 − d),  d = log π_ref(aₜ|sₜ) − log π(aₜ|sₜ)  (k3)
 
     Source: arXiv 2402.03300 (GRPO), equations 3 and 4. Departure: the mean is over the tokens of
-    the minibatch, not first over each response (arXiv 2503.14476, DAPO). Advantage 0 does not
-    remove the KL of a response: leave groups without spread out of the mask to be rid of theirs.
+    the minibatch, not first over each response (arXiv 2503.14476, DAPO). A response of advantage 0
+    still has its KL: to drop it, mask out the groups without spread.
 
     Args:
         logprobs: (B, R), the only input with a gradient.
@@ -308,13 +323,19 @@ def grpo_loss(
         advantages: (B,) of `group_advantages`.
         mask: (B, R) bool.
         clip, clip_high, denominator: as in `policy_loss`; kl_coef: β.
-    Returns: the scalar loss, and the metrics of `policy_loss` (whose `policy/loss` is without the
-    KL) and, given a reference, `kl/ref`, the mean of k3.
+    Returns: the scalar loss, and the metrics of `policy_loss` (`policy/loss` is without the KL)
+    and, given a reference, `kl/ref`, the mean of k3.
     """
     assert advantages.shape == mask.shape[:1], "advantages are one per response"
     advantages = advantages[:, None].expand(mask.shape)
     loss, metrics = policy_loss(
-        logprobs, old_logprobs, advantages, mask, clip, clip_high, denominator=denominator
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        clip=clip,
+        clip_high=clip_high,
+        denominator=denominator,
     )
     if ref_logprobs is None:
         assert kl_coef == 0, "a KL penalty needs the reference's log-probs"
@@ -347,7 +368,7 @@ def preference_loss(chosen: Tensor, rejected: Tensor, temperature: float = 1.0) 
 
 
 class AdaptiveKL:
-    """The KL coefficient κ, steered so that the measured KL goes to a target.
+    """The KL coefficient κ, adapted so that the measured KL goes to a target.
 
     κ ← κ·(1 + clip(KL/target − 1, −0.2, 0.2)·n/horizon)
 
@@ -362,9 +383,9 @@ class AdaptiveKL:
         self.coef, self.target, self.horizon = float(coef), float(target), float(horizon)
 
     def update(self, kl: float | Tensor, n: int) -> None:
-        """Moves κ once: `kl` is the mean over `n` responses of the *sum* over a response's tokens.
+        """Adapts κ once: `kl` is the mean over `n` responses of the *sum* over a response's tokens.
 
-        A KL that is NaN leaves κ as it is; one bad step must not be carried into all later ones.
+        A KL that is NaN leaves κ as it is: one bad step must not spoil all later ones.
         """
         error = float(kl) / self.target - 1
         if error == error:

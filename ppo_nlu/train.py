@@ -362,7 +362,7 @@ def plan_memory(method: Method, examples: list[Example]) -> None:
         return
     prompts = memory.prompts_of(policy, method.specs, method.cfg, examples)
     trained = [parameter for group in method.parameters() for parameter in group]
-    plan = memory.plan(policy, method.cfg, trained, prompts)
+    plan = memory.plan(policy, method.cfg, method.workload(), trained, prompts)
     print("\n".join(plan.lines()))
     if method.budget is not None:
         method.budget.tokens = plan.micro_batch_tokens

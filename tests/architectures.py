@@ -41,6 +41,7 @@ except ModuleNotFoundError:  # as a program, from the repository's root
 from ppo_nlu.config import Config, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import memory
+from ppo_nlu.methods.workload import Workload
 from ppo_nlu.model import generate, lora
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy
@@ -325,7 +326,8 @@ def planned(case: Case) -> float:
     """The plans of memory and time that training prints can be made."""
     cfg = Config(task="sst2", model=ModelConfig(str(case.folder), device="cpu"))
     trained = lora.lora_parameters(case.policy.model)
-    memory.plan(case.policy, cfg, trained, case.few.prompts)
+    work = Workload.on_rollouts(cfg.rollout, cfg.ppo, critic=True)
+    memory.plan(case.policy, cfg, work, trained, case.few.prompts)
     flops.weights_of(case.policy)
     return 0.0
 

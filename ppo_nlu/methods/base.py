@@ -19,6 +19,7 @@ from ppo_nlu.config import Config
 from ppo_nlu.methods.encoder_model import Encoder
 from ppo_nlu.methods.minibatch import Budget
 from ppo_nlu.methods.report import Report
+from ppo_nlu.methods.workload import Workload
 from ppo_nlu.model import lora, peft_format
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.value_head import VALUE_HEAD
@@ -66,6 +67,16 @@ class Method(ABC):
         name, groups = self.cfg.model.name_or_path, self.weights()
         beside = {VALUE_HEAD: dump_tensors(groups["value_head"])} if "value_head" in groups else {}
         peft_format.save_adapter(self.model.model, folder / "adapter", self.cfg.lora, name, beside)
+
+    def workload(self) -> Workload:
+        """What the memory plan needs to know; here for a method that draws no answers."""
+        return Workload(
+            prompts=self.cfg.eval.batch_size,
+            samples=1,
+            minibatch=self.batch_size,
+            micro_batch=self.budget.rows if self.budget else 0,
+            per_prompt=1,
+        )
 
     def state(self) -> dict[str, Any]:
         """Numbers beside the weights that a resumed run needs."""

@@ -25,6 +25,7 @@ from ppo_nlu.methods.minibatch import Budget, Epochs, Metrics, OptimizerStep
 from ppo_nlu.methods.report import FirstRatio, Report, check_form, report_of
 from ppo_nlu.methods.rollout import Rollout, metrics_of, seeded
 from ppo_nlu.methods.sampler import Divergence, Sampler, score_rows
+from ppo_nlu.methods.workload import Workload
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import profiling
@@ -157,6 +158,9 @@ class GRPO(Method):
         if "kl/ref" in metrics:
             metrics["kl/loss"] = metrics.pop("kl/ref")  # kl/ref is that of a whole answer
         return loss, metrics
+
+    def workload(self) -> Workload:
+        return Workload.on_rollouts(self.cfg.rollout, self.section, critic=False)
 
     # --- what a run keeps -------------------------------------------------------------------------
 

@@ -63,15 +63,14 @@ class Budget:
         return told
 
 
-def graph_tokens(
-    section: PPOConfig | GRPOConfig, budget: Budget, rows: int, device: torch.device
-) -> int:
-    """How many tokens the first forward of an update may hold where it is one of all `rows`
-    answers, and so can stand on the rollout's pass over their prompts; 0 where it is not.
+def graph_tokens(minibatch: int, budget: Budget, rows: int, device: torch.device) -> int:
+    """How many tokens the first forward of an update may hold if it can reuse the prompt pass of
+    the rollout; 0 where it cannot, because it is not a forward of all `rows` answers.
 
-    On a GPU half of the budget: the rollout has to fit beside it.
+    `minibatch`: answers of an optimizer step, 0: all. On a GPU the result is half of the budget,
+    so that the rollout fits beside the pass.
     """
-    if min(section.minibatch_size or rows, budget.rows or rows) < rows:
+    if min(minibatch or rows, budget.rows or rows) < rows:
         return 0
     if not budget.tokens:
         return sys.maxsize

@@ -89,7 +89,7 @@ class Sampler:
         if not (self.reuse and policy.tree) or policy.checkpointing:
             return 0
         answers = roll.batch_size * roll.samples_per_prompt
-        return graph_tokens(section, budget, answers, policy.device)
+        return graph_tokens(section.minibatch_size, budget, answers, policy.device)
 
     def scores(self, rollout: Rollout) -> Tensor:
         """What the answers earned (B,), on one scale where that is asked for."""

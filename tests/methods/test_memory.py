@@ -10,11 +10,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ppo_nlu.config import Config, OptimConfig, PPOConfig, RolloutConfig, TrainConfig
-from ppo_nlu.methods import memory
+from ppo_nlu.methods import memory, memory_sizes
+from ppo_nlu.methods.workload import Workload
 from ppo_nlu.model import BUNDLED, lora
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.load import load_policy
-from ppo_nlu.model.policy import Policy
+from ppo_nlu.model.policy import Policy, trainable
 from ppo_nlu.runtime import optim
 from ppo_nlu.tree.checkpointing import checkpoint_blocks
 from ppo_nlu.tree.trim import whole
@@ -43,7 +44,8 @@ def prompts(count: int = 4, shared: int = 6, own: int = 3) -> list[list[int]]:
 
 
 def plan_of(policy: Policy, cfg: Config, rows: list[list[int]]) -> memory.MemoryPlan:
-    return memory.plan(policy, cfg, memory.trainable(policy), rows)
+    work = Workload.on_rollouts(cfg.rollout, cfg.ppo, critic=True)
+    return memory.plan(policy, cfg, work, trainable(policy), rows)
 
 
 def test_the_parts_that_follow_from_shapes() -> None:
@@ -100,14 +102,14 @@ def test_the_plain_path_shares_and_pads() -> None:
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_the_optimizers_state_is_as_large_as_told(name: str) -> None:
     policy = tiny.policy()
-    made = memory.trainable(policy)
+    made = trainable(policy)
     optimizer = optim.build_optimizer(OptimConfig(name=name), made)
     for parameter in made:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     held = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     found = sum(t.numel() * t.element_size() for t in held if t.dim())  # without the step counts
-    assert sum(memory.optimizer_bytes(name, p) for p in made) == found
+    assert sum(memory_sizes.optimizer_bytes(name, p) for p in made) == found
 
 
 def test_planning_changes_nothing() -> None:
@@ -115,7 +117,7 @@ def test_planning_changes_nothing() -> None:
     before, weights = torch.get_rng_state(), lora.state_dict(policy.model)
     plan_of(policy, config(), prompts())
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(p.grad is None for p in memory.trainable(policy))
+    assert all(p.grad is None for p in trainable(policy))
     after = lora.state_dict(policy.model)
     assert all(torch.equal(weights[key], after[key]) for key in weights)
 
@@ -130,7 +132,7 @@ def test_a_gpu_gets_the_tokens_that_fit(monkeypatch: pytest.MonkeyPatch) -> None
     assert plan.micro_batch_tokens == int(left / plan.per_token) > 20
     assert any("8.0 MiB free" in line for line in plan.lines())
     assert any(f"at most {plan.micro_batch_tokens:,} tokens" in line for line in plan.lines())
-    # one answer at least; the user's own limit holds
+    # At least one answer; and the user's own limit holds.
     free = 0
     assert plan_of(policy, config(), prompts()).micro_batch_tokens == 6 + 3 + 5
     assert any("lower rollout.batch_size" in line for line in
@@ -141,14 +143,15 @@ def test_a_gpu_gets_the_tokens_that_fit(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_checkpointing_keeps_a_layers_input() -> None:
     policy = tiny.policy()
-    full = memory.saved_bytes(policy, prompts(), 5)
+    full = memory_sizes.saved_bytes(policy, prompts(), 5)
     policy.checkpointing = True
     checkpoint_blocks(policy.decoder)
-    assert memory.saved_bytes(policy, prompts(), 5) == full  # what a block needs while it is rerun
+    # What a block needs while it is run again is counted too.
+    assert memory_sizes.saved_bytes(policy, prompts(), 5) == full
     plan = plan_of(policy, config(), prompts())
     with whole(policy.decoder):
-        layer = memory.saved_bytes(policy, prompts(), 5) // 2
-    assert layer > full // 2  # of which the last block kept little
+        layer = memory_sizes.saved_bytes(policy, prompts(), 5) // 2
+    assert layer > full // 2  # the last block kept little
     assert plan.per_token == 2 * 32 * 4 + layer + layer // 2
     assert all("forward" in vars(block) for block in policy.decoder.layers)  # wrapped as before
 
@@ -208,7 +211,7 @@ def test_the_plan_holds_within_a_factor(
             less = plan_of(bundled, cfg, rows)
             found = allocated(lambda: update(bundled, rows, longest))
         assert found <= less.update <= 1.3 * found, f"{less.update / found:.2f}"
-    assert bool(plan.graph) == tree, "an update of one forward stands on the rollout's pass"
+    assert bool(plan.graph) == tree, "an update of one forward reuses the prompt pass"
 
     def drawn() -> None:
         most = 10**9 if plan.graph else 0

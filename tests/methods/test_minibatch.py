@@ -192,15 +192,14 @@ def test_epochs_are_cut_into_minibatches_with_a_step_each() -> None:
     assert nothing.metrics() == {"optim/steps": 0.0, "optim/skipped": 0.0}
 
 
-def test_an_update_stands_on_the_rollout_only_where_it_is_one_forward() -> None:
+def test_an_update_reuses_the_prompt_pass_only_where_it_is_one_forward() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    whole = PPOConfig(minibatch_size=16)
-    assert graph_tokens(whole, Budget(), 16, cpu) > 10**9
-    assert graph_tokens(whole, Budget(tokens=900), 16, cpu) == 900
-    assert graph_tokens(whole, Budget(tokens=900), 16, gpu) == 450
-    assert graph_tokens(whole, Budget(), 17, cpu) == 0, "minibatches of 16"
-    assert graph_tokens(whole, Budget(rows=8), 16, cpu) == 0, "micro-batches of 8"
-    assert graph_tokens(GRPOConfig(), Budget(), 64, cpu) > 10**9
+    assert graph_tokens(16, Budget(), 16, cpu) > 10**9
+    assert graph_tokens(16, Budget(tokens=900), 16, cpu) == 900
+    assert graph_tokens(16, Budget(tokens=900), 16, gpu) == 450
+    assert graph_tokens(16, Budget(), 17, cpu) == 0, "minibatches of 16"
+    assert graph_tokens(16, Budget(rows=8), 16, cpu) == 0, "micro-batches of 8"
+    assert graph_tokens(0, Budget(), 64, cpu) > 10**9, "0 is all"
 
 
 def steps_of(found: Metrics, gradient: float = 1.0, **changes) -> tuple[nn.Parameter, int]:

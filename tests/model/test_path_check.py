@@ -22,6 +22,7 @@ from ppo_nlu.config import Config, DataConfig, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import memory
 from ppo_nlu.methods.rollout import fit_prompt
+from ppo_nlu.methods.workload import Workload
 from ppo_nlu.model import lora, norms, path_check, shape
 from ppo_nlu.model.as_loaded import AsLoaded
 from ppo_nlu.model.generate import Sampling, generate
@@ -499,7 +500,8 @@ def test_the_plans_of_memory_and_time_hold_for_any_config(kind: str, tmp_path: P
     folder = mamba(tmp_path) if kind == "mamba2" else saved(tmp_path, kind, n_embd=32, n_head=4)
     policy = loaded(folder)
     cfg = Config(task="sst2", model=ModelConfig(folder))
-    plan = memory.plan(policy, cfg, lora.lora_parameters(policy.model), rows(20))
+    work = Workload.on_rollouts(cfg.rollout, cfg.ppo, critic=True)
+    plan = memory.plan(policy, cfg, work, lora.lora_parameters(policy.model), rows(20))
     assert plan.tokens > 0 and "memory plan" in plan.lines()[0]
     assert flops.weights_of(policy).blocks > 0
 

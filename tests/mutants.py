@@ -261,8 +261,8 @@ ROLLOUT = of(
 ) + of(
     "methods/rollout",
     "methods/rollout",
-    "methods/ppo::test_an_update_on_the_rollouts_pass_has_the_same_gradient",
-    "methods/ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on",
+    "methods/ppo::test_an_update_that_reuses_the_prompt_pass_has_the_same_gradient",
+    "methods/ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_reused",
     "methods/ppo::test_the_kl_of_the_coefficient_is_the_sum_over_an_answer",
     "methods/ppo::test_the_first_ratio_is_told_once_of_each_pass",
     rows_owners=(
@@ -473,8 +473,8 @@ UPDATES = of(
         "an answer's last token is not run",
     ),
     shared_head_on_plain_rows=(
-        "head = head if shared else 0",
-        "head = head",
+        "common = common if shared else 0",
+        "common = common",
         "padded rows share nothing",
     ),
     largest_summed=(
@@ -651,7 +651,7 @@ GENERATE = of(
 
 KEPT_GRAPH = of(
     "model/generate",
-    "methods/ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on",
+    "methods/ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_reused",
     graph_without_answers=(
         "graph = keep_graph - rows * (max_new_tokens - 1)",
         "graph = keep_graph",

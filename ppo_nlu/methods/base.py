@@ -1,7 +1,8 @@
-"""What the training loop asks of a method: `collect`, then `update`; weights to keep, and back.
+"""What the training loop asks of a method: `collect`, then `update`; and weights to save and load.
 
-A method is a class on `Method` in a file of its own, which names it as `METHOD`, and its name in
-`config.METHODS`. The parts that are not abstract here are those of LoRA on a causal language model.
+A method is a subclass of `Method` in a file of its own. The file calls it `METHOD`, and the name of
+the file stands in `config.METHODS`. What is not abstract here is for LoRA on a causal language
+model.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ Groups = dict[str, dict[str, Tensor]]
 class Method(ABC):
     """One method at work on one model."""
 
-    model: Policy | Encoder  # what `evaluate` asks for answers
+    model: Policy | Encoder  # what training changes and evaluation asks
     batch_size: int  # rows of a step
     samples: int = 1  # answers that a step trains on, for each row
     unit: str = "rows"  # what a trained row is called in the summary line
-    budget: Budget | None = None  # what a forward of the update may hold, where that is decided
+    budget: Budget | None = None  # the limit of one forward of an update, where there is one
 
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | Encoder):
         self.cfg, self.specs, self.model = cfg, specs, model
@@ -44,14 +45,14 @@ class Method(ABC):
 
     @abstractmethod
     def collect(self, rows: Sequence[Example], step: int) -> Any:
-        """Everything that is asked of the model before it learns, as a batch for `update`."""
+        """Run all that comes before learning; the result is a batch for `update`."""
 
     @abstractmethod
     def update(self, batch: Any, step: int) -> Report:
         """Learn from a batch."""
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """What trains at `optim.lr`, and what at `optim.value_lr`."""
+        """Parameters that train at `optim.lr`, and those that train at `optim.value_lr`."""
         return lora.lora_parameters(self.model.model), []
 
     def weights(self) -> Groups:
@@ -59,11 +60,11 @@ class Method(ABC):
         return {"adapter": lora.state_dict(self.model.model)}
 
     def restore(self, groups: Groups, place: str) -> None:
-        """Take trained tensors back; `place` is named in errors."""
+        """Load trained tensors again; `place` is named in errors."""
         lora.load_state_dict(self.model.model, groups["adapter"], place)
 
     def save(self, folder: Path) -> None:
-        """Write what a run hands over into its folder."""
+        """Write the trained weights into the run's folder."""
         name, groups = self.cfg.model.name_or_path, self.weights()
         beside = {VALUE_HEAD: dump_tensors(groups["value_head"])} if "value_head" in groups else {}
         peft_format.save_adapter(self.model.model, folder / "adapter", self.cfg.lora, name, beside)
@@ -79,13 +80,13 @@ class Method(ABC):
         )
 
     def state(self) -> dict[str, Any]:
-        """Numbers beside the weights that a resumed run needs."""
+        """What a resumed run needs beside the weights."""
         return {}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Take those numbers back."""
+        """Load that again."""
         return
 
     def base(self) -> AbstractContextManager[Any] | None:
-        """A region in which the model is the untrained one; None where there is no such thing."""
+        """A context in which the model is the untrained one; None where there is no such model."""
         return lora.lora_disabled(self.model.model)

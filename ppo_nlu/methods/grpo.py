@@ -1,11 +1,12 @@
 """Group relative policy optimisation (arXiv 2402.03300): answers to one prompt against each other.
 
-No critic: an answer's advantage is how much better it scored than its group. Departures from the
-paper, with the key that takes it back where there is one:
+There is no critic: an answer's advantage is how much better it scored than its group.
+
+Departures from the paper, with the key that takes each back where there is one:
 1. The loss is a mean over the tokens of the minibatch, not first over each answer (DAPO, arXiv
    2503.14476, section 3.3).
-2. Groups whose scores are all equal teach nothing and are left out, with their KL and their tokens
-   (`grpo.drop_even=false`).
+2. Groups whose scores are all equal teach nothing. They are left out, with their KL and their
+   tokens (`grpo.drop_even=false`).
 3. KL to the reference is off (`grpo.kl_coef=0.04` is the paper's).
 """
 
@@ -34,12 +35,11 @@ from ppo_nlu.tasks import Example, TaskSpec
 
 @dataclass
 class Batch:
-    """A rollout, the advantage of each answer (B,), the groups that count, as rows of each, and
-    what is known before the update."""
+    """A rollout, and what GRPO computes from it before the update."""
 
     rollout: Rollout
-    advantages: Tensor
-    groups: list[list[int]]
+    advantages: Tensor  # (B,)
+    groups: list[list[int]]  # the answers of each group that is trained
     metrics: Metrics
 
 
@@ -60,18 +60,20 @@ class GRPO(Method):
         self.first_ratio = FirstRatio(exact=cfg.model.dtype == "float32")
 
     def collect(self, rows: Sequence[Example], step: int) -> Batch:
-        """Steps 1 to 4: a group of answers to each row, compared inside their group."""
+        """Steps 1 to 4: a group of answers to each row, compared within the group."""
         grpo, size = self.section, self.samples
-        # 1. Answers, with the log-probs of their tokens before the update (and of the reference).
-        rollout = self.sampler.sample(rows, step, self.sampler.graph_room(grpo, self.budget))
-        # 2. Scores: the parsed answers against the labels.
+        # 1. Sample answers, with the log-probs of their tokens before the update (and the
+        #    reference's log-probs, where the loss has a KL).
+        keep_graph = self.sampler.graph_room(grpo, self.budget)  # for the first pass of `update`
+        rollout = self.sampler.sample(rows, step, keep_graph)
+        # 2. Scores: each parsed answer against its label.
         scores = self.sampler.scores(rollout)
         # 3. Advantages: how much better an answer is than its group.
         if grpo.advantage == "rloo":
             advantages = losses.rloo_advantages(scores, size)
         else:
             advantages = losses.group_advantages(scores, size, grpo.scale)
-        # 4. Groups that teach something: those whose answers did not all earn the same.
+        # 4. Keep the groups that teach something: their answers did not all earn the same.
         earned = rollout.scores.view(-1, size)
         even = (earned.amax(1) == earned.amin(1)).tolist()
         groups = [
@@ -85,15 +87,16 @@ class GRPO(Method):
         return Batch(rollout, advantages, groups, metrics)
 
     def update(self, batch: Batch, step: int) -> Report:
-        """Step 5: epochs over the groups in a fresh order, an optimizer step a minibatch."""
+        """Step 5: epochs over the groups, each in a fresh order, with one optimizer step a
+        minibatch."""
         rollout, epochs = batch.rollout, Epochs(self.section)
         with profiling.phase("update"):
             for index in epochs.minibatches(lambda epoch: self.order(batch, step, epoch)):
                 trained = self.trained(batch, index)
-                if not trained:  # a step would go on in the direction of those before
+                if not trained:  # a step without a gradient would follow the momentum alone
                     continue
                 count = float(rollout.mask[index].sum())  # tokens of the minibatch
-                run = float(rollout.mask[trained].sum())
+                run = float(rollout.mask[trained].sum())  # those with a gradient
                 minibatch = OptimizerStep(self.optimizer, self.cfg.optim.max_grad_norm)
                 for micro in minibatch.micro_batches(
                     rollout, trained, self.budget, self.model.tree
@@ -102,31 +105,33 @@ class GRPO(Method):
                         minibatch.backward(*self.loss(batch, micro, run, run / count))
                 minibatch.metrics["grpo/trained"] = float(len(trained))
                 epochs.take(minibatch, index)
-        rollout.prompt_pass = None  # of a step that had nothing to learn from
-        room = self.sampler.graph_room(self.section, self.budget)
-        messages = self.budget.taken_messages() + self.first_ratio.look(epochs, rollout, room)
+        rollout.prompt_pass = None  # frees it where no forward reused it
+        reuses = self.sampler.graph_room(self.section, self.budget) > 0
+        messages = self.budget.taken_messages() + self.first_ratio.look(epochs, rollout, reuses)
         return report_of(batch, epochs, messages)
 
     def order(self, batch: Batch, step: int, epoch: int) -> list[int]:
-        """The answers that count in the order in which an epoch is cut; those of a group side by
-        side, so that their prompt is run once."""
+        """The answers that are trained, in the order in which an epoch cuts them into minibatches;
+        those of a group side by side, so that their prompt is run once."""
         draw = seeded("update", self.cfg.seed, step, epoch)
         shuffled = torch.randperm(len(batch.groups), generator=draw).tolist()
         return [j for g in shuffled for j in batch.groups[g]]
 
     def trained(self, batch: Batch, index: Sequence[int]) -> list[int]:
-        """The answers with a gradient: without KL one of advantage 0 has none, and is not run."""
+        """The answers with a gradient. Without KL, an answer of advantage 0 has none: it is not
+        run."""
         advantages = batch.advantages.tolist()
         return [j for j in index if self.section.kl_coef or advantages[j] != 0]
 
     def loss(
         self, batch: Batch, micro: Sequence[int], count: float, share: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Surrogate and KL of some answers, summed over their tokens and divided by `count`, the
-        tokens of the minibatch that are run; so the size of the parts changes memory alone.
+        """Surrogate and KL of some answers.
 
-        `share` of the minibatch's tokens are run. Those of advantage 0 are not, but count in the
-        loss's mean. Metrics other than the losses are means over the tokens that are run.
+        The loss is a sum over their tokens, divided by `count`, the tokens of the minibatch that
+        are run; so micro-batches change memory only. These are a `share` of the minibatch's
+        tokens: those of advantage 0 are not run, but they count in the mean of the losses. All
+        other metrics are means over the tokens that are run.
         """
         grpo, rollout = self.section, batch.rollout
         rows = torch.tensor(micro, device=rollout.mask.device)
@@ -156,7 +161,7 @@ class GRPO(Method):
             "policy/ratio_gap": torch.expm1(log_ratio).abs().amax(),
         }
         if "kl/ref" in metrics:
-            metrics["kl/loss"] = metrics.pop("kl/ref")  # kl/ref is that of a whole answer
+            metrics["kl/loss"] = metrics.pop("kl/ref")  # in metrics, kl/ref is of a whole answer
         return loss, metrics
 
     def workload(self) -> Workload:

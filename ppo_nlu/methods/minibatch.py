@@ -1,7 +1,8 @@
-"""One optimizer step, and epochs of them: what the updates of all methods share.
+"""One optimizer step, and epochs of steps: what the updates of all methods share.
 
-A minibatch is one optimizer step. Its gradient is a sum over micro-batches, cut by rows and by
-tokens; every loss is divided by a count of the whole minibatch, so the cuts change memory alone.
+A minibatch is one optimizer step. Its gradient is a sum over micro-batches, which are cut by rows
+and by tokens. Every loss is divided by a count of the whole minibatch, so the cuts change memory
+only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ppo_nlu.runtime.optim import clip_gradients
 from ppo_nlu.tree import prefixes
 
 Metrics = dict[str, float]
-LARGEST = ("policy/ratio_max", "policy/ratio_gap")  # the largest counts, not the sum
+LARGEST = ("policy/ratio_max", "policy/ratio_gap")  # metrics that are a maximum, not a sum
 
 
 class Rows(Protocol):
@@ -38,7 +39,7 @@ class Rows(Protocol):
 class Budget:
     """What one forward of an update may hold; 0 = no limit. It decides memory, not the result.
 
-    `messages` are for the user, and whoever tells them clears them.
+    `messages` are for the user.
     """
 
     rows: int = 0
@@ -46,7 +47,7 @@ class Budget:
     messages: list[str] = field(default_factory=list)
 
     def halve(self, rows: int) -> None:
-        """From now on at most half of the `rows` that did not fit; said the first time."""
+        """Allow at most half of the `rows` that did not fit; the user is told the first time."""
         if rows < 2:
             raise UserError(
                 "train.micro_batch_tokens: the GPU's memory does not hold the update of a single "
@@ -58,7 +59,7 @@ class Budget:
             self.messages.append(message)
 
     def taken_messages(self) -> list[str]:
-        """The messages so far, which are told once."""
+        """The messages so far; they are cleared."""
         told, self.messages = self.messages, []
         return told
 
@@ -90,8 +91,8 @@ class OptimizerStep:
         if not step.take():
             ...  # loss or gradient is not finite: no step was taken
 
-    Where a minibatch is one forward, `backward` and `take` alone will do. `metrics` are sums over
-    the micro-batches, and `optim/grad_norm` once the step is taken.
+    Where a minibatch is one forward, `backward` and `take` are enough. `metrics` are sums over the
+    micro-batches; `take` adds `optim/grad_norm`.
     """
 
     def __init__(self, optimizer: Optimizer, max_grad_norm: float) -> None:
@@ -104,8 +105,8 @@ class OptimizerStep:
     ) -> Iterator[list[int]]:
         """The rows `index` in micro-batches; `shared` as in `cut`.
 
-        Where a GPU's memory does not hold one of them, the gradient is started afresh with half of
-        its rows.
+        Where one of them does not fit into a GPU's memory, the gradient is started afresh with
+        micro-batches of half as many rows.
         """
         while True:
             self.metrics, self.short = {}, 0
@@ -122,11 +123,11 @@ class OptimizerStep:
 
     @contextmanager
     def part(self, micro: Sequence[int]) -> Iterator[None]:
-        """A region for forward and backward of a micro-batch, which may be too large for a GPU."""
+        """A context for forward and backward of a micro-batch, which may exceed a GPU's memory."""
         try:
             yield
         except torch.cuda.OutOfMemoryError:
-            # What follows waits for the end of this handler: the traceback keeps the activations.
+            # `micro_batches` frees the memory later: here the traceback still holds activations.
             self.short = len(micro)
 
     def backward(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
@@ -137,9 +138,9 @@ class OptimizerStep:
         add(self.metrics, dict(zip(named, numbers, strict=True)))
 
     def take(self, skip: bool = False) -> bool:
-        """Clip the gradient and step along it, unless it is to be skipped; no gradient is left.
+        """Clip the gradient and take the step, unless `skip`; the gradient is cleared.
 
-        False where loss or gradient is not finite: then there is no step either.
+        False where loss or gradient is not finite: then no step is taken.
         """
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(clip_gradients(trained, self.max_grad_norm))
@@ -155,10 +156,10 @@ class OptimizerStep:
 
 
 class Epochs:
-    """Epochs over a batch in minibatches, and what their steps were like.
+    """Epochs over a batch in minibatches, and the metrics of their steps.
 
-    They end early beyond `target_kl`, and where a loss or gradient is not finite: `bad` are the
-    rows of that minibatch then.
+    They end early above `target_kl`, and where a loss or gradient is not finite; `bad` is then that
+    minibatch's rows and metrics.
     """
 
     def __init__(self, section: PPOConfig | GRPOConfig) -> None:
@@ -170,7 +171,7 @@ class Epochs:
         self.bad: tuple[list[int], Metrics] | None = None
 
     def minibatches(self, order: Callable[[int], Sequence[int]]) -> Iterator[list[int]]:
-        """The rows of each minibatch; `order`: those of an epoch, as they are cut."""
+        """The rows of each minibatch; `order(epoch)` gives all rows in the order of the cuts."""
         for epoch in range(self.section.epochs):
             rows = order(epoch)
             for index in chunks(rows, self.section.minibatch_size or len(rows)):
@@ -179,7 +180,7 @@ class Epochs:
                     return
 
     def take(self, step: OptimizerStep, index: Sequence[int]) -> None:
-        """Take the step of the minibatch `index`, but where its mean ratio is above the limit."""
+        """Take the step of the minibatch `index`, unless its mean ratio is above `max_ratio`."""
         metrics, limits = step.metrics, self.section
         if self.first_gap is None:
             self.first_gap = metrics["policy/ratio_gap"]
@@ -209,32 +210,32 @@ def cut(
     rows: Rows, index: Sequence[int], budget: Budget, shared: bool = True
 ) -> Iterator[list[int]]:
     """The rows of a minibatch in micro-batches of at most `budget.rows` rows and `budget.tokens`
-    tokens; a row that is longer than that goes alone.
+    tokens; a row that is longer than the limit runs alone.
 
-    Tokens are counted as the prefix tree runs them, a prompt once for all its answers and what all
-    prompts share once; with `shared=False` row by row. Under a limit of tokens the longest rows
-    come first, and those of one prompt side by side.
+    Tokens are counted as the prefix tree runs them: the tokens that all prompts share once, and a
+    prompt once for all its answers; with `shared=False` row by row. Under a limit of tokens the
+    longest prompts come first, with the answers to one prompt side by side.
     """
     most = budget.rows or len(index)
     if not budget.tokens:
         yield from chunks(index, most)
         return
     first = rows.prompts[rows.prompt_of[index[0]]]
-    head = min(prefixes.common(first, rows.prompts[rows.prompt_of[j]]) for j in index)
-    head = head if shared else 0
+    common = min(prefixes.common(first, rows.prompts[rows.prompt_of[j]]) for j in index)
+    common = common if shared else 0
 
     def size(j: int) -> int:
         return len(rows.prompts[rows.prompt_of[j]])
 
     micro: list[int] = []
-    held, used = set[int](), head
+    held, used = set[int](), common
     for j in sorted(index, key=lambda j: (-size(j), rows.prompt_of[j], -len(rows.answers[j]))):
-        own = 0 if shared and rows.prompt_of[j] in held else size(j) - head
+        own = 0 if shared and rows.prompt_of[j] in held else size(j) - common
         need = own + len(rows.answers[j]) - 1
         if micro and (len(micro) == most or used + need > budget.tokens):
             yield micro
-            micro, held, used = [], set(), head
-            need = size(j) - head + len(rows.answers[j]) - 1
+            micro, held, used = [], set(), common
+            need = size(j) - common + len(rows.answers[j]) - 1
         micro.append(j)
         held.add(rows.prompt_of[j])
         used += need
@@ -242,7 +243,7 @@ def cut(
 
 
 def add(totals: Metrics, metrics: Metrics) -> None:
-    """Sum metrics up, in place; of those in `LARGEST` the largest is kept."""
+    """Add metrics to `totals`, in place; of those in `LARGEST` keep the maximum."""
     for name, value in metrics.items():
         old = totals.get(name, 0.0)
         totals[name] = max(old, value) if name in LARGEST else old + value

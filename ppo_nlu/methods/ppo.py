@@ -1,11 +1,11 @@
 """Proximal policy optimisation (arXiv 1707.06347) for short answers: collect, then update.
 
-Departures from arXiv 2410.11020, each with the key that takes it back:
+Departures from arXiv 2410.11020, with the key that takes each back where there is one:
 1. KL to the reference is in the reward, as in the paper's released code (`ppo.kl_coef=0`).
 2. The critic's target is the GAE return, not one step of TD (`ppo.critic_target=td0`).
 3. Advantages are whitened over the batch (`ppo.whiten_advantages=false`).
-4. The response ends with the token that completes `</Judgement>`; nothing behind it is trained.
-5. The gradient's norm is clipped (`optim.max_grad_norm=0`).
+4. An answer ends with the token that completes `</Judgement>`; nothing behind it is trained.
+5. The norm of the gradient is clipped (`optim.max_grad_norm=0`).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from ppo_nlu.tasks import Example, TaskSpec
 
 @dataclass
 class Batch:
-    """A rollout with what PPO derives from it, all (B, R), and what is known before the update."""
+    """A rollout, and what PPO computes from it before the update."""
 
     rollout: Rollout
-    rewards: Tensor
-    advantages: Tensor
-    returns: Tensor
+    rewards: Tensor  # (B, R)
+    advantages: Tensor  # (B, R)
+    returns: Tensor  # (B, R)
     metrics: Metrics
 
 
@@ -56,7 +56,7 @@ class PPO(Method):
         ppo, roll = cfg.ppo, cfg.rollout
         self.batch_size, self.samples = roll.batch_size, roll.samples_per_prompt
         self.section, self.kl = ppo, AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
-        # A coefficient of 0 stays 0, so nothing is asked of the reference.
+        # A coefficient of 0 stays 0, so the reference is not run.
         divergence = cast(Divergence, ppo.kl_estimator) if ppo.kl_coef else None
         self.sampler = Sampler(self.model, specs, cfg, critic=True, kl=divergence)
         self.budget = Budget(ppo.micro_batch_size, cfg.train.micro_batch_tokens)
@@ -65,20 +65,20 @@ class PPO(Method):
     def collect(self, rows: Sequence[Example], step: int) -> Batch:
         """Steps 1 to 5: answers to these rows, and how much better they are than expected."""
         ppo, kl = self.section, self.kl
-        # 1. Answers, with the log-probs and values of their tokens before the update.
-        room = self.sampler.graph_room(ppo, self.budget)
-        rollout = self.sampler.sample(rows, step, room)
+        # 1. Sample answers, with the log-probs and values of their tokens before the update.
+        keep_graph = self.sampler.graph_room(ppo, self.budget)  # for the first pass of `update`
+        rollout = self.sampler.sample(rows, step, keep_graph)
         mask, values = rollout.mask, rollout.values
         assert values is not None
-        # 2. Scores: the parsed answers against the labels.
+        # 2. Scores: each parsed answer against its label.
         scores = self.sampler.scores(rollout)
-        # 3. KL to the reference, token by token.
+        # 3. KL to the reference on each token, as the sampler measured it; 0 where it is off.
         divergence = torch.zeros_like(rollout.logprobs) if rollout.kl is None else rollout.kl
-        # 4. Rewards: the score on the last token, less KL on each.
+        # 4. Rewards: the score on the last token, minus the KL on each.
         rewards = losses.shaped_rewards(scores, None, None, mask, kl.coef, kl=divergence)
         if ppo.whiten_rewards:
             rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
-        # 5. Advantages and returns.
+        # 5. Advantages and returns, by generalised advantage estimation.
         advantages, returns = ops.gae(rewards, values, mask, gamma=ppo.gamma, lam=ppo.lam)
         if ppo.whiten_advantages:
             advantages = losses.masked_whiten(advantages, mask)
@@ -87,14 +87,15 @@ class PPO(Method):
             "value/mean": float(losses.masked_mean(values, mask)),
             "value/explained_variance": float(losses.explained_variance(values, returns, mask)),
         }
-        if ppo.kl_adaptive and rollout.kl is not None:
+        if ppo.kl_adaptive and rollout.kl is not None:  # the coefficient of the next step
             kl.update(metrics["kl/ref"], rollout.size)
         if step == 0:
             rollout.messages += check_form(metrics["answer/unparsed"])
         return Batch(rollout, rewards, advantages, returns, metrics)
 
     def update(self, batch: Batch, step: int) -> Report:
-        """Step 6: epochs over the answers in a fresh order, an optimizer step a minibatch."""
+        """Step 6: epochs over the answers, each in a fresh order, with one optimizer step a
+        minibatch."""
         rollout, epochs = batch.rollout, Epochs(self.section)
         with profiling.phase("update"):
             for index in epochs.minibatches(lambda epoch: self.order(batch, step, epoch)):
@@ -104,26 +105,37 @@ class PPO(Method):
                     with minibatch.part(micro):
                         minibatch.backward(*self.loss(batch, micro, count))
                 epochs.take(minibatch, index)
-        rollout.prompt_pass = None  # of a step that had nothing to learn from
-        room = self.sampler.graph_room(self.section, self.budget)
-        messages = self.budget.taken_messages() + self.first_ratio.look(epochs, rollout, room)
+        rollout.prompt_pass = None  # frees it where no forward reused it
+        reuses = self.sampler.graph_room(self.section, self.budget) > 0
+        messages = self.budget.taken_messages() + self.first_ratio.look(epochs, rollout, reuses)
         return report_of(batch, epochs, messages)
 
     def order(self, batch: Batch, step: int, epoch: int) -> list[int]:
-        """The answers in the order in which an epoch is cut into minibatches."""
+        """The answers in the order in which an epoch cuts them into minibatches."""
         draw = seeded("update", self.cfg.seed, step, epoch)
         return torch.randperm(batch.rollout.size, generator=draw).tolist()
 
     def loss(
         self, batch: Batch, micro: Sequence[int], count: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Surrogate, critic and entropy bonus of some answers, summed over their tokens and divided
-        by `count`, those of the whole minibatch; so the size of the parts changes memory alone."""
+        """Surrogate, critic and entropy bonus of some answers.
+
+        The loss is a sum over their tokens, divided by `count`, the tokens of the whole minibatch;
+        so micro-batches change memory only.
+        """
         ppo, rollout = self.section, batch.rollout
         rows = torch.tensor(micro, device=rollout.mask.device)
         temperature, bonus = self.cfg.rollout.temperature, ppo.entropy_coef != 0
         prompt_pass = rollout.take_prompt_pass(micro)
-        scored = score_rows(self.model, rollout, micro, temperature, True, bonus, prompt_pass)
+        scored = score_rows(
+            self.model,
+            rollout,
+            micro,
+            temperature,
+            values=True,
+            entropy_grad=bonus,
+            prompt_pass=prompt_pass,
+        )
         width = scored.mask.shape[1]
         mask = rollout.mask[rows, :width]
         assert scored.values is not None and rollout.values is not None
@@ -144,7 +156,7 @@ class PPO(Method):
             value_clip=ppo.value_clip,
             value_coef=ppo.value_coef,
             denominator=count,
-            entropy=scored.entropy if bonus else scored.entropy.detach(),  # no gradient of 0
+            entropy=scored.entropy if bonus else scored.entropy.detach(),  # then a metric only
             entropy_coef=ppo.entropy_coef,
         )
         if td0:

@@ -1,9 +1,9 @@
 """The reference's log-probabilities of answers seen before.
 
 The reference never changes, and in language understanding one example gets the same few answers
-again and again. What is kept is what was computed when an answer was first seen: the same row in
-another batch rounds differently in the last bits, so a resumed run takes the kept values back
-(`state`) and goes on to the last bit.
+again and again. The cache keeps what was computed when an answer was first seen. The same row in
+another batch rounds differently in the last bits; so a checkpoint holds the cache (`state`), and a
+resumed run is equal to the last bit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ppo_nlu.model.lora import lora_disabled
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.tree.prefixes import Tokens
 
-LIMIT = 100_000  # answers; the oldest are given up first
+LIMIT = 100_000  # answers; the oldest are dropped first
 KEY = 16  # bytes of a hash
 
 
 class ReferenceCache:
-    """Log-probs of the model with LoRA off, by the ids of prompt and answer.
+    """Log-probs of the model with LoRA off, by the token ids of prompt and answer.
 
-    The temperature has to stay the same. `hits` and `misses` count the rows asked for.
+    All calls must have the same temperature. `hits` and `misses` count the rows asked for.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -45,11 +45,11 @@ class ReferenceCache:
         prompt_of: Sequence[int],
         temperature: float,
     ) -> Tensor:
-        """(B, R) log-probs of the answers; the reference is run for those not seen before alone,
-        each once."""
+        """(B, R) log-probs of the answers. The reference runs only answers that are new, each
+        once."""
         heads = [hashlib.sha256(array("q", prompt)) for prompt in prompts]
         keys = [_key(heads[p], answer) for p, answer in zip(prompt_of, answers, strict=True)]
-        new: dict[bytes, int] = {}  # its first row
+        new: dict[bytes, int] = {}  # key: first row with it
         for j, key in enumerate(keys):
             if key not in self.kept:
                 new.setdefault(key, j)
@@ -93,7 +93,7 @@ class ReferenceCache:
             del self.kept[key]
 
     def state(self) -> dict[str, Any]:
-        """All that is kept, for a checkpoint: base64 of the keys, lengths and fp32 values."""
+        """The cache for a checkpoint: base64 of keys, lengths and fp32 values."""
         values = array("f", [x for row in self.kept.values() for x in row])
         return {
             "keys": _text(b"".join(self.kept)),
@@ -102,7 +102,7 @@ class ReferenceCache:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Load it again."""
         keys = base64.b64decode(state["keys"])
         lengths, values = array("I"), array("f")
         lengths.frombytes(base64.b64decode(state["lengths"]))

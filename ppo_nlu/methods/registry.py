@@ -1,4 +1,4 @@
-"""The methods by their names: `METHOD` of the file that is called like each of `config.METHODS`."""
+"""The methods by name: for each name of `config.METHODS`, `METHOD` of the file of that name."""
 
 from __future__ import annotations
 

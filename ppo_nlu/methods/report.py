@@ -1,4 +1,4 @@
-"""What a step of a method hands back: figures for the log, words for the user, and what was bad."""
+"""What a step of a method returns: metrics for the log, messages for the user, and a bad step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BadStep:
 
 @dataclass(frozen=True)
 class Report:
-    """A step of a method. Where it was bad, `metrics` are what was known before the update."""
+    """A step of a method. Of a bad step, `metrics` are those from before the update."""
 
     metrics: Metrics
     messages: list[str] = field(default_factory=list)  # for the user; warnings begin with `warning`
@@ -33,7 +33,7 @@ class Report:
 
 
 class Answered(Protocol):
-    """A batch of sampled answers; `metrics` are known before the update."""
+    """A batch of sampled answers; its `metrics` are from before the update."""
 
     rollout: Rollout
     advantages: Tensor
@@ -69,24 +69,24 @@ def row_for_a_human(row: Example) -> dict[str, Any]:
 
 
 class FirstRatio:
-    """A look at the ratio of a step's first minibatch, which must be 1 but for rounding.
+    """Checks that the ratio of a step's first minibatch is 1, apart from rounding.
 
-    One look is enough for each pass it is of: once more where later updates stand on the rollout's
-    pass, and the first one did not. `exact`: whether the model computes in fp32.
+    Each kind of pass is checked once: an update's own pass at the first step, and a reused prompt
+    pass at the first step that reuses one. `exact`: the model computes in fp32.
     """
 
     def __init__(self, exact: bool) -> None:
         self.exact = exact
-        self.checked = False  # whether it was looked at on the pass that is used from here on
-        self.told = False  # whether it was told of any pass
+        self.checked = False  # on the kind of pass that is used from here on
+        self.told = False  # of any pass
 
-    def look(self, epochs: Epochs, rollout: Rollout, graph_room: int) -> list[str]:
-        """What to say after a step; `graph_room`: whether updates may stand on a rollout's pass."""
+    def look(self, epochs: Epochs, rollout: Rollout, reuses: bool) -> list[str]:
+        """What to tell the user after a step; `reuses`: updates may reuse a prompt pass."""
         if epochs.first_gap is None or epochs.bad is not None or self.checked:
             return []
-        self.checked = rollout.used_prompt_pass or not graph_room
+        self.checked = rollout.used_prompt_pass or not reuses
         message = check_first_ratio(epochs.first_gap, self.exact)
-        news = self.checked or not self.told  # the same pass again is nothing new
+        news = self.checked or not self.told  # the same kind of pass again is no news
         self.told = True
         return [message] if message and news else []
 
@@ -95,15 +95,16 @@ class FirstRatio:
         return {"checked": self.checked, "told": self.told}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Take it back; a checkpoint of an earlier version has none of it."""
+        """Load it again; a checkpoint of an earlier version has none of it."""
         self.checked, self.told = state.get("checked", True), state.get("told", True)
 
 
 def check_first_ratio(gap: float, exact: bool) -> str | None:
-    """What to say of the ratio's distance from 1 at the first minibatch; fp32 ends over 1e-3.
+    """What to tell of the ratio's distance from 1 at the first minibatch; in fp32 a distance above
+    1e-3 ends the run.
 
-    The policy has not moved yet, so any distance means dropout, padding, temperature or a mismatch
-    between the decode and the training pass.
+    The policy has not moved yet, so a distance means a mistake in dropout, padding or temperature,
+    or a decode pass that differs from the training pass.
     """
     if not exact and gap == 0:  # a pass compared with itself
         return None
@@ -121,7 +122,8 @@ def check_first_ratio(gap: float, exact: bool) -> str | None:
 
 
 def check_form(unparsed: float) -> list[str]:
-    """What to say where the base hardly ever gives an answer in form: nothing to learn from."""
+    """What to tell where the base hardly ever gives an allowed answer: there is little to learn
+    from."""
     if unparsed < 0.9:
         return []
     return [

@@ -1,4 +1,4 @@
-"""A rollout as a table: prompts that fit, the answers to them and what is known of these."""
+"""A rollout as a table: prompts that fit, the answers to them, and their log-probs and scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.prompts import OPENING, render, turns
 from ppo_nlu.tree.passes import State
 
-MOST = 0.75  # of the prompts have answers in an update's first pass, or it runs its own
+MOST = 0.75  # a pass with answers to this share of the prompts reuses their kept pass
 
 
 @dataclass
@@ -27,11 +27,10 @@ class Rollout:
     """A batch of answers and all that was known when they were given.
 
     Answer j belongs to prompt `prompt_of[j]`. Tensors are (B, R), right-padded, column t for action
-    a_t; `scores` is (B,). The mask counts the token that ends the answer and nothing behind it.
-    None: not asked for. `gap` is the largest distance between the log-probs of the decode pass and
-    those of a training pass, where both were run; `reused` says that the former are `logprobs`.
-    `prompt_pass` is the pass over all prompts with its graph, where that was kept. `messages` are
-    for the user.
+    a_t; `scores` is (B,). The mask counts the token that ends the answer and nothing behind it. A
+    tensor that was not asked for is None. `reused`: `logprobs` are those of the decode pass. `gap`
+    is their largest distance from those of a training pass, where both passes were run.
+    `prompt_pass` is the kept pass over all prompts, with its graph. `messages` are for the user.
     """
 
     prompts: list[list[int]]
@@ -51,7 +50,7 @@ class Rollout:
     reused: bool = True
     gap: float | None = None
     prompt_pass: State | None = None
-    used_prompt_pass: bool = False  # whether an update's first pass stood on `prompt_pass`
+    used_prompt_pass: bool = False  # the first pass of an update reused `prompt_pass`
     messages: list[str] = field(default_factory=list)
 
     @property
@@ -60,16 +59,16 @@ class Rollout:
         return len(self.answers)
 
     def take_prompt_pass(self, index: Sequence[int]) -> State | None:
-        """`prompt_pass`, for the first pass of an update to stand on, if these answers are those of
-        most prompts; it is given away once: a backward frees it, and then the weights move.
+        """`prompt_pass`, for the first pass of an update to reuse, if most prompts have an answer
+        among these. It is given away once: a backward frees it, and then the weights move.
 
-        Its backward runs all prompts: where many have no answer here, a pass of its own is cheaper.
+        Its backward runs all prompts, so where many have no answer here a new pass is cheaper.
         """
         prompt_pass, self.prompt_pass = self.prompt_pass, None
         used = len({self.prompt_of[j] for j in index})
         if prompt_pass is None or used < MOST * len(self.prompts):
             return None
-        self.used_prompt_pass = True  # and stays so: later passes of the update ask in vain
+        self.used_prompt_pass = True  # and stays so, though later passes of the update get none
         return prompt_pass
 
     def rows(self, index: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[int]]:
@@ -85,13 +84,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A prompt that fits: its text (with the marks of `tokens`, for `encode`) and token ids,
-    whether a field was cut for it, and how many worked examples were left out."""
+    """A prompt that fits into the context."""
 
-    text: str
+    text: str  # with the marks of `model.tokens`, as `Policy.encode` reads it
     ids: list[int]
-    cut: bool = False
-    dropped: int = 0
+    cut: bool = False  # a field was cut
+    dropped: int = 0  # worked examples left out
 
 
 def fit_prompt(
@@ -104,8 +102,8 @@ def fit_prompt(
 ) -> Fitted:
     """The prompt of a row with at most `longest` tokens.
 
-    Where it is too long, worked examples go first, whole, from the last on; then the end of the
-    longest text field is cut, never the form around it.
+    Where it is too long, whole worked examples are left out, the last one first. Then the end of
+    the longest text field is cut, never the form around it.
     """
     try:
         return _fitted(policy, spec, example, longest, style or PromptConfig(), shots)
@@ -161,7 +159,7 @@ def _encoded(
 
 
 def sealed(policy: Policy, example: Example) -> Example:
-    """The row with its texts marked as plain text: no control token is meant in them."""
+    """The row with its texts marked as plain text: nothing in them is a control token."""
     label = None if example.label is None else policy.seal(example.label)
     extra = dict(example.extra)
     if "rationale" in extra:
@@ -208,7 +206,7 @@ def metrics_of(rollout: Rollout, specs: Mapping[str, TaskSpec]) -> Metrics:
 
 
 def by_task(rollout: Rollout) -> Metrics:
-    """The mean reward of each task in the batch, as it was earned."""
+    """The mean score of each task in the batch, before any normalisation."""
     earned: dict[str, list[float]] = {}
     for row, score in zip(rollout.examples, rollout.scores.tolist(), strict=True):
         earned.setdefault(row.task, []).append(score)
@@ -216,7 +214,7 @@ def by_task(rollout: Rollout) -> Metrics:
 
 
 def normalised(scale: rewards.RunningScale, rollout: Rollout) -> Tensor:
-    """The scores (B,), each task's put on one scale, which they are counted in first."""
+    """The scores (B,) on one scale for all tasks; `scale` takes them into its statistics first."""
     pairs = list(zip(rollout.examples, rollout.scores.tolist(), strict=True))
     for row, score in pairs:
         scale.update(row.task, score)

@@ -1,4 +1,4 @@
-"""From prompts to scored answers: draws them, and measures how far they are from the reference."""
+"""From rows to scored answers: samples them, and measures their KL to the reference."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Divergence = Literal["k1", "k2", "k3", "exact"]
 
 
 class Sampler:
-    """A policy at work on rows, with what it remembers from step to step.
+    """Samples answers of a policy, with what it remembers from step to step.
 
-    `critic`: values are asked for too. `kl`: how to measure the KL to the reference; None: not at
-    all, and no pass of it is run. `reference` keeps the reference's log-probs of earlier answers
-    (not read for exact). `reuse`: whether the log-probs of the decode pass are exact enough to be
-    the old ones; None: the next step compares them with those of a training pass. `scale` puts
-    each task's scores on one scale (`reward.normalise`).
+    `critic`: values are computed too. `kl`: how to measure the KL to the reference; None: not at
+    all, and the reference is not run. `reference` keeps the reference's log-probs of earlier
+    answers (`exact` does not use them). `reuse`: the log-probs of the decode pass are exact enough
+    to be the old log-probs; None: the next step compares them with those of a training pass.
+    `scale` puts the scores of all tasks on one scale (`reward.normalise`).
     """
 
     def __init__(
@@ -59,11 +59,12 @@ class Sampler:
         self.scale = RunningScale() if cfg.reward.normalise else None
 
     def sample(self, rows: Sequence[Example], step: int, keep_graph: int = 0) -> Rollout:
-        """Answers to these rows, parsed and scored by the rules of their tasks, with old log-probs,
-        values and KL as asked for.
+        """Answers to these rows, parsed and scored by the rules of their tasks, with old log-probs
+        and, where asked for, values and KL.
 
         Args:
-            keep_graph: keep the graph of a pass over prompts and answers of at most so many tokens.
+            keep_graph: keep the prompt pass with its graph, where prompts and longest answers are
+                at most so many tokens.
         """
         fitted = self._fit(rows)
         drawn = self._draw([fit.ids for fit in fitted], step, keep_graph)
@@ -80,10 +81,11 @@ class Sampler:
         return rollout
 
     def graph_room(self, section: PPOConfig | GRPOConfig, budget: Budget) -> int:
-        """How many tokens of a rollout's pass may stay for the update; 0: none.
+        """How many tokens a prompt pass and its answers may have to be kept for the update; 0: it
+        is not kept.
 
-        Only where the decode pass gives the old log-probs: in low precision a pass that is cut
-        otherwise rounds otherwise, and the first ratio would not be that of a training pass.
+        It is kept only where the decode pass gives the old log-probs: in low precision a pass that
+        is cut in other places rounds differently, and the first ratio would not be 1.
         """
         policy, roll = self.policy, self.cfg.rollout
         if not (self.reuse and policy.tree) or policy.checkpointing:
@@ -104,7 +106,7 @@ class Sampler:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Take it back; a checkpoint of an earlier version has the scale alone."""
+        """Load it again; a checkpoint of an earlier version has only the scale."""
         self.reuse = state.get("reuse", self.reuse)
         if self.scale is not None:
             self.scale.seen = dict(state["reward_scale"])
@@ -168,8 +170,8 @@ class Sampler:
 
     @torch.no_grad()
     def _rescore(self, rollout: Rollout, drawn: Generation) -> None:
-        """Old log-probs (and values, and states) of a training pass in place of the decode pass's;
-        where the two are to be compared, only if they are further apart than `EXACT`."""
+        """Replace the old log-probs, values and hidden states of the decode pass by those of a
+        training pass; where the two are compared, only if they are further apart than `EXACT`."""
         again = score_rows(
             self.policy, rollout, range(rollout.size), self.temperature, values=self.critic
         )
@@ -211,7 +213,7 @@ def score_rows(
     entropy_grad: bool = False,
     prompt_pass: State | None = None,
 ) -> Scored:
-    """`policy.score` of some answers; where one prompt has the same answer twice it is run once."""
+    """`policy.score` of some answers. An answer that a prompt has twice is run once."""
     if prompt_pass is None:
         prompts, answers, prompt_of = rollout.rows(index)
     else:
@@ -244,6 +246,6 @@ def score_rows(
 
 
 def tell_reuse(rollout: Rollout) -> str:
-    """What the comparison of the two passes found, for the user."""
+    """The result of comparing the two passes, for the user."""
     done = "are taken from the decode pass" if rollout.reused else "are recomputed every step"
     return f"old log-probs {done} (largest distance from a training pass: {rollout.gap:.1e})"

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: the next-token loss on right answers, behind the prompts PPO uses.
+"""Supervised fine-tuning: the next-token loss on right answers, behind the prompts that PPO uses.
 
-The loss is on the answer alone by default (arXiv 2410.11020's code; `sft.loss=all` is its text).
-Label words, parser and prompts are those of PPO, so the two can be compared.
+By default the loss is on the answer only, as in the code of arXiv 2410.11020; `sft.loss=all` is as
+in its text. Label words, parser and prompts are those of PPO, so the two can be compared.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from ppo_nlu.tree import prefixes
 
 @dataclass
 class Batch:
-    """Rows, and their token ids to read and to learn; answer j belongs to prompt j."""
+    """Rows as token ids; answer j belongs to prompt j."""
 
     examples: Sequence[Example]
-    prompts: list[list[int]]
-    answers: list[list[int]]
+    prompts: list[list[int]]  # to read
+    answers: list[list[int]]  # to learn
     prompt_of: list[int]
     truncated: int  # prompts that were cut
     dropped: int  # worked examples left out of the prompts
@@ -69,7 +69,7 @@ class SFT(Method):
         """One optimizer step on these rows."""
         rows, count = range(len(batch.examples)), float(sum(map(len, batch.answers)))
         minibatch = OptimizerStep(self.optimizer, self.cfg.optim.max_grad_norm)
-        # Masks of a seed of their own, so that a resumed run draws the same.
+        # Dropout masks have a seed of their own, so a resumed run draws the same.
         with torch.random.fork_rng(devices=[]), lora.dropout_on(self.model.model):
             torch.manual_seed(seeded("dropout", self.cfg.seed, step).initial_seed())
             with profiling.phase("update"):
@@ -95,8 +95,8 @@ class SFT(Method):
     def loss(
         self, batch: Batch, micro: Sequence[int], count: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of some rows, summed over their tokens and divided by `count`, those of all; so
-        the size of the parts changes memory alone."""
+        """The loss of some rows: a sum over their tokens, divided by `count`, the tokens of all
+        rows; so micro-batches change memory only."""
         prompts, answers = ([kind[j] for j in micro] for kind in (batch.prompts, batch.answers))
         scored = self.model.score(prompts, answers)
         loss = losses.sft_loss(logprobs=scored.logprobs, mask=scored.mask, denominator=count)
@@ -106,8 +106,8 @@ class SFT(Method):
 def targets(
     policy: Policy, spec: TaskSpec, cfg: Config, example: Example
 ) -> tuple[list[int], list[int], tuple[int, int]]:
-    """Token ids to read and token ids to learn, tokenised as one text; prompts cut and worked
-    examples dropped for them."""
+    """Token ids to read and to learn, tokenised as one text; and (1 if the prompt was cut, how many
+    worked examples were dropped)."""
     wanted = gold_answer(spec, sealed(policy, example), cfg.prompt.form)
     room = max(cfg.rollout.max_new_tokens, len(policy.encode(wanted)))
     longest = longest_prompt(policy, cfg, room)

@@ -51,7 +51,7 @@ def made(policy: Policy, cfg: Config) -> grpo.GRPO:
 def collect(
     policy: Policy, cfg: Config, room: int | None = None, scale: RunningScale | None = None
 ) -> grpo.Batch:
-    """A batch; `room`: of which the pass is kept where it has at most so many tokens."""
+    """A batch; `room`: most tokens of a prompt pass and its answers that are kept."""
     method = made(policy, cfg)
     method.sampler.scale = scale
     if room is not None:
@@ -61,7 +61,7 @@ def collect(
 
 
 def update(policy: Policy, optimizer: Optimizer, cfg: Config, batch: grpo.Batch, step: int = 0):
-    """The metrics of an update alone, without a word on the first ratio."""
+    """The metrics of an update; the first ratio is not checked."""
     method = made(policy, cfg)
     method.optimizer, method.first_ratio.checked = optimizer, True
     return method.update(replace(batch, metrics={}), step).metrics
@@ -318,7 +318,7 @@ def test_a_step_of_even_groups_moves_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
-def test_on_the_rollouts_pass_left_out_groups_change_nothing(
+def test_left_out_groups_change_nothing_on_a_reused_prompt_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three of four groups are trained; the fourth's prompt is run without gradient."""

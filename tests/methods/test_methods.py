@@ -275,8 +275,8 @@ def test_a_run_says_that_it_learned_from_a_part_of_the_official_set(folder: Path
 
 
 def test_a_form_is_taught_without_a_label(folder: Path, capsys) -> None:
-    """CoLA's words are never said by the bundled model; behind 40 steps they are, whatever the
-    labels in the file."""
+    """The bundled model never says CoLA's words. After 40 steps it does, whatever the labels in the
+    file."""
     config = write(folder, "task: cola\n")
     arguments = [str(config), "train.steps=40", "sft.batch_size=8", "--output", "form"]
     assert cli.run(teach_form.main, arguments) == 0

@@ -46,7 +46,7 @@ def test_without_tokens_a_minibatch_is_cut_as_it_stands() -> None:
 def test_tokens_are_counted_as_the_tree_runs_them() -> None:
     """By hand: 3 shared tokens a micro-batch, a prompt's own once, an answer's but the last.
 
-    Longest first: prompt 1 with rows 2 (5 + 2) and 3 (+ 0) makes 10 with the head; prompt 3 with
+    Longest first: prompt 1 with rows 2 (5 + 2) and 3 (+ 0) makes 3 + 7 = 10; prompt 3 with
     row 7 (5 + 1) makes 16 and row 6 adds 0; prompt 0 with row 1 (2 + 1) makes 19, row 0 adds 0;
     prompt 2 with row 4 (1 + 1) makes 21, row 5 adds 0.
     """
@@ -225,12 +225,12 @@ def steps_of(found: Metrics, gradient: float = 1.0, **changes) -> tuple[nn.Param
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_bad_loss_with_a_fine_gradient_is_no_step_nor_the_other_way_round(bad: float) -> None:
+def test_a_bad_loss_or_a_bad_gradient_alone_is_no_step(bad: float) -> None:
     for weight, epochs in (steps_of({"loss": bad}), steps_of({}, gradient=bad)):
         assert weight.item() == 0 and epochs == -1
 
 
-def test_target_kl_has_half_as_much_room_again() -> None:
+def test_epochs_end_above_one_and_a_half_times_target_kl() -> None:
     """The minibatch beyond the limit is still a step, and the last one."""
     assert steps_of({"policy/approx_kl": 0.149}, target_kl=0.1)[1] == 3
     weight, epochs = steps_of({"policy/approx_kl": 0.151}, target_kl=0.1)

@@ -77,7 +77,7 @@ def collect(
     room: int | None = None,
     scale: RunningScale | None = None,
 ) -> ppo.Batch:
-    """A batch; `room`: of which the pass is kept where it has at most so many tokens."""
+    """A batch; `room`: most tokens of a prompt pass and its answers that are kept."""
     method = made(policy, cfg)
     method.kl, method.sampler.scale = kl or method.kl, scale
     if room is not None:
@@ -87,7 +87,7 @@ def collect(
 
 
 def update(policy: Policy, optimizer: Optimizer, cfg: Config, batch: ppo.Batch, step: int = 0):
-    """The metrics of an update, without a word on the first ratio."""
+    """The metrics of an update; the first ratio is not checked."""
     method = made(policy, cfg)
     method.optimizer, method.first_ratio.checked = optimizer, True
     return method.update(batch, step).metrics
@@ -129,11 +129,11 @@ def sgd(policy: Policy, lr: float = 0.1) -> SGD:
     return SGD(trainable(policy), lr=lr)
 
 
-# ---- standing on the rollout's pass ----------------------------------------------------------
+# ---- reusing the prompt pass ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", tiny.TREE_KINDS)
-def test_an_update_on_the_rollouts_pass_has_the_same_gradient(kind: str) -> None:
+def test_an_update_that_reuses_the_prompt_pass_has_the_same_gradient(kind: str) -> None:
     policy, cfg = tiny.policy(kind), config(entropy_coef=0.1)
     kept, plain = (collect(policy, cfg, room=tokens) for tokens in (10**6, 0))
     assert kept.rollout.answers == plain.rollout.answers
@@ -186,8 +186,8 @@ def test_a_kept_pass_is_freed(end: str) -> None:
 
 
 def test_the_first_ratio_is_looked_at_on_the_pass_that_is_used() -> None:
-    """The first step compares decode and training pass; from the second on updates stand on the
-    rollout's pass, whose first ratio is looked at then."""
+    """The first step compares decode and training pass. From the second on, updates reuse the
+    prompt pass, and its first ratio is checked then."""
     cfg = replace(config(kl_coef=0.0), model=ModelConfig(name_or_path="bundled"))
     method = ppo.PPO(cfg, tiny.SPECS)
     method.optimizer = sgd(method.model, 1e-3)
@@ -199,7 +199,7 @@ def test_the_first_ratio_is_looked_at_on_the_pass_that_is_used() -> None:
     assert used == [False, True, True] and checked == [False, True, True]
 
 
-def test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on() -> None:
+def test_a_pass_that_is_too_long_or_of_few_prompts_is_not_reused() -> None:
     policy, cfg = tiny.policy(), config()
     run = pack.build(collect(policy, cfg, room=0).rollout.prompts).cost.tokens_run
     longest = cfg.rollout.batch_size * 2 * (cfg.rollout.max_new_tokens - 1)
@@ -608,7 +608,7 @@ def test_it_learns_to_answer(name: str, lr: float) -> None:
     assert set(batch.rollout.predictions) <= {"Positive", None}
 
 
-# ---- what is said of the first ratio --------------------------------------------------------
+# ---- what the user is told of the first ratio ------------------------------------------------
 
 
 def lines_of(method: ppo.PPO, monkeypatch: pytest.MonkeyPatch, steps: range) -> list[bool]:
@@ -626,8 +626,8 @@ def lines_of(method: ppo.PPO, monkeypatch: pytest.MonkeyPatch, steps: range) -> 
 def test_the_first_ratio_is_told_once_of_each_pass(
     epochs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the first step, and at the second, whose update is the first to stand on the rollout's
-    pass. That later epochs run passes of their own takes nothing back."""
+    """At the first step, and at the second, whose update is the first to reuse the prompt pass.
+    Later epochs run their own passes, which changes nothing."""
     cfg = replace(config(kl_coef=0.0, epochs=epochs), model=ModelConfig(name_or_path="bundled"))
     method = ppo.PPO(cfg, tiny.SPECS)
     assert lines_of(method, monkeypatch, range(4)) == [True, True, False, False]
@@ -637,7 +637,7 @@ def test_the_first_ratio_is_told_once_of_each_pass(
     assert lines_of(again, monkeypatch, range(4, 6)) == [False, False], "a resumed run"
 
 
-def test_a_pass_that_is_never_stood_on_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_pass_that_is_never_reused_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget has room for the answers, but not for the graph of the prompts too."""
     cfg = replace(
         config(kl_coef=0.0),
@@ -650,7 +650,7 @@ def test_a_pass_that_is_never_stood_on_is_told_once(monkeypatch: pytest.MonkeyPa
     assert not method.first_ratio.checked
 
 
-def test_micro_batches_of_one_update_stand_on_the_rollout_once() -> None:
+def test_micro_batches_of_one_update_reuse_the_prompt_pass_once() -> None:
     """The first part has the answers of three prompts of four; the others run on their own."""
     policy, cfg = tiny.policy(), config()
     batch = collect(policy, cfg, room=9999)

@@ -128,8 +128,8 @@ def config(model: Path, method: str, **rollout: Any) -> Config:
 
 
 def trained(cfg: Config, steps: int, cut: int | None = None, keep: bool = True) -> PPO | GRPO:
-    """A method behind some steps on always the same rows; stopped and taken up again after `cut`,
-    as a checkpoint does it. `keep=False` forgets the reference's values there."""
+    """A method after some steps on the same rows. After `cut` steps it is stopped and resumed as
+    from a checkpoint; with `keep=False` the reference's values are forgotten there."""
 
     def fresh() -> PPO | GRPO:
         method = METHODS[cfg.method](cfg, tiny.SPECS)

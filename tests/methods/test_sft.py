@@ -141,8 +141,8 @@ def test_dropout_has_an_effect_and_a_seed_of_its_own() -> None:
 
 
 def test_a_token_across_the_end_of_the_prompt_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the opening tag and the label are one token, prompt and whole text part before it: the
-    label is in what is learnt, not in what is read."""
+    """Where the opening tag and the label are one token, the part to learn begins before the tag:
+    the label is learnt, not read."""
     policy, row = tiny.policy(), tiny.examples(1, "Positive")[0]
     known: dict[str, int] = {}
 

@@ -30,8 +30,9 @@ from ppo_nlu.model.base_model import load_base
 from ppo_nlu.model.value_head import VALUE_HEAD
 from ppo_nlu.runtime import arguments, checkpoint, cli, run_folder
 from ppo_nlu.storage.access import write_errors
+from ppo_nlu.storage.atomic_folder import atomic_folder
 from ppo_nlu.storage.files import atomic_write_text
-from ppo_nlu.storage.folders import atomic_folder, read_checked, read_tensors, write_folder
+from ppo_nlu.storage.folders import read_checked, read_tensors, write_folder
 from ppo_nlu.storage.sealed import parse_object, to_json
 
 # Texts on which the merged model must agree with the policy; of each the last 64 tokens.

@@ -37,7 +37,8 @@ from ppo_nlu.model.value_head import ValueHead
 from ppo_nlu.runtime import arguments, cli, optim
 from ppo_nlu.runtime.progress import Progress
 from ppo_nlu.runtime.summary import peak_memory_mb
-from ppo_nlu.storage import access, files, folders, locks
+from ppo_nlu.storage import access, files, locks
+from ppo_nlu.storage.atomic_folder import atomic_folder
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
@@ -205,7 +206,7 @@ def unparsed(
 def _save(policy: Policy, folder: Path, seen: bool) -> None:
     """A Hugging Face folder, whole or not at all; with the list of rows whose labels the base has
     seen, if it has. That of a call that was cut short is replaced."""
-    with folders.atomic_folder(folder) as new, access.write_errors(folder):
+    with atomic_folder(folder) as new, access.write_errors(folder):
         policy.model.save_pretrained(new)
         policy.tokenizer.save_pretrained(new)
         if seen:

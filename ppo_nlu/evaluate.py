@@ -29,7 +29,7 @@ from ppo_nlu.answering.predictions import recorded, write_predictions
 from ppo_nlu.answering.provenance import read_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
-from ppo_nlu.runtime import cli
+from ppo_nlu.runtime import arguments, cli
 from ppo_nlu.runtime.summary import peak_memory_mb
 from ppo_nlu.storage.files import TEMP, atomic_write_json, make_folder
 from ppo_nlu.storage.locks import LOCK, FolderLock
@@ -40,7 +40,7 @@ from ppo_nlu.tasks.custom import specs_of
 def main(argv: list[str] | None = None) -> int:
     """The program."""
     started = time.perf_counter()
-    parser = cli.Parser("python -m ppo_nlu.evaluate", description=__doc__)
+    parser = arguments.Parser("python -m ppo_nlu.evaluate", description=__doc__)
     parser.add_argument("target", metavar="RUN_DIR|CONFIG", help="a run, or a config: its base")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     specs, split = specs_of(cfg), cfg.eval.split
     label = "+".join(name.replace("/", "-") for name in specs)
     default = target / f"eval-{split}" if is_run else Path(f"eval-{label}-{split}")
-    output = require_own(cli.require_place("--output", args.output or default), specs)
+    output = require_own(arguments.require_place("--output", args.output or default), specs)
     held = {name: held_out(spec, cfg) for name, spec in specs.items()}
     for rows in held.values():
         print(f"data: {rows.note}; {split}: {len(rows.examples):,} rows", flush=True)

@@ -28,10 +28,11 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora, peft_format
 from ppo_nlu.model.base_model import load_base
 from ppo_nlu.model.value_head import VALUE_HEAD
-from ppo_nlu.runtime import checkpoint, cli, run_folder
+from ppo_nlu.runtime import arguments, checkpoint, cli, run_folder
 from ppo_nlu.storage.access import write_errors
+from ppo_nlu.storage.atomic_folder import atomic_folder
 from ppo_nlu.storage.files import atomic_write_text
-from ppo_nlu.storage.folders import atomic_folder, read_checked, read_tensors, write_folder
+from ppo_nlu.storage.folders import read_checked, read_tensors, write_folder
 from ppo_nlu.storage.sealed import parse_object, to_json
 
 # Texts on which the merged model must agree with the policy; of each the last 64 tokens.
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     run = run_folder.require_run_dir(args.run_dir)
     cfg = stored_config(run, args.overrides)
-    output = cli.require_place("--output", Path(args.output))
+    output = arguments.require_place("--output", Path(args.output))
     _refuse_used(output)
     with atomic_folder(output) as folder:
         if args.merge:
@@ -233,7 +234,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(
+    parser = arguments.Parser(
         prog="python -m ppo_nlu.export",
         description="Take the trained policy out of a run folder.",
     )

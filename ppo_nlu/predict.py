@@ -20,14 +20,14 @@ from ppo_nlu.answering.load_run import load_trained, run_config
 from ppo_nlu.answering.new_rows import FORMATS, writer
 from ppo_nlu.data.lines import unreadable
 from ppo_nlu.errors import UserError
-from ppo_nlu.runtime import cli
+from ppo_nlu.runtime import arguments, cli
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 
 
 def main(argv: list[str] | None = None) -> int:
     """The program."""
-    parser = cli.Parser("python -m ppo_nlu.predict", description=__doc__)
+    parser = arguments.Parser("python -m ppo_nlu.predict", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a finished run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--task", help="which task, where the run was trained on several")
@@ -83,7 +83,7 @@ def _check_paths(source: Path | None, target: Path | None) -> None:
         raise UserError(f"--output {target}: exists already; name a new file")
     if not os.path.isdir(target.parent):
         raise UserError(f"--output {target}: there is no folder {target.parent}; make it first")
-    cli.require_place("--output", target)
+    arguments.require_place("--output", target)
 
 
 def _stdin(spec: TaskSpec) -> Iterator[Example]:

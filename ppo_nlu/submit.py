@@ -20,7 +20,7 @@ from ppo_nlu.answering.kept import answered
 from ppo_nlu.answering.leaderboard import BENCHMARKS, Entry, FinishedRun, collect, queries_of
 from ppo_nlu.answering.leaderboard_files import Fallback, packed, write
 from ppo_nlu.errors import UserError
-from ppo_nlu.runtime import cli
+from ppo_nlu.runtime import arguments, cli
 from ppo_nlu.storage.files import atomic_open
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(
+    parser = arguments.Parser(
         "python -m ppo_nlu.submit",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -91,7 +91,7 @@ def _new_file(output: Path) -> Path:
         raise UserError(f"--output {output}: exists already; name a new file")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
-    return cli.require_place("--output", output)
+    return arguments.require_place("--output", output)
 
 
 def _line(entry: Entry, filled: int, kind: str) -> str:

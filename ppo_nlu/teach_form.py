@@ -34,10 +34,11 @@ from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.load import check_words, measure, path_and_limit
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.value_head import ValueHead
-from ppo_nlu.runtime import cli, optim
+from ppo_nlu.runtime import arguments, cli, optim
 from ppo_nlu.runtime.progress import Progress
 from ppo_nlu.runtime.summary import peak_memory_mb
-from ppo_nlu.storage import access, files, folders, locks
+from ppo_nlu.storage import access, files, locks
+from ppo_nlu.storage.atomic_folder import atomic_folder
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
@@ -48,13 +49,13 @@ PROBED = 64  # rows of a task that tell whether the base knows its form
 def main(argv: list[str] | None = None) -> int:
     """The program; returns the exit code."""
     started = time.perf_counter()
-    parser = cli.Parser("python -m ppo_nlu.teach_form", description=__doc__)
+    parser = arguments.Parser("python -m ppo_nlu.teach_form", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="tasks, data, optim, train.steps, sft")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_intermixed_args(argv)
     cfg = provenance.read_config(args.config, args.overrides)
-    folder: Path = cli.require_place("--output", args.output)
+    folder: Path = arguments.require_place("--output", args.output)
     _require_new(folder)
     specs = specs_of(cfg)
     if free := [name for name, spec in specs.items() if not spec.words]:
@@ -205,7 +206,7 @@ def unparsed(
 def _save(policy: Policy, folder: Path, seen: bool) -> None:
     """A Hugging Face folder, whole or not at all; with the list of rows whose labels the base has
     seen, if it has. That of a call that was cut short is replaced."""
-    with folders.atomic_folder(folder) as new, access.write_errors(folder):
+    with atomic_folder(folder) as new, access.write_errors(folder):
         policy.model.save_pretrained(new)
         policy.tokenizer.save_pretrained(new)
         if seen:

@@ -32,6 +32,7 @@ from ppo_nlu.methods.report import BadStep, Report
 from ppo_nlu.model.base_model import DTYPES
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.runtime import (
+    arguments,
     checkpoint,
     cli,
     flops,
@@ -40,6 +41,7 @@ from ppo_nlu.runtime import (
     profiling,
     run_folder,
     runlog,
+    streams,
 )
 from ppo_nlu.runtime.curves import draw_curves
 from ppo_nlu.runtime.progress import Progress
@@ -476,7 +478,7 @@ def show(run: Run, summary: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The program; returns the exit code."""
     started = time.perf_counter()
-    parser = cli.Parser("python -m ppo_nlu.train", description=__doc__)
+    parser = arguments.Parser("python -m ppo_nlu.train", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/sst2.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     where = parser.add_mutually_exclusive_group()
@@ -499,7 +501,7 @@ def main(argv: list[str] | None = None) -> int:
             check_same(cfg, args.resume)
         elif args.output:
             # Before minutes of loading; `start` makes it.
-            run_folder.require_free(cli.require_place("--output", args.output))
+            run_folder.require_free(arguments.require_place("--output", args.output))
         with StopRequest() as stop:
             run = start(cfg, args.resume, args.output, work)
             run.started = started
@@ -528,7 +530,7 @@ def tell_idle(cfg: Config, said: Mapping[str, object]) -> None:
     """Say which of the user's keys this run does not read."""
     seen = data.saw_labels(cfg.model.name_or_path)
     for key, why in idle_keys(cfg, said, seen):
-        cli.tell(f"note: {key} has no effect {why}")
+        streams.tell(f"note: {key} has no effect {why}")
 
 
 @contextmanager

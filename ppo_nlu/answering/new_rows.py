@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_nlu.answering.answer import Answer
-from ppo_nlu.runtime import cli
+from ppo_nlu.runtime import streams
 from ppo_nlu.storage.files import Output, atomic_open
 from ppo_nlu.storage.sealed import to_json
 from ppo_nlu.tasks import TaskSpec
@@ -36,7 +36,7 @@ def writer(target: Path | None, spec: TaskSpec) -> Iterator[Write]:
     """A function that writes one answer; a file gets its name only when it is whole."""
     if target is None:
         utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
-        yield lambda answer: cli.result(_json(answer, ascii_only=not utf8))
+        yield lambda answer: streams.result(_json(answer, ascii_only=not utf8))
         return
     # Half of a character, which a .jsonl file may hold as an escape, stays an escape.
     with atomic_open(target, newline="", new=True, errors="backslashreplace") as file:

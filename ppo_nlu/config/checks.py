@@ -1,4 +1,4 @@
-"""One value of a config: into the type of its field, and within the field's limits.
+"""Checks of one value of a config: the type of its field, and the limits of the field.
 
 A text has at most `LONGEST` characters, a list at most `MOST` items.
 """
@@ -25,7 +25,7 @@ _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 
 
 def checked(leaf: Leaf, value: Any, where: str, key: str) -> Any:
-    """The value in its field's type and within its limits."""
+    """The value in the type of its field; UserError where it has another, or is out of limits."""
     try:
         value = _convert(leaf.kind, value)
     except TypeError:
@@ -118,7 +118,7 @@ def _name(value: Any) -> str:
 
 
 def _out_of_limits(limits: Mapping[str, Any], value: Any) -> str:
-    """What a value breaks of its field's metadata, and the mend; "" when nothing."""
+    """Which limit of its field a value breaks, and the mend; "" where it breaks none."""
     if value is None or isinstance(value, bool):
         return ""
     if problem := _too_long(value, limits.get("longest", LONGEST)):

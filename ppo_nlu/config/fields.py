@@ -1,4 +1,4 @@
-"""Fields of a config's dataclasses, with the limits of their values; the keys that they make."""
+"""Fields of a config's dataclasses with limits on their values, and the keys of a config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def number(
     exclusive_min: bool = False,
     exclusive_max: bool = False,
 ) -> Any:
-    """A field with a range; a bound counts as allowed unless it is called exclusive."""
+    """A field with a range, whose bounds are allowed unless they are exclusive."""
     ends = {"min": min, "max": max, "exclusive_min": exclusive_min, "exclusive_max": exclusive_max}
     return field(default=default, metadata=ends)
 
@@ -26,7 +26,7 @@ def positive(default: Any, max: float | None = None) -> Any:
 
 
 def count(default: int, min: int = 0) -> Any:
-    """A field of so many things that no machine has more."""
+    """A field that counts things, of which no machine has more than 10^9."""
     return number(default, min=min, max=10**9)
 
 
@@ -60,7 +60,7 @@ class Leaf:
 
 @cache
 def schema(cls: Any, prefix: str = "") -> dict[str, Leaf]:
-    """Every key of a tree of dataclasses, dotted, in order."""
+    """Every dotted key of a tree of dataclasses, in order."""
     kinds = get_type_hints(cls)
     found: dict[str, Leaf] = {}
     for item in fields(cls):

@@ -1,7 +1,7 @@
-"""The names that other trainers give to what a key of ours sets, for "did you mean".
+"""The names that other trainers have for what a key of ours sets, for "did you mean".
 
-From transformers, TRL, PEFT, verl and OpenRLHF. A name maps to one key of ours or to several, one
-for each method; `--output` and `--resume` are options of the command line.
+From transformers, TRL, PEFT, verl and OpenRLHF. A name maps to one key of ours, or to several, such
+as one for each method. `--output` and `--resume` are options of the command line.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "data_seed": ("seed",),
 }
 
-NOTES = {  # where the number or the word is not the same
+NOTES = {  # where the key takes another number or word
     "num_train_epochs": "in steps, not passes over the rows",
     "num_epochs": "in steps, not passes over the rows",
     "total_episodes": "in steps, not answers",

@@ -1,7 +1,7 @@
 """Which keys that the user has set have no effect on a training run, and why.
 
-A key counts where its value is another than the default's. Such a key is no mistake, since one
-file may serve several methods; but who has set it should know.
+A key counts as set where its value is not the default. That it has no effect is no mistake, since
+one file may serve several methods; but the user should know.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ppo_nlu.config import Config
 from ppo_nlu.config.strict_config import values
 
 BY_REWARD = ("ppo", "grpo")  # the methods that learn from what their answers earn
-# {key or section: the methods that read it}; longer names win over their section's.
+# {key or section: the methods that read it}; a key wins over its section.
 READ_BY: dict[str, tuple[str, ...]] = {
     "ppo": ("ppo",),
     "ppo.preset": ("ppo", "grpo", "sft", "encoder"),  # it sets keys of other sections too
@@ -43,7 +43,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
 
 
 def idle_keys(cfg: Config, said: Collection[str], saw_labels: bool) -> Iterator[tuple[str, str]]:
-    """(key, why it has no effect) of the keys that were said, in their order."""
+    """(key, why it has no effect) of the keys that the user gave, in their order."""
     default, mine = values(Config(task="x")), values(cfg)
     for key in said:
         changed = key in mine and mine[key] != default[key]

@@ -1,4 +1,4 @@
-"""What is said of a mistake in a config: where it is, and what was probably meant."""
+"""Messages about mistakes in a config: where one is, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ def nearest(cls: Any, key: str, known: Collection[str]) -> str:
 
 
 def meant(cls: Any, key: str) -> str:
-    """Which key an unknown one probably stands for: the same name elsewhere or its name in other
-    libraries, then a similar one here, then anywhere; "" where nothing is near."""
+    """Which key an unknown one probably stands for; "" where nothing is near.
+
+    First come the same name in another section and the name that other libraries have for it, then
+    a similar name in this section, then one anywhere.
+    """
     known = schema(cls)
     if key in known:
         return f"write {key}=value"

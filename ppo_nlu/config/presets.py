@@ -1,13 +1,12 @@
-"""What a method or a preset changes of the defaults, before the file and the command line."""
+"""The defaults that a method or a preset changes, before the file and the command line."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# What each method takes where nothing is said: AdamW for supervised training (arXiv 2410.11020,
-# section 4), and for the encoder the settings of Devlin et al. (2019), section 4.1. GRPO compares
-# 8 answers, as TRL and most reports do; its rate is ten times TRL's 1e-6, which is one for full
-# weights, and LoRA takes about ten times that.
+# Supervised training takes AdamW (arXiv 2410.11020, section 4), the encoder the settings of Devlin
+# et al. (2019), section 4.1. GRPO compares 8 answers, as TRL and most reports do. TRL's learning
+# rate of 1e-6 is for training all weights; LoRA takes about ten times that.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ppo": {},
     "grpo": {"rollout.samples_per_prompt": 8, "optim.name": "adamw", "optim.lr": 1e-5},
@@ -22,12 +21,12 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "optim.min_lr_ratio": 0.0,
     },
 }
-# The semantics of the paper's released code: PPOTrainer.step of TRL 0.11. Values that equal today's
-# defaults are stated too, so that a change of the defaults does not move the preset. Departures:
-# the code drops out 0.05 in LoRA and 0.1 in the value head, which moves the ratio away from 1 at
-# the first update; trains the base's biases, so that LoRA off is not its reference; draws the
-# longest answer anew from 12 to 31; stops at the end of the sequence only and trains all behind
-# the tag.
+# `legacy` has the semantics of the paper's released code: PPOTrainer.step of TRL 0.11. Values that
+# equal the defaults are stated too, so that a change of the defaults does not move the preset.
+# The code differs in four ways: it has dropout of 0.05 in LoRA and of 0.1 in the value head, which
+# moves the ratio away from 1 at the first update; it trains the base's biases, so its reference is
+# not the model without LoRA; it draws the length limit of answers at random from 12 to 31; it stops
+# only at the end of the sequence, and trains on all that follows the closing tag.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "legacy": {

@@ -2,9 +2,11 @@
 
 Sections are nested dataclasses. A file states only what differs from the defaults. Every mistake is
 a UserError of one line: where (the file and line, or "command line"), the dotted key, what is
-wrong, how to mend it. Nothing here imports torch or knows a key by name; a dataclass may hold
-`foreign_names`, {name elsewhere: keys of its own}, and `foreign_notes`, for its "did you mean";
-and `foreign_absent`, {name elsewhere without such a key: what there is instead}.
+wrong, how to mend it. Nothing here imports torch or knows a key by name.
+
+For its "did you mean" a dataclass may hold `foreign_names`, {name elsewhere: keys of its own},
+`foreign_notes`, {name elsewhere: a remark}, and `foreign_absent`, {name elsewhere: what there is
+instead of such a key}.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ Given = Mapping[str, tuple[str, Any]]  # {dotted key: (where it was said, value)
 
 
 def load_dataclass(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """An instance of the dataclass `cls`, from a YAML file and overrides; of a key the last wins.
+    """An instance of the dataclass `cls`, from a YAML file and overrides, of which the last wins.
 
-    Its `__post_init__` may raise UserError("section.key: what is wrong"); the place is put before.
+    Its `__post_init__` may raise UserError("section.key: what is wrong"), without the place.
     """
     return build(cls, given(cls, path, overrides), str(path))
 
@@ -61,7 +63,7 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def values(cfg: Any) -> dict[str, Any]:
-    """Every value by its dotted key; a mapping that is a value of its own stays one."""
+    """Every value by its dotted key; a value that is a mapping stays one."""
     return {key: attrgetter(key)(cfg) for key in schema(cast(type, type(cfg)))}
 
 
@@ -71,7 +73,7 @@ def dump(cfg: Any) -> str:
 
 
 def save_config(cfg: Any, path: str | Path) -> None:
-    """Write `dump(cfg)`; whoever reads the file sees the old text or the new, never a part."""
+    """Write `dump(cfg)` atomically."""
     atomic_write_text(path, dump(cfg))
 
 
@@ -140,7 +142,7 @@ def build(cls: type[T], said: Given, path: str) -> T:
 
 
 def _section(cls: Any, said: Given, path: str, prefix: str, base: Any) -> Any:
-    """One dataclass of the tree; `base`, where there is one, holds what was not said."""
+    """One dataclass of the tree; `base` has the values of keys that were not given, if not None."""
     kinds = get_type_hints(cls)
     values: dict[str, Any] = {}
     for item in fields(cls):

@@ -1,6 +1,6 @@
-"""YAML without its surprises, and the line on which each key stands.
+"""Reads YAML without its surprises, and notes the line of each key.
 
-What can hide or multiply values is not read: anchors and aliases, merges, tags, a second document.
+It refuses what can hide or multiply values: anchors and aliases, merges, tags, a second document.
 A file holds at most `LARGEST` bytes.
 """
 
@@ -22,7 +22,7 @@ LARGEST = 1_000_000
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain words stay words: only true/false are booleans, and 1:30, 010, dates are text."""
+    """Plain words stay text: only true and false are booleans, and 1:30, 010 and dates are text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (its own; the global one stays)
 
@@ -57,7 +57,7 @@ for _tag, _pattern, _first in (
 def read_file(path: Path) -> tuple[Any, dict[str, int]]:
     """The value in a YAML file, and the line of each dotted key."""
     try:
-        mode = path.stat().st_mode  # before opening: a pipe would wait, a device never end
+        mode = path.stat().st_mode  # before opening: a pipe would wait, a device would never end
         if kind := irregular(mode):
             raise mistake(str(path), "", f"cannot be read: is {kind}; name a YAML file")
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ from ppo_nlu.data import download
 from ppo_nlu.data.archives import archive_of
 from ppo_nlu.errors import UserError, printable
 from ppo_nlu.model.tokens import Codec
-from ppo_nlu.runtime import cli
+from ppo_nlu.runtime import arguments, cli
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.tasks.prompts import render
@@ -34,8 +34,8 @@ LONGEST = 32  # tokens are counted in so many of a split's longest prompts, by l
 
 def main(argv: list[str] | None = None) -> int:
     """The program."""
-    parser = cli.Parser("python -m ppo_nlu.data", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
+    parser = arguments.Parser("python -m ppo_nlu.data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=arguments.Parser)
     checked = commands.add_parser("check", help="what is there, split by split")
     checked.add_argument("words", nargs="*", metavar="TASK", help="default: every task")
     fetched = commands.add_parser("get", help="download the official files")
@@ -238,7 +238,7 @@ def get(specs: Sequence[TaskSpec], cfg: DataConfig, output: Path | None, sums: b
         if archive_of(spec) is None:
             known = ", ".join(name for name, other in TASKS.items() if archive_of(other))
             raise UserError(f"get: no archive of {spec.title} is known; there is one of {known}")
-    root = cli.require_place("--output", data.cache_root(cfg) if output is None else output)
+    root = arguments.require_place("--output", data.cache_root(cfg) if output is None else output)
     for spec in specs:
         print(_get(spec, cfg.url, root, sums), flush=True)
     return 0

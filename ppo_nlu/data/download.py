@@ -19,13 +19,14 @@ import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urljoin
 
 from ppo_nlu.data.archives import Archive, archive_of
 from ppo_nlu.errors import UserError, printable
-from ppo_nlu.storage import folders
+from ppo_nlu.storage.atomic_folder import staged_folder
 from ppo_nlu.tasks import TaskSpec
 
 OPEN_SECONDS = 3.0  # for the name look-up, the connection and the first answer together
@@ -83,21 +84,16 @@ def fetch(spec: TaskSpec, url: str, root: Path, check_sums: bool = True) -> Fetc
     if archive is None:
         raise DownloadError(f"no archive of {spec.title} is known")
     target = root / spec.benchmark / spec.folder
+    _require_web(url)
     address = url
     try:
-        _require_web(url)
         address = address_of(archive, url)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
-            unpacked = Path(scratch) / "files"
-            unpacked.mkdir()
-            _take(archive, spec.folder, address, Path(scratch), unpacked)
-            unverified = _checked(unpacked, archive, spec, check_sums)
-            _move(unpacked, target, spec)
+        with staged_folder(target, partial(_name, spec=spec)) as folder:
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                _take(archive, spec.folder, address, Path(scratch), folder)
+            unverified = _checked(folder, archive, spec, check_sums)
     except urllib.error.HTTPError as error:
         raise DownloadError(without_password(f"{address}: {error}", url)) from error
-    except UserError:
-        raise
     except (*_EXPECTED, DownloadError) as error:
         reason = getattr(error, "reason", None) or error
         raise DownloadError(without_password(f"{address}: {reason}", url)) from error
@@ -111,7 +107,7 @@ def _require_web(url: str) -> None:
     if ":" in url:
         shown = without_password(url, url)
         raise UserError(f"data.url: {shown} is no address of the web; give http:// or https://")
-    raise DownloadError("no address of the web")
+    raise DownloadError(without_password(f"{url}: no address of the web", url))
 
 
 def without_password(message: str, url: str) -> str:
@@ -147,13 +143,13 @@ def _take(archive: Archive, folder: str, address: str, scratch: Path, target: Pa
         _get(address, target / next(iter(archive.files)), archive.mebibytes)
 
 
-def _move(folder: Path, target: Path, spec: TaskSpec) -> None:
+def _name(folder: Path, target: Path, spec: TaskSpec) -> None:
+    """Give the folder its name, unless another process has put the data there first."""
     try:
-        folders.sync_tree(folder)
         folder.rename(target)
     except OSError as error:
         names = {name for names in spec.files.values() for name in names}
-        if not any((target / name).is_file() for name in names):  # else another was first
+        if not any((target / name).is_file() for name in names):
             raise DownloadError(f"{target} is in the way: {error.strerror}") from error
 
 

@@ -41,7 +41,7 @@ from ppo_nlu.pretrain.results import (
     write_seen,
 )
 from ppo_nlu.pretrain.tokenizer import load_tokenizer, tokenizer_lines, train_tokenizer
-from ppo_nlu.runtime import cli
+from ppo_nlu.runtime import arguments, cli
 from ppo_nlu.storage.files import atomic_write_text, make_folder
 from ppo_nlu.storage.locks import FolderLock
 
@@ -114,7 +114,7 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, run all stages, print the scores."""
-    parser = cli.Parser(prog="python -m ppo_nlu.pretrain", description=DESCRIPTION)
+    parser = arguments.Parser(prog="python -m ppo_nlu.pretrain", description=DESCRIPTION)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, help="folder for the stages and the finished model")
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     cfg = load_dataclass(TinyConfig, args.config, args.overrides)
     command = f"python -m ppo_nlu.pretrain {shlex.join([str(args.config), *args.overrides])}"
-    folder = make_folder(cli.require_place("--output", args.output or Path(cfg.output)))
+    folder = make_folder(arguments.require_place("--output", args.output or Path(cfg.output)))
     with FolderLock(folder):
         facts = run(cfg, folder, args.again, command)
     print(json.dumps({name: facts[name] for name in ("dev", "heldout")}, indent=1))

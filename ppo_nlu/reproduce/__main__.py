@@ -34,14 +34,14 @@ from ppo_nlu.reproduce.grid import (
 )
 from ppo_nlu.reproduce.methods import METHODS, in_running_order
 from ppo_nlu.reproduce.runner import Runner, cores, locked
-from ppo_nlu.runtime import cli
+from ppo_nlu.runtime import arguments, cli
 from ppo_nlu.storage import files
 from ppo_nlu.tasks import get_task
 
 
 def parse(argv: list[str] | None) -> Any:
     """The arguments; what looks like key=value in a list of names is an override."""
-    parser = cli.Parser("python -m ppo_nlu.reproduce", description=__doc__)
+    parser = arguments.Parser("python -m ppo_nlu.reproduce", description=__doc__)
     parser.add_argument("benchmark", choices=list(GRIDS))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every cell")
     parser.add_argument("--model", nargs="+", default=[], help="in place of the preset's own")
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     table = GRIDS[args.benchmark]
     folder = args.output or Path("runs") / f"reproduce-{args.benchmark}"
-    cli.require_place("--output", folder)
+    arguments.require_place("--output", folder)
     if args.report_only:
         return report.write(folder, folder)
     backbones = backbones_of(args)

@@ -36,7 +36,7 @@ from ppo_nlu.reproduce.tables import (
     other_table,
     title_of,
 )
-from ppo_nlu.runtime import cli
+from ppo_nlu.runtime import arguments
 from ppo_nlu.storage import files
 
 # --- cost, curves, notes --------------------------------------------------------------------------
@@ -279,8 +279,8 @@ def write(folder: Path, output: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The program."""
-    parser = cli.Parser("python -m ppo_nlu.report", description=__doc__)
+    parser = arguments.Parser("python -m ppo_nlu.report", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="what ppo_nlu.reproduce wrote")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: DIR itself")
     args = parser.parse_args(argv)
-    return write(args.folder, cli.require_place("--output", args.output or args.folder))
+    return write(args.folder, arguments.require_place("--output", args.output or args.folder))

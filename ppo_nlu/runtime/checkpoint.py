@@ -25,14 +25,15 @@ from torch import Tensor
 
 from ppo_nlu.errors import UserError
 from ppo_nlu.storage.access import read_bytes, write_errors
-from ppo_nlu.storage.files import TEMP, sync_folder, temporary_name, write_new
+from ppo_nlu.storage.atomic_folder import staged_folder
+from ppo_nlu.storage.files import TEMP, temporary_name, write_new
 from ppo_nlu.storage.sealed import Damaged, parse_object, seal, unseal
 
 FORMAT = 2  # of a checkpoint
 Tensors = dict[str, dict[str, Tensor]]
 _STEP = re.compile(r"step_(\d{6,18})")
-_MOVED = ".old-"  # complete, moved away while its successor takes the name
-_ASIDE = "damaged-"  # what a resumed run could not read
+_MOVED = ".old-"  # a complete checkpoint, moved away while its successor takes the name
+_ASIDE = "damaged-"  # a checkpoint that a resumed run could not read
 _WRITTEN = ("adapter", "encoder", "bad_steps")  # folders of a run that only its training writes
 _BEFORE = "--resume takes the one before it"
 
@@ -53,8 +54,8 @@ def save_best(
 ) -> Path | None:
     """Write `checkpoints/best` if `metric` beats the one stored there; None where it does not.
 
-    The comparison is with the disk, so a resumed run that passes the same steps again ends with
-    the same folder. At any moment the old or the new one is readable.
+    `metric` is compared with the one on the disk, so a resumed run that repeats steps ends with the
+    same folder. At any moment the old checkpoint or the new one is readable.
     """
     stored = best_metric(run_dir)
     if math.isnan(metric) or (stored is not None and metric <= stored):
@@ -66,7 +67,7 @@ def save_best(
 
 
 def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
-    """Read a checkpoint folder, or, where a kill fell into its replacement, the one before it.
+    """Read a checkpoint folder; if a kill interrupted its replacement, the one before it.
 
     `Damaged` where any byte of it is not what was written.
     """
@@ -112,15 +113,15 @@ def best_metric(run_dir: str | Path) -> float | None:
 
 
 def candidates(run_dir: str | Path) -> list[Path]:
-    """What bears the name of a step checkpoint, the newest first: also a file or a dead link, which
-    `load` calls damaged."""
+    """Everything with the name of a step checkpoint, the newest first; also a file or a dead link,
+    which `load` calls damaged."""
     named = [path for path in _folder(run_dir).glob("step_*") if _STEP.fullmatch(path.name)]
     found = {*_steps(run_dir), *(_readable(path) for path in named)}
     return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]), reverse=True)
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename a damaged checkpoint, so that it is neither read nor counted again; its new name."""
+    """Rename a damaged checkpoint, so that it is not read or counted again; its new name."""
     path = _readable(path)
     for number in range(1, 100):
         aside = path.with_name(f"{_ASIDE}{path.name.removeprefix(_MOVED)}-{number}")
@@ -144,8 +145,8 @@ def prune(run_dir: str | Path, keep: int) -> None:
 
 
 def require_readable(run_dir: str | Path) -> None:
-    """A `UserError` where the folder of the checkpoints is there and cannot be listed: what it
-    holds would seem to be lost."""
+    """A `UserError` where the folder of the checkpoints exists but cannot be listed: they would
+    seem to be lost."""
     folder = _folder(run_dir)
     try:
         if os.path.lexists(folder):
@@ -160,7 +161,7 @@ def require_readable(run_dir: str | Path) -> None:
 def clean(run_dir: str | Path) -> None:
     """Before a run writes: finish a replacement that was cut short, delete half-written files.
 
-    Whoever calls this holds the lock of the run folder: nobody is still writing there.
+    The caller holds the lock of the run folder, so nobody else is writing there.
     """
     folder, run_dir = _folder(run_dir), Path(run_dir)
     with write_errors(folder):
@@ -173,7 +174,7 @@ def clean(run_dir: str | Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file, a folder, or a link (not what it leads to)."""
+    """Delete a file, a folder, or a link but not its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -232,25 +233,23 @@ def _opened(text: str) -> dict[str, Any]:
 
 
 def _write(final: Path, tensors: Tensors, head: dict[str, Any]) -> None:
-    """Fill a folder under a temporary name, force it to disk, give it its name."""
+    """Write a checkpoint; it takes the place of one that has its name."""
     with write_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temp = temporary_name(final)
         try:
-            temp.mkdir()
-            sums = {}
-            for name in sorted(tensors):
-                # Not save_file: it makes files that nobody else may read, whatever the umask.
-                data = dump_tensors(_separate(tensors[name]))
-                sums[name] = hashlib.sha256(data).hexdigest()
-                write_new(temp / f"{name}.safetensors", data)
-            write_new(temp / "state.json", seal({**head, "files": sums}).encode())
-            sync_folder(temp)
-            _replace_folder(temp, final)
-        except Exception:
-            shutil.rmtree(temp, ignore_errors=True)
+            with staged_folder(final, _replace_folder) as folder:
+                _fill(folder, tensors, head)
+        finally:
             _settle(final)
-            raise
+
+
+def _fill(folder: Path, tensors: Tensors, head: dict[str, Any]) -> None:
+    sums = {}
+    for name in sorted(tensors):
+        # Not save_file: it makes files that nobody else may read, whatever the umask.
+        data = dump_tensors(_separate(tensors[name]))
+        sums[name] = hashlib.sha256(data).hexdigest()
+        write_new(folder / f"{name}.safetensors", data)
+    write_new(folder / "state.json", seal({**head, "files": sums}).encode())
 
 
 def _separate(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -268,19 +267,18 @@ def _separate(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _replace_folder(temp: Path, final: Path) -> None:
-    """Give `temp` the name `final`: a folder cannot be replaced in one call, so in two renames."""
-    moved = final.with_name(_MOVED + final.name)
+    """Give `temp` the name `final`, by two renames: a folder cannot be replaced in one call.
+
+    The old folder stays under its other name until `_settle` deletes it.
+    """
     _settle(final)
     if os.path.lexists(final):
-        os.rename(final, moved)
+        os.rename(final, final.with_name(_MOVED + final.name))
     os.rename(temp, final)
-    sync_folder(final.parent)
-    if os.path.lexists(moved):
-        _remove(moved)
 
 
 def _settle(final: Path) -> None:
-    """Undo or finish a replacement that was cut short: whoever holds the name has won."""
+    """Finish a replacement, or undo one that was cut short before the new folder had the name."""
     moved = final.with_name(_MOVED + final.name)
     if not os.path.lexists(moved):
         return
@@ -291,7 +289,7 @@ def _settle(final: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder that has a name; first the name, so that half a folder never bears it."""
+    """Delete a checkpoint. It loses its name first, so that no half-deleted folder has it."""
     trash = temporary_name(path)
     os.rename(path, trash)
     _delete(trash)

@@ -22,7 +22,7 @@ def draw_curves(
     subtitle: str | None = None,
     before: Mapping[str, float | None] | None = None,
 ) -> Path | None:
-    """Draw metrics.jsonl to curves.png; None where matplotlib or the metrics are missing.
+    """Draw metrics.jsonl as curves.png; None where matplotlib or the metrics are missing.
 
     `before` holds the base model's numbers, drawn as dashed lines: `reward` in the reward panel,
     any other under the last part of its `eval/<task>/<metric>` name.
@@ -120,7 +120,7 @@ def _draw_main(axes: Any, series: Series, baseline: float | None, ylabel: str) -
 
 
 def _draw_tasks(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
-    """The reward of each task of several, as a smoothed line of its own."""
+    """With several tasks, the reward of each as a smoothed line."""
     names = sorted({n for r in records for n in r if re.fullmatch(r"reward/.+/mean", n)})
     for index, name in enumerate(names):
         series = _series(records, name)

@@ -2,13 +2,14 @@
 
 FLOPs are counted from what was run and the weights it went through, not measured:
 
-    forward   2 for each weight of the blocks, LoRA included, and token run; 2 for each weight of
-              the LM head and of the critic and answer position; 4 · (heads · head size) for each
-              layer and pair of a token with one it attends to (two products of 2 each)
-              (tokens whose states nobody asks for do not go through the last block's queries,
-              output projection and MLP)
-    backward  as much again for a frozen weight, the gradient of its input; twice that for a
+    forward   2 · tokens run · weights of the blocks, LoRA included
+              2 · answer positions · weights of the LM head and the critic
+              4 · pairs · layers · heads · head size (a pair: a token and one it attends to)
+    backward  as much again for a frozen weight (the gradient of its input), twice that for a
               trained one and for attention
+
+Tokens whose states nobody asks for do not go through the last block's queries, output projection
+and MLP.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FORMULA = (
 class Weights:
     """What a token goes through: numbers of weights, and layers · heads · head size.
 
-    Of the blocks and adapters, the last block's `trimmed` ones run wanted tokens alone.
+    The `trimmed` weights are those of the last block that only run wanted tokens.
     """
 
     blocks: int
@@ -54,7 +55,7 @@ class Weights:
         return 2.0 * (frozen + positions * self.head) + 4.0 * trained
 
     def _inner(self, tokens: int, wanted: int | None) -> tuple[int, int]:
-        """Products of tokens and weights: those of the blocks, and of their adapters."""
+        """Tokens times weights, for the blocks and for their adapters."""
         left = tokens - (tokens if wanted is None else wanted)
         return (
             tokens * self.blocks - left * self.trimmed_blocks,
@@ -63,7 +64,7 @@ class Weights:
 
 
 def weights_of(policy: Any) -> Weights:
-    """Those of a `model.Policy`: the matrices of its blocks (an embedding is a look-up)."""
+    """The weights of a `Policy`: the matrices of its blocks (an embedding is a look-up)."""
     head, shape = policy.head.weight, policy.shape
     blocks, adapters = _matrices(policy.model, head)
     parts = [m for m in policy.model.modules() if getattr(m, "trimming", None)]
@@ -81,7 +82,7 @@ def weights_of(policy: Any) -> Weights:
 
 
 def _matrices(whole: Any, head: Any) -> tuple[int, int]:
-    """Numbers of weights inside a module that tokens are multiplied by: frozen, and LoRA's."""
+    """How many weights of a module tokens are multiplied by: frozen ones, and LoRA's."""
     blocks = adapters = 0
     for module in whole.modules():
         own = dict(module.named_parameters(recurse=False))
@@ -95,8 +96,8 @@ def _matrices(whole: Any, head: Any) -> tuple[int, int]:
 
 
 def gemm_rate(device: Any, dtype: Any) -> float:
-    """FLOP/s of the best product of square matrices in half a second, in this dtype and these
-    threads: 1,024 wide on a CPU, 8,192 on a GPU. The run's random numbers are left alone."""
+    """FLOP/s of the fastest product of square matrices in half a second, in this dtype and with
+    these threads: 1,024 wide on a CPU, 8,192 on a GPU. The run's random numbers are not touched."""
     import torch
 
     device = torch.device(device)

@@ -23,7 +23,7 @@ def build_optimizer(
     """AdamW or Adafactor over the LoRA weights at `lr` and the value head at `value_lr` (or `lr`).
 
     Adafactor is the paper's: no first moment (`beta1` and `beta2` are AdamW's), no relative step,
-    no parameter scale, no warm-up of its own, so that the learning rate is the config's.
+    no parameter scale and no warm-up of its own, so the learning rate is the config's.
     """
     value_lr = cfg.lr if cfg.value_lr is None else cfg.value_lr
     groups: list[dict[str, Any]] = []
@@ -98,6 +98,6 @@ def clip_gradients(params: Iterable[torch.nn.Parameter], max_norm: float) -> Ten
 
 
 def _norm(grad: Tensor) -> Tensor:
-    """In fp32 at least: the squares of half precision overflow."""
+    """The norm, in fp32 at least: in half precision the squares overflow."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     return torch.linalg.vector_norm(grad, dtype=wide).float()

@@ -77,7 +77,7 @@ def _owner(name: str, params: list[Tensor]) -> tuple[int, str]:
 
 
 def _state_shapes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
-    """What an optimizer keeps of a tensor: a number, as many numbers, or factors of a matrix."""
+    """Shapes of what an optimizer keeps for a tensor: a number, as many numbers, matrix factors."""
     return {(), shape, shape[:-1], shape[:-2] + shape[-1:]}
 
 

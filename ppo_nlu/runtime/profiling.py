@@ -1,13 +1,14 @@
 """Where the time of a run goes: seconds, tokens and FLOPs by phase, and a trace of a few steps.
 
-The code that does the work says what it is doing, `with profiling.phase("decode"): ...`, and what
-that came to, `profiling.count(tokens_run=120)`. Both do nothing unless a `Profile` is open, and
-nothing here changes what is computed. Times are exclusive: a phase inside another one is taken out
-of it. Inside `evaluation` they are kept apart, as `evaluation/decode`.
+The code that does the work names what it does, `with profiling.phase("decode"): ...`, and counts
+it, `profiling.count(tokens_run=120)`. Both do nothing unless a `Profile` is open, and nothing here
+changes what is computed. Times are exclusive: the time of a phase inside another one is not in the
+outer one. Phases inside `evaluation` are kept apart, as `evaluation/decode`.
 
 `flops` says how FLOPs are counted. A pass under autograd counts as forward and backward, but the
-backward of a rollout's kept pass is booked under the update that takes it. What is run a second
-time, under checkpointing or inside a fused op, is not counted again, nor is the elementwise work.
+backward of a rollout's kept pass is booked under the update that uses it. What is run a second
+time, under checkpointing or inside a fused op, is not counted again. Elementwise work is not
+counted.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ OTHER = "other"  # the time outside every phase
 _WARM = 2  # steps before the traced ones
 _TRACED = 2
 
-# The one profile that is open. It is kept here because what is counted happens deep inside the
-# model: handed on, it would be an argument of every function on the way. `Profile` sees to it that
-# there is one at a time, and that it goes when it is closed.
+# The profile that is open, or None. It is kept here because the counting happens deep inside the
+# model: as an argument it would go through every function on the way. `Profile` makes sure that at
+# most one is open, and removes it when it is closed.
 _active: Profile | None = None
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -52,18 +53,18 @@ def count(
 ) -> None:
     """Book a pass of the model under the phase that is open.
 
-    `tokens_run` went through the blocks, `tokens_saved` would have, too, had every row been run by
-    itself; at `positions` the head was asked; `pairs` counts tokens with each one they attend to,
-    themselves included; `wanted` tokens (None: all) went through the part of the last block that is
-    trimmed. FLOPs follow from these by the formula above, unless they are given.
+    `tokens_run` went through the blocks; `tokens_saved` would have gone too if every row had been
+    run by itself. The head ran at `positions`. `pairs` counts each token with each one it attends
+    to, itself included. `wanted` tokens (None: all) went through the trimmed part of the last
+    block. FLOPs follow from these by the formula of `flops`, unless they are given.
     """
     if _active is not None:
         _active.add(tokens_run, tokens_saved, flops, positions, pairs, wanted)
 
 
 def count_backward(tokens: int, pairs: int, wanted: int | None = None) -> None:
-    """Book the backward of a pass that was booked before as a forward alone: that over a rollout's
-    prompts, which an update stands on."""
+    """Book the backward of a pass that was booked before as a forward alone: the rollout's pass
+    over the prompts, which an update reuses."""
     import torch
 
     if _active is not None and _active.weights is not None and torch.is_grad_enabled():
@@ -71,7 +72,7 @@ def count_backward(tokens: int, pairs: int, wanted: int | None = None) -> None:
 
 
 def active() -> bool:
-    """Whether anything is booked: for counts that cost something themselves."""
+    """Whether a profile is open; for counts that take time themselves."""
     return _active is not None
 
 
@@ -105,8 +106,8 @@ class Profile:
 
     `steps` is how many will be trained: the traced ones are the third and fourth, or the last of a
     shorter run. Since tracing slows a step down, these are left out of the times (unless there is
-    no other). On a GPU each change of phase waits for it, so that the time is booked where the work
-    was asked for. `dtype` is that of the products whose rate the machine is measured by.
+    no other). Each change of phase waits for a GPU, so that its time is booked under the phase that
+    started the work. `dtype` is that of the products by which the machine's rate is measured.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class Profile:
             self._regions.pop().__exit__(None, None, None)
 
     def _row(self) -> Row:
-        """Where to book now: a throw-away while a step is traced."""
+        """The row to book in now; one that is thrown away while a step is traced."""
         if self._tracer is not None and self.apart:
             return Row()
         name = self._names[-1] if self._names else OTHER
@@ -243,7 +244,7 @@ class Profile:
         with write_errors(self.trace):
             self._tracer.export_chrome_trace(str(temp))
             os.replace(temp, self.trace)
-        if self.apart:  # nor is the writing of it a part of any phase
+        if self.apart:  # writing the trace belongs to no phase either
             self._mark, self._cpu = time.perf_counter(), time.process_time()
         self._tracer = None
 
@@ -312,7 +313,7 @@ def device_name(device: Any) -> str:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The short form of a report, evaluation as one line."""
+    """The report as a short table, with evaluation as one line."""
     lines = [
         "phase        seconds   share   CPU s   tokens run        saved   TFLOP/s  of GEMM rate",
     ]

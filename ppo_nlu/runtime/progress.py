@@ -1,4 +1,4 @@
-"""What a run tells while it works: a bar on a terminal, plain lines elsewhere."""
+"""What a run shows while it works: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Progress:
             self._print(", ".join(facts))
 
     def write(self, text: str, stream: TextIO | None = None) -> None:
-        """Print a line of the program's own without breaking the bar; also when disabled."""
+        """Print another line of the program without breaking the bar; also when disabled."""
         stream = self.stream if stream is None else stream
         if self._bar is not None:
             self._bar.write(text, file=stream)

@@ -1,4 +1,4 @@
-"""The folder of a run: numbered, marked as one of ours, and taken by one process."""
+"""The folder of a run: numbered, marked as a run, and taken by one process."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def new_run_dir(root: str | Path = "runs") -> Path:
 def claim(output: str | Path, config: str | None = None) -> FolderLock:
     """Make `output` the folder of a new run, with `config` (YAML text) as its config.yaml.
 
-    A folder that holds anything is never written into: not a stranger's, and not an earlier run.
-    Of several processes that claim one folder at once one succeeds, and has it until it releases
-    the lock that it is given here.
+    A folder that holds anything is refused, be it another's or an earlier run. Of several processes
+    that claim a folder at once one succeeds; the folder is its own until it releases the lock that
+    this returns.
     """
     output = Path(output)
     require_free(output)
@@ -59,14 +59,14 @@ def claim(output: str | Path, config: str | None = None) -> FolderLock:
 
 
 def require_free(output: str | Path, held: bool = False) -> None:
-    """A `UserError` where `claim` would refuse this folder, which the caller may hold; nothing is
-    made."""
+    """A `UserError` where `claim` would refuse this folder; nothing is made. `held`: the caller
+    holds its lock."""
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; name a folder with --output")
     names: set[str] = set()
     if output.exists():
-        with write_errors(output):  # read first: meanwhile another process may make it a run
+        with write_errors(output):  # read now, since another process may make it a run
             names = {p.name for p in output.iterdir() if not p.name.startswith(TEMP)} - {LOCK}
     if is_run_dir(output):
         if not held:
@@ -83,7 +83,7 @@ def require_free(output: str | Path, held: bool = False) -> None:
 
 
 def is_run_dir(path: str | Path) -> bool:
-    """Whether a folder is marked as a run of ours: run.json says so and config.yaml is there."""
+    """Whether a folder is a run of this package: run.json says so, and config.yaml is there."""
     path = Path(path)
     return (path / "config.yaml").is_file() and _marker(path) is not None
 

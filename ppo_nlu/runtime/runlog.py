@@ -1,6 +1,6 @@
 """The numbers of a run, step by step: metrics.jsonl, and the loggers that take them too.
 
-Nothing here decides anything. tensorboard and wandb are imported only when asked for.
+tensorboard and wandb are imported only when asked for.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ class MetricsLog:
             sink.log(step, scalars)
 
     def truncate_after(self, step: int) -> list[str]:
-        """On resume: drop the lines of later steps, which will be run again, and torn ones; what
-        is to be told, such as the steps up to `step` that have no line. A link becomes a file."""
+        """On resume: drop the lines of later steps, which will be run again, and torn lines.
+
+        Returns warnings for the user, such as which steps up to `step` have no line. A link
+        becomes a file.
+        """
         self._close_file()
         with write_errors(self.path):
             lines = read_bytes(self.path).splitlines(True) if self.path.exists() else []
@@ -128,7 +131,7 @@ def _spans(numbers: Sequence[int]) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that can be drawn; true and false are none."""
+    """Whether a value is a number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -151,7 +154,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Scalars for Weights & Biases; a resumed run goes on under its old identity."""
+    """Scalars for Weights & Biases; a resumed run keeps its id there."""
 
     def __init__(
         self, run_dir: str | Path, project: str, config: Mapping[str, Any] | None = None
@@ -169,7 +172,7 @@ class WandbSink:
             resume="allow",
             config=dict(config or {}),
         )
-        # Their own step only ever rises; ours goes back when a run resumes.
+        # wandb's own step only rises; the step of a run goes back when it resumes.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -1,4 +1,4 @@
-"""The flag by which Ctrl-C and SIGTERM end a run well."""
+"""Ctrl-C and SIGTERM set a flag, so that a run ends in good order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What the program returns: 128 + the first signal, or 0 where none came."""
+        """128 + the number of the first signal; 0 where none came."""
         return 0 if self.signal is None else 128 + self.signal
 
     def __bool__(self) -> bool:
@@ -56,5 +56,5 @@ class StopRequest:
             self.signal = number
             # os.write: a handler may run inside a print, where a second print would fail.
             line = b"\nstopping after this step, with everything saved (Ctrl-C again: at once)\n"
-            with suppress(OSError):  # nobody may read it any more
+            with suppress(OSError):  # the reader may have gone
                 os.write(2, line)

@@ -1,4 +1,4 @@
-"""What is said at the end of a run: the table of results and the peak of memory."""
+"""What a run prints at its end: the table of results and the peak of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening files of ours: regular files alone, and the refusals of the system as one line."""
+"""Opening files: only regular ones; and what the system refuses, as one line for the user."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def write_errors(path: str | Path) -> Iterator[None]:
 
 
 def irregular(mode: int) -> str:
-    """What has the place of a file, by its `st_mode`; "" where it is a regular file."""
+    """What is there instead of a regular file, by its `st_mode`; "" for a regular file."""
     if stat.S_ISREG(mode):
         return ""
     return "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
 
 
 def open_regular(path: str | Path, flags: int) -> int:
-    """Open a file of ours, as the opener of `open` too; OSError where a pipe or a device has its
-    place, which would let the program wait or read for ever."""
+    """Open a regular file; also as the opener of `open`. OSError for a pipe or a device, on which
+    the program would wait or read for ever."""
     try:
         handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as error:
@@ -64,6 +64,6 @@ def _no_file(path: str | Path) -> OSError:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a regular file; OSError for whatever else bears the name."""
+    """The content of a regular file; OSError for anything else of that name."""
     with open(path, "rb", opener=open_regular) as file:
         return file.read()

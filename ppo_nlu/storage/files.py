@@ -1,4 +1,4 @@
-"""The one atomic write: a file that a crash, a full disk or a second process cannot spoil.
+"""The atomic write of a file: a crash, a full disk or a second process cannot spoil it.
 
 A file is written under a random temporary name, forced to the disk and renamed, so a reader finds
 the old content or the new. What the operating system refuses becomes one line for the user.
@@ -19,7 +19,7 @@ from ppo_nlu.storage.access import open_regular, write_errors
 from ppo_nlu.storage.locks import try_lock
 from ppo_nlu.storage.sealed import to_json
 
-TEMP = ".tmp-"  # how the name of what is incomplete begins: worthless once its writer is gone
+TEMP = ".tmp-"  # begins the name of what is incomplete; worthless once its writer is gone
 _CREATE = (
     os.O_WRONLY | os.O_CREAT | os.O_EXCL
     | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -47,9 +47,9 @@ def atomic_open(
 ) -> Iterator[Output]:
     """A new file to write into, UTF-8 or binary; it gets its name when the block ends well.
 
-    A link that bears the name is replaced, not followed; where the file must be `new`, whatever
-    bears the name is left alone, and a UserError says so. What an earlier writer of the same file
-    left behind, because it was killed, is deleted.
+    A link of that name is replaced, not followed. If the file must be `new`, anything of that name
+    is left alone, and a UserError says so. What an earlier writer of the same file left behind,
+    because it was killed, is deleted.
     """
     path = Path(path)
     with write_errors(path):
@@ -73,7 +73,7 @@ def atomic_open(
             temp.unlink(missing_ok=True)
         raise
     finally:
-        with suppress(OSError):  # a write that failed fails again; it was told
+        with suppress(OSError):  # a write that failed fails again; it was reported
             file.close()
 
 
@@ -120,7 +120,7 @@ def make_folder(path: str | Path) -> Path:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames in a folder durable; Windows has no such call and needs none."""
+    """Make renames in a folder durable; Windows has no such call, and needs none."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -131,7 +131,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Force to the disk what any process has written to a file, if it is there."""
+    """Force to the disk what any process has written to a file, if the file exists."""
     with write_errors(path), suppress(FileNotFoundError):
         handle = open_regular(path, os.O_RDWR)
         try:
@@ -141,7 +141,7 @@ def sync_file(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that nobody can foretell."""
+    """An unpredictable name beside `path`."""
     return path.with_name(f"{_temp_prefix(path)}{secrets.token_hex(4)}")
 
 
@@ -150,7 +150,7 @@ def _temp_prefix(path: Path) -> str:
 
 
 def _temporary(path: Path) -> tuple[Path, int]:
-    """A new file beside `path`, open and locked, by which `_sweep` knows that it is in use."""
+    """A new file beside `path`, open and locked; the lock tells `_sweep` that it is in use."""
     while True:
         temp = temporary_name(path)
         handle = os.open(temp, _CREATE, 0o666)
@@ -162,13 +162,13 @@ def _temporary(path: Path) -> tuple[Path, int]:
 
 
 def _sweep(path: Path) -> None:
-    """Delete the temporary files of writers of `path` that are no more."""
+    """Delete the temporary files of writers of `path` that have ended."""
     for left in temporaries(path):
         _delete_unlocked(left)
 
 
 def temporaries(path: Path) -> list[Path]:
-    """What stands beside `path` under a name of `temporary_name`."""
+    """Everything beside `path` that has a name of `temporary_name`."""
     pattern = re.escape(_temp_prefix(path)) + "[0-9a-f]{8}"
     with suppress(OSError):  # a folder that may be written but not listed, too
         return [path.with_name(n) for n in os.listdir(path.parent) if re.fullmatch(pattern, n)]

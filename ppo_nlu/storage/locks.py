@@ -1,4 +1,4 @@
-"""One process at a time: the lock of an open file, and that of a folder."""
+"""One process at a time: locks of open files and of folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOCK = ".lock"  # of a folder: held by the process that works in it
 def try_lock(handle: int) -> bool | None:
     """Lock an open file for this process: whether that worked, None where there are no locks.
 
-    The system gives it back when the process ends, however that comes.
+    The system frees the lock when the process ends, however it ends.
     """
     if fcntl is None:
         return None
@@ -46,7 +46,7 @@ class InUse(UserError):
 def refuse_in_use(folder: str | Path) -> None:
     """`InUse` where another process holds the lock of the folder; nothing is made.
 
-    For a folder that this process has not locked itself.
+    This process must not hold it.
     """
     try:
         handle = open_regular(Path(folder) / LOCK, os.O_RDWR)
@@ -65,7 +65,7 @@ def _holder(handle: int) -> str:
 
 
 class FolderLock:
-    """The right to work in a folder, which one process has at a time; a context manager."""
+    """The right to work in a folder; one process has it at a time. A context manager."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -81,7 +81,7 @@ class FolderLock:
                 f"warning: {folder}: its file system has no locks; start no second process on it",
                 file=sys.stderr,
             )
-        with suppress(OSError):  # the note is for people; a full disk is told elsewhere
+        with suppress(OSError):  # the note is for people; a full disk is reported elsewhere
             os.ftruncate(self.handle, 0)
             os.write(self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
@@ -97,7 +97,7 @@ class FolderLock:
             os.close(handle)  # its last holder deleted it between the two calls
 
     def release(self, keep: bool = False) -> None:
-        """Let others work in the folder; `keep` the file, for children that hold the lock too."""
+        """Let others work in the folder; `keep` the file if child processes still hold the lock."""
         if self.handle < 0:
             return
         if self.locked and not keep:

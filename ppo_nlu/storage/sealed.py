@@ -1,4 +1,4 @@
-"""JSON as this package writes it: strict, and sealed by its own sha256 where damage must show."""
+"""JSON as this package writes it: strict, and sealed by its own sha256 so that damage shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ppo_nlu.storage.access import read_bytes
 
 
 class Damaged(UserError):
-    """A file of ours whose content is not what was written."""
+    """A file of this package whose content is not what was written."""
 
 
 def to_json(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
@@ -48,7 +48,7 @@ def seal(value: Mapping[str, Any]) -> str:
 
 
 def unseal(text: str) -> dict[str, Any]:
-    """What `seal` wrote; ValueError where a single byte is another."""
+    """What `seal` was given; ValueError where a single byte has changed."""
     found = parse_object(text)
     if "sha256" not in found:
         raise ValueError("it has no sha256")
@@ -62,12 +62,12 @@ def unseal(text: str) -> dict[str, Any]:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError where it is none, OSError where it cannot be read."""
+    """The object in a JSON file; ValueError where it has none, OSError where it cannot be read."""
     return parse_object(read_bytes(path).decode())
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """The object that a JSON text is; ValueError for whatever else it is."""
+    """The object in a JSON text; ValueError for anything else."""
     found = _decoded(text)
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
@@ -75,7 +75,7 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def _decoded(text: str) -> Any:
-    """JSON, with a ValueError for whatever is none."""
+    """The value of a JSON text; ValueError for anything else."""
     try:
         return json.loads(text)
     except RecursionError:

@@ -247,7 +247,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_every_number_has_its_range(write: Write, key: str) -> None:
-    """Just outside it is refused in words that name the range; so is what is no number at all."""
+    """A value just outside is refused in words that name the range; so is what is not a number."""
     limits, whole = NUMBERS[key].limits, int in (NUMBERS[key].kind, *get_args(NUMBERS[key].kind))
     low, high = limits["min"], limits["max"]
     assert low is not None and high is not None
@@ -267,7 +267,7 @@ def test_every_number_has_its_range(write: Write, key: str) -> None:
 
 @pytest.mark.parametrize("name", config.FOREIGN_NAMES)
 def test_every_foreign_name_leads_to_keys_that_exist(write: Write, name: str) -> None:
-    """Alone, in a section of ours, and in capitals; no name hides a key of ours of that place."""
+    """Alone, in a section of ours, and in capitals; no such name hides a key of ours there."""
     known = schema(Config)
     targets = config.FOREIGN_NAMES[name]
     assert name not in known
@@ -317,7 +317,7 @@ def test_only_differences_are_stated(write: Write) -> None:
 
 
 def test_numbers_of_yaml_1_1(write: Write) -> None:
-    """1e-5 is text to YAML 1.1: a number where a number is wanted, and text where text is."""
+    """1e-5 is text in YAML 1.1; here it is a number where a key takes numbers, else text."""
     cfg = load_config(write(TASK + "optim: {lr: 1e-5, weight_decay: 1}\nlog: {project: 1e-5}\n"))
     assert cfg.optim.lr == 1e-5
     assert cfg.optim.weight_decay == 1.0 and type(cfg.optim.weight_decay) is float
@@ -572,7 +572,7 @@ def test_the_shipped_configs_load(path: Path) -> None:
 
 
 def test_every_field_is_read_somewhere() -> None:
-    """An option that nothing reads is a promise not kept."""
+    """A key that nothing reads is a promise not kept."""
     read: set[str] = set()
     for path in (ROOT / "ppo_nlu").rglob("*.py"):
         if path != Path(config.__file__):

@@ -8,7 +8,7 @@ import pytest
 
 from ppo_nlu.config import Config
 from ppo_nlu.config.fields import schema
-from ppo_nlu.runtime import cli
+from ppo_nlu.runtime import streams
 from tests.campaigns import bad_input
 from tests.campaigns.bad_input import Case
 
@@ -48,9 +48,9 @@ def test_the_campaign_sees_what_is_wrong(program: str, word: str, monkeypatch) -
         if program == "leaves a file":
             open("left", "w").close()
         if program != "accepts":
-            cli.tell("error: " + ("x" * 1193 if program == "tells a long line" else "x"))
+            streams.tell("error: " + ("x" * 1193 if program == "tells a long line" else "x"))
         if program == "tells two lines":
-            cli.tell("error: y")
+            streams.tell("error: y")
         return 0 if program == "accepts" else 2
 
     monkeypatch.setitem(bad_input.PROGRAMS, "train", main)

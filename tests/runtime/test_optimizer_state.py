@@ -65,7 +65,7 @@ def test_optimizer_goes_on_to_the_last_bit(
 
     resumed = small_model()
     optimizer = build(resumed)
-    steps(resumed, optimizer, range(50, 53))  # state of another life, to be forgotten
+    steps(resumed, optimizer, range(50, 53))  # the state of other steps, to be replaced
     groups, loaded = checkpoint.load(path)
     resumed.load_state_dict(groups["model"])
     optimizer_state.restore_optimizer(optimizer, groups["optimizer"], loaded["optimizer"])

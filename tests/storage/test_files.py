@@ -45,9 +45,9 @@ def test_a_kill_leaves_the_old_content_or_the_new(
                 files.atomic_write_json(path, {"n": 2})
         seen.add(json.loads(path.read_text())["n"])
     assert seen == {1, 2}
-    files.atomic_write_json(path, {"n": 2})  # takes away what the kills have left
+    files.atomic_write_json(path, {"n": 2})  # deletes what the kills have left
     assert names(tmp_path) == ["summary.json"]
-    with open(path) as reader:  # who has the old file open goes on reading the old one
+    with open(path) as reader:  # an open reader goes on with the old file
         files.atomic_write_json(path, {"n": 4})
         assert json.load(reader) == {"n": 2}
 
@@ -126,7 +126,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None
 
 
 def test_an_error_of_the_caller_stays_what_it_is(tmp_path: Path) -> None:
-    """Only writing is told as writing: a reader's error inside the block has its own place."""
+    """Only an error of the writing is reported as one: another error in the block stays itself."""
     for error in (OSError(errno.EIO, "of the input"), ValueError("x"), KeyboardInterrupt()):
         with pytest.raises(type(error)) as caught, files.atomic_open(tmp_path / "a") as file:
             file.write("part")
@@ -148,7 +148,7 @@ def test_a_write_that_fails_is_told_with_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs links")
 def test_no_link_is_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither one that bears the file's name, nor one that has taken the temporary name."""
+    """Neither a link with the file's name nor one with the temporary name is followed."""
     theirs = tmp_path / "theirs"
     theirs.write_text("theirs")
     place = tmp_path / "place"
@@ -171,7 +171,7 @@ def test_no_link_is_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_new_file_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two that found the name free the first has it; nor is a dead link written through."""
+    """Of two that found the name free the first gets it; a dead link is not followed either."""
     path = tmp_path / "answers.csv"
     with pytest.raises(UserError, match="exists already"), files.atomic_open(path, new=True) as two:
         two.write("second")
@@ -225,5 +225,5 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path: 
         first.write("first")
         assert not dead.exists()
         files.atomic_write_text(path, "second")
-    assert path.read_text() == "first"  # who ends last has the name
+    assert path.read_text() == "first"  # the last to end has the name
     assert names(tmp_path) == [other.name, path.name]

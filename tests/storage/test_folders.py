@@ -48,7 +48,7 @@ def test_a_folder_shows_its_damage(tmp_path: Path) -> None:
 def test_a_folder_is_never_complete_before_its_last_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill at any call: with the config all are there, and no checksum is wrong."""
+    """Killed at any call: a folder with the config has all files, and no checksum is wrong."""
 
     def die() -> None:
         raise Killed

@@ -22,7 +22,7 @@ def names(folder: Path) -> list[str]:
 
 
 def in_another_process(folder: Path) -> str:
-    """What another process is told that wants to work in the folder."""
+    """What another process that wants to work in the folder is told."""
     code = (
         "import sys; from ppo_nlu import errors; from ppo_nlu.storage import locks\n"
         "try:\n    locks.FolderLock(sys.argv[1])\n    print('free')\n"
@@ -58,7 +58,7 @@ def test_kill_9_gives_the_folder_back(tmp_path: Path) -> None:
 
 
 def test_of_many_processes_one_has_the_folder(tmp_path: Path) -> None:
-    """Twenty forks at once, ten times over, each of which holds it for a moment."""
+    """Twenty forks at once, ten times over; each holds the lock for a moment."""
     for number in range(10):
         log = tmp_path / f"log{number}"
         folder = tmp_path / str(number)

@@ -201,12 +201,13 @@ def _cells(
         yield Cell(name_of(whole), method, whole, seed, backbone)
     for task in () if kind.several else learned:
         needs = tuple(name_of([task], of) for of in kind.after)
-        yield Cell(name_of([task]), method, (task,), seed, backbone, needs)
+        yield Cell(name_of([task]), method, (task,), seed, backbone, needs=needs)
     for task in tasks:
         home = TASKS[task].trained_with
         if home in learned:
             source = name_of(learned) if kind.several else name_of([home])
-            yield Cell(name_of([task]), method, (task,), seed, backbone, (source,), source)
+            name, needs = name_of([task]), (source,)
+            yield Cell(name, method, (task,), seed, backbone, needs=needs, source=source)
 
 
 # --- the folder -----------------------------------------------------------------------------------

@@ -47,12 +47,14 @@ class Fetched:
 
 
 _EXPECTED = (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile)
+# Module state on purpose: all splits of a run must come from one place. A second try that succeeds
+# would set rows of the stand-in beside official ones. (An object would pass through every caller.)
 _failures: dict[tuple[str, str, Path], str] = {}
 
 
 def once(spec: TaskSpec, url: str, cache: Path) -> Path:
-    """The folder of an automatic download. One try per process: a run reads several splits and
-    need not wait for each in turn."""
+    """The folder of an automatic download, tried once per process: where it failed, the next split
+    of the run is told so at once."""
     key = (spec.name, url, cache)
     if key in _failures:
         raise DownloadError(_failures[key])

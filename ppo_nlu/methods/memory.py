@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
-from ppo_nlu.data import demonstrations
+from ppo_nlu.data.shots import Shots
 from ppo_nlu.methods.minibatch import Budget, graph_tokens
 from ppo_nlu.methods.rollout import fit_prompt, longest_prompt
 from ppo_nlu.model.policy import Policy, trainable
@@ -207,7 +207,8 @@ def prompts_of(
 ) -> list[list[int]]:
     """The prompts of these rows, as training will see them."""
     longest = longest_prompt(policy, cfg, cfg.rollout.max_new_tokens)
-    shots = {name: demonstrations.of(spec, cfg) for name, spec in specs.items()}
+    drawn = Shots(cfg)
+    shots = {name: drawn.pool(spec) for name, spec in specs.items()}
     return [
         fit_prompt(policy, specs[row.task], row, longest, cfg.prompt, shots[row.task]).ids
         for row in examples

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ppo_nlu.data import bundled
 from ppo_nlu.data.lines import unreadable
-from ppo_nlu.data.readers import MALFORMED, read_split
+from ppo_nlu.data.readers import read_split
+from ppo_nlu.data.readers.split import MALFORMED
 from ppo_nlu.data.sources import Source, expand, locate, split_file
 from ppo_nlu.data.texts import join, joined, left_out, normalise
 from ppo_nlu.errors import UserError

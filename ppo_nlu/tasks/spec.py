@@ -88,7 +88,7 @@ class TaskSpec:
     label_column: str = "label"
     columns: Mapping[str, str] = field(default_factory=dict)  # field: its column, where it differs
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    reader: str = "tsv"  # how a row of the files becomes examples: a name in `readers`
+    reader: str = "tsv"  # how a row of the files becomes examples: a name in `data.readers`
     header: tuple[str, ...] = ()  # the columns of train and dev where these have no header line
     divide_dev: bool = False  # without a train file, three quarters of dev serve as train
     metrics: tuple[str, ...] = ("accuracy",)  # what the leaderboard reports; names in `metrics`

@@ -50,7 +50,7 @@ class Pass:
     bytes: float
 
     def seconds(self, gemm: float, copy: float) -> float:
-        """At least, at `gemm` FLOP/s and `copy` bytes/s."""
+        """The least seconds that it takes at `gemm` FLOP/s and `copy` bytes/s."""
         return self.times * max(self.flops / gemm, self.bytes / copy)
 
 

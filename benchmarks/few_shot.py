@@ -2,9 +2,9 @@
 
     python benchmarks/few_shot.py --model FOLDER --data FOLDER [--rows 872] [--shots 0 5]
 
-Shots alternate, so that a slow spell of the machine meets all of them. CPU seconds of the process,
-model and data read beforehand; medians and their ranges over the rounds, and the ratio to the first
-number of shots. The path without the tree is timed with --path plain.
+The numbers of shots alternate, so that a slow spell of the machine meets all of them. The figures
+are CPU seconds of the process, after model and data were read: medians and ranges over the rounds,
+and the ratio to the first number of shots. The path without the tree is timed with --path plain.
 """
 
 from __future__ import annotations

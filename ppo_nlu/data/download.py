@@ -40,7 +40,7 @@ class DownloadError(Exception):
 
 @dataclass(frozen=True)
 class Fetched:
-    """The folder that a download made, and its files that only their row counts speak for."""
+    """The folder that a download made, and those of its files whose rows alone were compared."""
 
     folder: Path
     unverified: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ def fetch(spec: TaskSpec, url: str, root: Path, check_sums: bool = True) -> Fetc
 
 
 def _require_web(url: str) -> None:
-    """The web alone is asked: an address of a file, say, could read what is not meant."""
+    """Only web addresses are fetched: file:// would read whatever lies on this machine."""
     if re.match(r"https?://", url, re.IGNORECASE):
         return
     if ":" in url:
@@ -123,7 +123,7 @@ def without_password(message: str, url: str) -> str:
         user, colon, secret = found[1].partition(":")
         hidden = f"{user}:***@" if colon else "***@"
         message = message.replace(f"{found[1]}@", hidden)
-        # A part of it may be all that the library quotes.
+        # The library may quote only a part of it.
         message = message.replace(f"{secret or user}@", "***@")
         if len(secret) > 3:
             message = message.replace(secret, "***")

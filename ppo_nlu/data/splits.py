@@ -148,6 +148,6 @@ def _side(spec: CustomSpec, rows: Sequence[Example], split: str, path: Path) -> 
 
 
 def _place(text: str) -> float:
-    """A number in [0, 1) that is as good as drawn, and always the same for the text."""
+    """A number in [0, 1), evenly spread over texts and always the same for a text."""
     digest = hashlib.sha256(f"ppo_nlu dev\n{normalise(text)}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

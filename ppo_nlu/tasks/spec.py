@@ -95,7 +95,7 @@ class TaskSpec:
     reward: str = "label"  # one of REWARD_KINDS, or package.module:function
     rationale: str = ""  # the column of a written-out reason, for the analysis form
     trained_with: str = ""  # the task whose training rows and run serve this one, which has none
-    averages: tuple[str, ...] = AVERAGES  # of its benchmark, in which it counts
+    averages: tuple[str, ...] = AVERAGES  # those of its benchmark that count it
     paper_metrics: tuple[str, ...] = ()  # what the paper's tables show, where not all `metrics`
     leaderboard_file: str = ""  # its name in the zip that the benchmark's server takes
     leaderboard_rows: int = 0  # in that file (ReCoRD: queries)

@@ -49,7 +49,7 @@ class Cell:
     seed: int = 0
     round: int = 0
     micro: int = 0  # answers a forward of the update; 0 = all of a step's
-    reward: str = "noise"  # by lot, so that every group has spread; or task: by its rule
+    reward: str = "noise"  # at random, so that every group has spread; or task: by its rule
     length: int = 0  # of synthetic prompts, in tokens
     shared: int = 0  # percent of it that all of a step's prompts share
     rows: int = 0  # distinct rows that the steps go through again and again; 0 = all

@@ -73,7 +73,7 @@ def status_mb(name: str) -> float:
 
 
 def noise(text: str, row: Any = None) -> float:
-    """A reward between 0 and 1 by lot: every group has spread, so no engine has rows to leave out.
+    """A random reward from 0 to 1: every group has spread, so no engine has rows to leave out.
 
     Ours calls it by its path as it calls any user's reward; the seed is the job's.
     """

@@ -1,4 +1,4 @@
-"""Our side of `engines.py`: a cell through the classes that training goes through, and start-up."""
+"""Our side of `engines.py`: a cell, run by the classes that training uses, and the start-up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.engine_job import (
 
 
 def ours(job: Job, meter: Meter) -> None:
-    """PPO, GRPO or SFT of ours, through the classes that training goes through."""
+    """PPO, GRPO or SFT of ours, run by the classes that training uses."""
     from ppo_nlu.config import load_config
     from ppo_nlu.methods.registry import METHODS
     from ppo_nlu.model import load as models

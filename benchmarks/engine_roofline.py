@@ -50,7 +50,7 @@ class Pass:
     bytes: float
 
     def seconds(self, gemm: float, copy: float) -> float:
-        """At least, at `gemm` FLOP/s and `copy` bytes/s."""
+        """The least seconds that it takes at `gemm` FLOP/s and `copy` bytes/s."""
         return self.times * max(self.flops / gemm, self.bytes / copy)
 
 
@@ -225,11 +225,21 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         for shape in args.shapes:
             for engine in args.engines:
                 if engine == "ours" or rival(method):
-                    found.append(Cell(
-                        "gpu", engine, method, shape, "synthetic", args.prompts, group,
-                        args.tokens, steps=args.steps, length=args.length, shared=args.shared,
+                    cell = Cell(
+                        part="gpu",
+                        engine=engine,
+                        method=method,
+                        model=shape,
+                        task="synthetic",
+                        prompts=args.prompts,
+                        group=group,
+                        tokens=args.tokens,
+                        steps=args.steps,
+                        length=args.length,
+                        shared=args.shared,
                         options=tuple(args.overrides),
-                    ))  # fmt: skip
+                    )
+                    found.append(cell)
     return found
 
 

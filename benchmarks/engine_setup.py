@@ -157,7 +157,7 @@ def synthetic(cell: Cell, steps: int) -> list[dict[str, Any]]:
 
 
 def environment(threads: int, inherit: bool = False) -> dict[str, str]:
-    """Of the engines' processes: so many threads (0: as many as there are), nothing fetched.
+    """The environment of an engine's process: so many threads (0: its own choice), no network.
 
     Without `inherit` what $PYTHONPATH names stays out of the rivals' environments.
     """

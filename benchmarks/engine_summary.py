@@ -36,24 +36,24 @@ class Bar:
 
 
 def of_run(rows: Sequence[Row], run: str | None) -> list[Row]:
-    """The rows of a run; of that of the last row where none is named."""
+    """The rows of a run, by default of the one that wrote the last row."""
     name = run or (rows[-1]["run"] if rows else "")
     return [row for row in rows if row["run"] == name]
 
 
 def median(rows: Iterable[Row], column: str) -> float | None:
-    """Over rounds; None where the column was not measured."""
+    """The median of a column over rounds; None where it was not measured."""
     found = [float(row[column]) for row in rows if row.get(column)]
     return statistics.median(found) if found else None
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
-    """None where one of the two is missing or the lower one is zero."""
+    """The quotient; None where one of the two is missing or the lower one is zero."""
     return above / below if above is not None and below else None
 
 
 def pairs(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, list[Row]]]:
-    """By setting: engine -> rows of all rounds; our variants are left out."""
+    """Setting -> engine -> rows of all rounds, without our variants."""
     found: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for row in rows:
         if row["variant"] == "full":

@@ -5,11 +5,11 @@
 
 FOLDER of --data holds glue/, that of --tokenizer the Llama-2 tokenizer. Parts: bars (the 30M Llama
 with random weights, equal answer tokens), natural, bundled, memory, startup, cost (PPO over SFT),
-reward, ablation, scaling, or all. Each cell is a process of its own with one thread; what is timed
-are 2N steps minus N steps. Rows are appended to a csv; a cell that this run has measured is not
-measured again, so a run that was stopped goes on with the same command (--run NAME names it; by
-default by the commit). The environments of TRL are made once, with pip. `summary` prints the
-tables, and for each bar whether it is met. The cells are in engine_cells.py, the settings of both
+reward, ablation, scaling, or all. Each cell is a process of its own with one thread; its time is
+that of 2N steps minus that of N. Rows are appended to a csv. What this run has measured is not
+measured again, so the same command goes on with a run that was stopped (--run NAME names it;
+default: the commit). The environments of TRL are made once, with pip. `summary` prints the tables,
+and for each bar whether it is met. The cells are in engine_cells.py, the settings of both
 sides in engine_ours.py and engine_trl.py.
 """
 

@@ -2,9 +2,9 @@
 
     python benchmarks/few_shot.py --model FOLDER --data FOLDER [--rows 872] [--shots 0 5]
 
-Shots alternate, so that a slow spell of the machine meets all of them. CPU seconds of the process,
-model and data read beforehand; medians and their ranges over the rounds, and the ratio to the first
-number of shots. The path without the tree is timed with --path plain.
+The numbers of shots alternate, so that a slow spell of the machine meets all of them. The figures
+are CPU seconds of the process, after model and data were read: medians and ranges over the rounds,
+and the ratio to the first number of shots. The path without the tree is timed with --path plain.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import torch
 from ppo_nlu.answering.answer import DECODES, held_out
 from ppo_nlu.answering.by_policy import PolicyAnswerer
 from ppo_nlu.config import load_config
-from ppo_nlu.data import demonstrations
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.tasks import get_task
 
@@ -59,9 +58,10 @@ def main() -> int:
         for decode in args.decode:
             for shots in args.shots:
                 few = replace(cfg, prompt=replace(cfg.prompt, shots=shots))
-                demonstrations.of(spec, few)  # reads the training rows, once
+                answerer = PolicyAnswerer(policy, few)
+                answerer.shots.pool(spec)  # reads the training rows, which is not timed
                 began = time.process_time()
-                found = list(PolicyAnswerer(policy, few).answer(spec, rows, decode))
+                found = list(answerer.answer(spec, rows, decode))
                 seconds.setdefault((decode, shots), []).append(time.process_time() - began)
                 assert len(found) == len(rows) and not any(row.dropped for row in found)
     for decode in args.decode:

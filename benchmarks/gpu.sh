@@ -5,8 +5,9 @@
 #   benchmarks/gpu.sh [OUTPUT_DIR] [WHEELS_DIR]
 #
 # OUTPUT_DIR (runs/gpu) receives stages.csv, checks.csv, kernels.csv, kernels.png, goals.md,
-# lora_table.json, engines_gpu.csv, summary.md and log.txt. WHEELS_DIR holds wheels of rivals to be timed as well; they
-# are installed into a temporary folder, nothing is fetched. $PYTHON is used as it is (python3).
+# lora_table.json, engines_gpu.csv, summary.md and log.txt. WHEELS_DIR holds wheels of rivals that
+# are to be timed as well; they are installed into a temporary folder, and nothing is fetched.
+# $PYTHON (python3) runs everything.
 # Exit status: 1 if a stage that checks correctness failed, 2 without CUDA, else 0.
 set -uo pipefail
 

@@ -40,7 +40,7 @@ class Provider:
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
 
     def applies(self, inputs: Inputs) -> bool:
-        """Whether this is asked of it at all (a rival without entropy is not, say)."""
+        """Whether it takes part in this case (a rival without entropy has no part in some)."""
         case = inputs.case
         return case.kernel in self.kernels and case.mode in self.modes and case.dtype in self.dtypes
 

@@ -9,7 +9,7 @@ import torch
 
 from ppo_nlu.answering.answer import Answer, never
 from ppo_nlu.config import Config
-from ppo_nlu.data import demonstrations
+from ppo_nlu.data.shots import Shots
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods.rollout import Fitted, fit_prompt, longest_prompt, seeded
 from ppo_nlu.model.generate import Sampling, generate
@@ -27,7 +27,7 @@ class PolicyAnswerer:
     """A policy as an `Answerer`."""
 
     def __init__(self, policy: Policy, cfg: Config):
-        self.policy, self.cfg = policy, cfg
+        self.policy, self.cfg, self.shots = policy, cfg, Shots(cfg)
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +58,7 @@ class PolicyAnswerer:
             raise UserError(f"--decode: {spec.name} has no list of answers to score; use greedy")
         policy, style = self.policy, self.cfg.prompt
         longest, size = self._longest(spec), self.cfg.eval.batch_size
-        shots = demonstrations.of(spec, self.cfg)
+        shots = self.shots.pool(spec)
         for start in range(0, len(examples), WINDOW * size):
             window = examples[start : start + WINDOW * size]
             fitted = [fit_prompt(policy, spec, row, longest, style, shots) for row in window]

@@ -29,7 +29,7 @@ from ppo_nlu.tasks.prompts import render
 HEADER = ("task", "split", "file", "rows", "labels", "left out", "words", "tokens", "state")
 RIGHT = ("rows", "left out", "words", "tokens")  # columns of numbers
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tiny"
-LONGEST = 32  # tokens are counted in so many of a split's longest prompts, by letters
+LONGEST = 32  # the rows of a split, those with the most letters, whose tokens are counted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,8 +133,8 @@ def _common(folders: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A split's line of the table, and what is said below it: of control tokens in the texts that
-    the tokenizer leaves so, and of rows that look like a mistake."""
+    """A split's line of the table, and what is said below it: about texts that the tokenizer reads
+    as control tokens, and about rows that look like a mistake."""
 
     cells: tuple[str, ...]
     leaks: str = ""
@@ -171,7 +171,7 @@ def _cells(spec: TaskSpec, split: str, found: data.Dataset, codec: Codec | None)
 
 def _leaks(place: str, rows: Sequence[Example], codec: Codec | None) -> str:
     count = sum(any(map(codec.leaks, row.fields.values())) for row in rows) if codec else 0
-    said = f"{place}: {count:,} rows hold control tokens that stay so with this tokenizer"
+    said = f"{place}: {count:,} rows hold control tokens that this tokenizer cannot read as text"
     return said if count else ""
 
 
@@ -217,7 +217,7 @@ def _codec(name: str) -> tuple[Codec | None, str]:
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> str:
-    """The table as lines, without the columns that say nothing."""
+    """The table as lines, without its empty columns."""
     columns = [column for column in zip(*table, strict=True) if any(column[1:])]
     padded = []
     for column in columns:

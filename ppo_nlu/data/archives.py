@@ -10,11 +10,11 @@ from ppo_nlu.tasks import TaskSpec
 
 @dataclass(frozen=True)
 class Archive:
-    """An official archive: its address by that of `data.url`, and for each of the files that we
-    take the row count and the sha256 ("" where none is known; then the count must do).
+    """An official archive: its address relative to `data.url`, and the number of rows and the
+    sha256 of each file that we take ("" where it is not known; then the rows alone are compared).
 
-    `mebibytes` is more than the archive has; 4 times that is more than any file in it has. Only an
-    `automatic` one is fetched by a program that merely needs the data, the others when asked for.
+    `mebibytes` is an upper bound on its size, and 4 times that on each file in it. A program that
+    needs the data fetches an `automatic` archive by itself, the others only when asked to.
     """
 
     name: str
@@ -23,9 +23,9 @@ class Archive:
     automatic: bool = True
 
 
-# A line for each archive: the folder that it becomes (the tasks' rows say whose that is), its
-# address, and if it is large a bound in MiB. Below it its files with their rows (of MultiRC
-# paragraphs, of ReCoRD queries) and, where known, sha256.
+# A line for each archive: the folder that it becomes (as in the tasks' rows), its address and, for
+# a large one, the bound in MiB. Below it: its files with their number of rows (MultiRC: paragraphs,
+# ReCoRD: queries) and their sha256 where it is known.
 _TABLE = """
 glue/CoLA CoLA.zip
     train.tsv 8551 cb368ebeb9f27d7ad03720d27ddc95687a311bdb100781a2fe59a5f5b1bc0624

@@ -6,7 +6,7 @@ count of its words is not enough to find it (it gets four in five right): an eig
 are negated ("never dull", "not a good film") and a fifth of the sentences set one clause against
 another ("although the plot is thin , the cast is superb ."), where the main clause decides.
 
-Write them in the layout of the official files:  python -m ppo_nlu.tasks.bundled FOLDER [SEED]
+Write them in the layout of the official files:  python -m ppo_nlu.data.bundled FOLDER [SEED]
 """
 
 from __future__ import annotations
@@ -275,5 +275,5 @@ def write(folder: str | Path, seed: int = 0) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m ppo_nlu.tasks.bundled FOLDER [SEED]")
+        sys.exit("usage: python -m ppo_nlu.data.bundled FOLDER [SEED]")
     write(sys.argv[1], *map(int, sys.argv[2:]))

@@ -41,19 +41,21 @@ class DownloadError(Exception):
 
 @dataclass(frozen=True)
 class Fetched:
-    """The folder that a download made, and its files that only their row counts speak for."""
+    """The folder that a download made, and those of its files whose rows alone were compared."""
 
     folder: Path
     unverified: tuple[str, ...] = ()
 
 
 _EXPECTED = (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile)
+# Module state on purpose: all splits of a run must come from one place. A second try that succeeds
+# would set rows of the stand-in beside official ones. (An object would pass through every caller.)
 _failures: dict[tuple[str, str, Path], str] = {}
 
 
 def once(spec: TaskSpec, url: str, cache: Path) -> Path:
-    """The folder of an automatic download. One try per process: a run reads several splits and
-    need not wait for each in turn."""
+    """The folder of an automatic download, tried once per process: where it failed, the next split
+    of the run is told so at once."""
     key = (spec.name, url, cache)
     if key in _failures:
         raise DownloadError(_failures[key])
@@ -101,7 +103,7 @@ def fetch(spec: TaskSpec, url: str, root: Path, check_sums: bool = True) -> Fetc
 
 
 def _require_web(url: str) -> None:
-    """The web alone is asked: an address of a file, say, could read what is not meant."""
+    """Only web addresses are fetched: file:// would read whatever lies on this machine."""
     if re.match(r"https?://", url, re.IGNORECASE):
         return
     if ":" in url:
@@ -117,7 +119,7 @@ def without_password(message: str, url: str) -> str:
         user, colon, secret = found[1].partition(":")
         hidden = f"{user}:***@" if colon else "***@"
         message = message.replace(f"{found[1]}@", hidden)
-        # A part of it may be all that the library quotes.
+        # The library may quote only a part of it.
         message = message.replace(f"{secret or user}@", "***@")
         if len(secret) > 3:
             message = message.replace(secret, "***")

@@ -53,7 +53,7 @@ def _rated(spec: TaskSpec, value: str, where: str) -> str:
 
 
 def without_tags(text: str, column: str, where: str) -> str:
-    """The text of an answer or of its reason, which must not hold what ends it."""
+    """The text of an answer or of its reason; a UserError where it holds a tag that ends it."""
     tag = next((tag for tag in (STOP, "<Judgement>", "</Analysis>") if tag in text), None)
     if tag:
         raise UserError(

@@ -14,7 +14,7 @@ from ppo_nlu.errors import UserError, quoted
 from ppo_nlu.storage.access import irregular
 from ppo_nlu.tasks.words import twice
 
-LONGEST_CELL = 2**31 - 1  # the most that the csv module takes on every system; it stops at 2**17
+LONGEST_CELL = 2**31 - 1  # what the csv module takes on every system; its own limit is 2**17
 _TWICE = "is there twice; rename one or drop it"
 
 Row = tuple[int, dict[str, str]]  # line number and cells by column

@@ -16,7 +16,7 @@ def shares(sizes: Mapping[str, int], cfg: MixtureConfig) -> dict[str, int]:
     """Rows of each task in one pass over the mixture.
 
     `proportional`: all of them; `capped`: at most `cap`; `equal`: as many of each as the largest
-    has (at most `cap`), smaller tasks' rows coming round again.
+    has (at most `cap`), so the rows of smaller tasks come round again.
     """
     if cfg.mixing == "proportional":
         return dict(sizes)
@@ -31,8 +31,8 @@ def batch(
 ) -> list[Example]:
     """The rows of a step (from 0), a function of the step alone: a resumed run needs no state.
 
-    A pass over the mixture is a seeded shuffle of (task, place); a task's places of one pass after
-    the other slide over its rows, each time through in a new order, as with one task.
+    A pass over the mixture is a seeded shuffle of (task, place). Pass after pass, a task's places
+    slide over its rows, in a new order each time through, as with one task.
     """
     if len(rows) == 1:
         (only,) = rows.values()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ppo_nlu.data import bundled
 from ppo_nlu.data.lines import unreadable
-from ppo_nlu.data.readers import MALFORMED, read_split
+from ppo_nlu.data.readers import read_split
+from ppo_nlu.data.readers.split import MALFORMED
 from ppo_nlu.data.sources import Source, expand, locate, split_file
 from ppo_nlu.data.texts import join, joined, left_out, normalise
 from ppo_nlu.errors import UserError
@@ -147,6 +148,6 @@ def _side(spec: CustomSpec, rows: Sequence[Example], split: str, path: Path) -> 
 
 
 def _place(text: str) -> float:
-    """A number in [0, 1) that is as good as drawn, and always the same for the text."""
+    """A number in [0, 1), evenly spread over texts and always the same for a text."""
     digest = hashlib.sha256(f"ppo_nlu dev\n{normalise(text)}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

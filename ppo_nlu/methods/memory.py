@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ppo_nlu.config import Config
-from ppo_nlu.data import demonstrations
+from ppo_nlu.data.shots import Shots
 from ppo_nlu.methods.memory_sizes import (
     Lengths,
     Sizes,
@@ -194,7 +194,8 @@ def prompts_of(
 ) -> list[list[int]]:
     """The prompts of these rows, as training will see them."""
     longest = longest_prompt(policy, cfg, cfg.rollout.max_new_tokens)
-    shots = {name: demonstrations.of(spec, cfg) for name, spec in specs.items()}
+    drawn = Shots(cfg)
+    shots = {name: drawn.pool(spec) for name, spec in specs.items()}
     return [
         fit_prompt(policy, specs[row.task], row, longest, cfg.prompt, shots[row.task]).ids
         for row in examples

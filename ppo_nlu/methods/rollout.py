@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppo_nlu.config import Config, PromptConfig
-from ppo_nlu.data import demonstrations
+from ppo_nlu.data.shots import shown_to
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods.minibatch import Metrics
 from ppo_nlu.model.policy import Policy
@@ -119,7 +119,7 @@ def _fitted(
     style: PromptConfig,
     shots: Sequence[Example],
 ) -> Fitted:
-    kept = demonstrations.shown_to(spec, example, shots, style.shots)
+    kept = shown_to(spec, example, shots, style.shots)
     wanted, fields = len(kept), dict(example.fields)
     text, ids = _encoded(policy, spec, fields, kept, style)
     while len(ids) > longest and kept:

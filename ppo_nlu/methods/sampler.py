@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_nlu.config import Config, GRPOConfig, PPOConfig
-from ppo_nlu.data import demonstrations
+from ppo_nlu.data.shots import Shots
 from ppo_nlu.losses import exact_kl, kl_penalty
 from ppo_nlu.methods.minibatch import Budget, graph_tokens
 from ppo_nlu.methods.reference_cache import ReferenceCache
@@ -54,6 +54,7 @@ class Sampler:
     ):
         self.policy, self.specs, self.cfg, self.critic, self.kl = policy, specs, cfg, critic, kl
         self.temperature = cfg.rollout.temperature
+        self.shots = Shots(cfg)
         self.reference = ReferenceCache() if cfg.rollout.reference_cache else None
         self.reuse: bool | None = {"always": True, "never": False}.get(cfg.rollout.reuse_logprobs)
         self.scale = RunningScale() if cfg.reward.normalise else None
@@ -116,7 +117,7 @@ class Sampler:
     def _fit(self, rows: Sequence[Example]) -> list[Fitted]:
         cfg, policy = self.cfg, self.policy
         longest = longest_prompt(policy, cfg, cfg.rollout.max_new_tokens)
-        shots = {name: demonstrations.of(spec, cfg) for name, spec in self.specs.items()}
+        shots = {name: self.shots.pool(spec) for name, spec in self.specs.items()}
         return [
             fit_prompt(policy, self.specs[row.task], row, longest, cfg.prompt, shots[row.task])
             for row in rows

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppo_nlu import losses
 from ppo_nlu.config import Config
-from ppo_nlu.data import demonstrations
+from ppo_nlu.data.shots import Shots
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods.base import Method
 from ppo_nlu.methods.minibatch import Budget, OptimizerStep
@@ -39,7 +39,7 @@ class Batch:
     answers: list[list[int]]  # to learn
     prompt_of: list[int]
     truncated: int  # prompts that were cut
-    dropped: int  # worked examples left out of the prompts
+    dropped: int  # shots left out of the prompts
 
 
 class SFT(Method):
@@ -51,11 +51,16 @@ class SFT(Method):
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | None = None):
         super().__init__(cfg, specs, model or load_policy(cfg))
         self.batch_size = cfg.sft.batch_size
+        self.shots = Shots(cfg)
         self.budget = Budget(cfg.sft.micro_batch_size, cfg.train.micro_batch_tokens)
 
     def collect(self, rows: Sequence[Example], step: int) -> Batch:
         """The right answers to these rows, as token ids behind their prompts."""
-        found = [targets(self.model, self.specs[row.task], self.cfg, row) for row in rows]
+        shots = {name: self.shots.pool(spec) for name, spec in self.specs.items()}
+        found = [
+            targets(self.model, self.specs[row.task], self.cfg, row, shots[row.task])
+            for row in rows
+        ]
         return Batch(
             examples=rows,
             prompts=[prompt for prompt, _, _ in found],
@@ -104,14 +109,17 @@ class SFT(Method):
 
 
 def targets(
-    policy: Policy, spec: TaskSpec, cfg: Config, example: Example
+    policy: Policy,
+    spec: TaskSpec,
+    cfg: Config,
+    example: Example,
+    shots: Sequence[Example] = (),
 ) -> tuple[list[int], list[int], tuple[int, int]]:
     """Token ids to read and to learn, tokenised as one text; and (1 if the prompt was cut, how many
-    worked examples were dropped)."""
+    shots were dropped)."""
     wanted = gold_answer(spec, sealed(policy, example), cfg.prompt.form)
     room = max(cfg.rollout.max_new_tokens, len(policy.encode(wanted)))
     longest = longest_prompt(policy, cfg, room)
-    shots = demonstrations.of(spec, cfg)
     fit = fit_prompt(policy, spec, example, longest, cfg.prompt, shots)
     whole = policy.encode(fit.text + wanted)
     start = 1 if cfg.sft.loss == "all" else prefixes.common(fit.ids, whole)

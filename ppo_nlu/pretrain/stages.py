@@ -125,12 +125,12 @@ def pretrain(policy: Policy, m: Material, cfg: TinyConfig) -> dict[str, Any]:
 
 
 def last_tenth(losses: list[float]) -> list[float]:
-    """What a stage's loss came to."""
+    """The last tenth of a stage's losses, at least one."""
     return losses[-max(1, len(losses) // 10) :]
 
 
 def word_targets(tokenizer: Any, texts: list[str], weight: Tensor) -> Tensor:
-    """For each text a distribution over the pieces: its own, the rare ones more, (B, V)."""
+    """For each text a distribution over its pieces, rare ones more likely, (B, V)."""
     target = torch.zeros(len(texts), len(weight))
     rows = tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
     for row, ids in zip(target, rows, strict=True):
@@ -142,7 +142,8 @@ def recall(policy: Policy, m: Material, cfg: TinyConfig) -> dict[str, Any]:
     """Teach the place of the answer to gather the words of the text before it.
 
     Causal pretraining on a few million tokens gives a two-layer model no reason to look at a whole
-    text from one place; a judgement has to. The mean loss of the last tenth, less its least value.
+    text from one place; a judgement has to. Returns the mean loss of the last tenth, less the least
+    that it can be.
     """
     own, tokenizer, rng = cfg.recall, policy.tokenizer, random.Random(cfg.seed)
     film = [text for name in m.corpus.passes for text in m.corpus.texts[name]]
@@ -226,7 +227,7 @@ def instruct(policy: Policy, m: Material, cfg: TinyConfig) -> dict[str, Any]:
     count = dict.fromkeys(kinds, 0)
     expected = score = 0.0
     bar = tqdm(range(1, own.max_steps + 1), desc="instruct", unit="step", mininterval=5)
-    for step in bar:  # one task a step, so that its opening is run once
+    for step in bar:  # one task a step, so that what its prompts share is run once
         kind = rng.choices(list(kinds), shares)[0]
         count[kind] += own.batch_size
         spec, source = rng.choice(sources[kind])

@@ -70,7 +70,7 @@ def backbones_of(args: Any) -> list[Backbone]:
     presets = args.preset or list(GRIDS[args.benchmark].presets)
     for name in presets:
         if name not in BUDGETS:
-            raise UserError(f"--preset: {name!r} is none; choose from {', '.join(BUDGETS)}")
+            raise UserError(f"--preset: unknown preset {name!r}; choose from {', '.join(BUDGETS)}")
     if args.model and len(presets) > 1:
         raise UserError("--model: give one --preset with it, whose settings the models take")
     if args.model and not args.preset and args.benchmark in ("glue", "superglue"):
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in methods:
         if name not in METHODS:
             known = ", ".join(in_running_order(METHODS))
-            raise UserError(f"--methods: {name!r} is none; choose from {known}")
+            raise UserError(f"--methods: unknown method {name!r}; choose from {known}")
     tasks = [get_task(name).name for name in args.tasks] or list(table.tasks)
     seeds = whole(args.seeds) or [0, 1, 2]
     check_overrides(args.overrides)

@@ -82,9 +82,14 @@ def compare(
     by_task = {task: float(found.mean()) for task, found in of_task.items()}
     low, high = np.quantile(_resampled(list(of_task.values()), resamples), (0.025, 0.975)).tolist()
     return Comparison(
-        float(means[0]), float(means[1]), float(means[0] - means[1]), (low, high), len(keys),
-        len(by_task), by_task,
-    )  # fmt: skip
+        a=float(means[0]),
+        b=float(means[1]),
+        difference=float(means[0] - means[1]),
+        interval=(low, high),
+        pairs=len(keys),
+        tasks=len(by_task),
+        by_task=by_task,
+    )
 
 
 def _resampled(of_task: Sequence[np.ndarray], resamples: int) -> np.ndarray:
@@ -166,10 +171,16 @@ def costs(results: Results) -> list[Cost]:
             mean = statistics.fmean
             found.append(
                 Cost(
-                    method, len(rows), mean(labels), mean(steps), mean(seconds), mean(wall),
-                    sum(seconds) / max(sum(steps), 1), sum(seconds) / max(sum(labels), 1),
+                    method=method,
+                    runs=len(rows),
+                    labels=mean(labels),
+                    steps=mean(steps),
+                    seconds=mean(seconds),
+                    wall=mean(wall),
+                    per_step=sum(seconds) / max(sum(steps), 1),
+                    per_label=sum(seconds) / max(sum(labels), 1),
                 )
-            )  # fmt: skip
+            )
     return found
 
 

@@ -22,16 +22,15 @@ from ppo_nlu.tasks import TASKS, benchmark_tasks
 ASSETS = Path(__file__).parents[1] / "assets" / "reproduce"
 FORMAT = 1
 
-
-# Comes before all others where a preset has a file for it: it teaches a base that does not know it
-# the form of the answers, without a label, and all others take the model it makes.
+# The cell that comes first where the preset has a file for it. It teaches the base the form of the
+# answers, without labels; the other cells start from the model that it makes.
 FORM = "form"
 BUDGETS = {"tiny": 672, "llama2-7b": 24000, "qwen2.5-7b": 24000, "mpt-7b": 24000}  # by preset
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a grid holds where the command line does not say: all tasks of a benchmark, or those
+    """What a grid holds unless the command line says otherwise: all tasks of a benchmark, or those
     that are listed."""
 
     benchmark: str = ""
@@ -150,8 +149,8 @@ def plan(
 
 
 def with_form(cells: Sequence[Cell], table: Table) -> list[Cell]:
-    """The same cells behind those that teach their backbones the form of the table's tasks, where a
-    preset has such and its own model is taken; language models alone start from them."""
+    """The cells, behind one for each backbone that is taught the form of the answers first: where
+    its preset has a file for that and the preset's own model is used. Encoders take no part."""
     language = [cell for cell in cells if not cell.source and cell.method != "encoder"]
     backbones = list(dict.fromkeys(cell.backbone for cell in cells))
     forms: dict[Backbone, Cell] = {}
@@ -173,7 +172,7 @@ def with_form(cells: Sequence[Cell], table: Table) -> list[Cell]:
 
 
 def family_of(cell: Cell) -> str:
-    """What the preset's file for the cell has behind its name."""
+    """The end of the name of the cell's config file, behind the preset's."""
     return f"_{FORM}" if cell.method == FORM else METHODS[cell.method].family
 
 
@@ -201,12 +200,13 @@ def _cells(
         yield Cell(name_of(whole), method, whole, seed, backbone)
     for task in () if kind.several else learned:
         needs = tuple(name_of([task], of) for of in kind.after)
-        yield Cell(name_of([task]), method, (task,), seed, backbone, needs)
+        yield Cell(name_of([task]), method, (task,), seed, backbone, needs=needs)
     for task in tasks:
         home = TASKS[task].trained_with
         if home in learned:
             source = name_of(learned) if kind.several else name_of([home])
-            yield Cell(name_of([task]), method, (task,), seed, backbone, (source,), source)
+            name, needs = name_of([task]), (source,)
+            yield Cell(name, method, (task,), seed, backbone, needs=needs, source=source)
 
 
 # --- the folder -----------------------------------------------------------------------------------

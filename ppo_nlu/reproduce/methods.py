@@ -37,7 +37,7 @@ METHODS = {
 
 
 def in_running_order(names: Collection[str]) -> list[str]:
-    """The methods of those names, what is cheap or asked for by others first."""
+    """The methods of those names, cheap ones and those that others need first."""
     rows = [(row.trains, row.several, bool(row.after), name) for name, row in METHODS.items()]
     return [name for *_, name in sorted(rows, key=lambda row: row[:3]) if name in names]
 

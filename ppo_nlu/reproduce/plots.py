@@ -1,4 +1,4 @@
-"""The figures of the report, as PNG bytes. Needs matplotlib; nothing else here does."""
+"""The figures of the report, as PNG bytes. Needs matplotlib, as `axes` and `curves` do."""
 
 from __future__ import annotations
 

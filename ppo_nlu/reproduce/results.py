@@ -134,13 +134,27 @@ def load(folder: Path) -> Results:
         for task, entry in summary.get("tasks", {}).items():
             scores.append(
                 Score(
-                    name, cell["method"], cell["model"], task, cell["seed"], entry, summary,
-                    started.get(name, {}),
+                    cell=name,
+                    method=cell["method"],
+                    model=cell["model"],
+                    task=task,
+                    seed=cell["seed"],
+                    entry=entry,
+                    summary=summary,
+                    started=started.get(name, {}),
                 )
-            )  # fmt: skip
+            )
     failures = {k: v for k, v in failures.items() if k not in summaries}
     missing = [name for name in plan if name not in summaries and name not in failures]
-    return Results(folder, grid, scores, summaries, failures, missing, started)
+    return Results(
+        folder=folder,
+        grid=grid,
+        scores=scores,
+        summaries=summaries,
+        failures=failures,
+        missing=missing,
+        started=started,
+    )
 
 
 def read_json(path: Path) -> Json:

@@ -216,8 +216,8 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def locked(folder: Path, keep: bool = True) -> Iterator[int | None]:
-    """Nobody else runs this grid. The cells inherit the lock, so that one whose grid was killed
-    still holds it."""
+    """Inside, nobody else runs this grid. The cells inherit the lock, so that one whose grid was
+    killed still holds it."""
     try:
         lock = locks.FolderLock(folder)
     except locks.InUse as error:

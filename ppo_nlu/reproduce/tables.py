@@ -24,7 +24,7 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float) -> str:
-    """One decimal with its sign, which -0.0 has not."""
+    """One decimal with its sign; -0.0 is +0.0."""
     return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
@@ -113,7 +113,7 @@ def benchmark_table(results: Results, benchmark: str) -> Iterator[Part]:
         "that one is missing. Then the mean of the tasks present stands in their place: it can "
         "be compared between our rows with the same tasks, and not with an average of the "
         "paper. Ours is another model on other rows (dev, not test) with other numbers of "
-        "labels: the published rows are a reference, no rival. "
+        "labels: the published rows are a reference, not a rival. "
         "The BERT rows are those that the paper cites."
     )
 

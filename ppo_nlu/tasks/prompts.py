@@ -23,9 +23,9 @@ def render(
     shots: Sequence[Example] = (),
     form: str = "judgement",
 ) -> str:
-    """The prompt for one row behind `shots` worked examples; it ends with the opening tag, so the
-    answer opens with a space."""
-    examples = _blocks([(query(spec, s.fields), worked(spec, s, form)) for s in shots])
+    """The prompt for one row, behind its shots; it ends with the opening tag, so the answer begins
+    with a space."""
+    examples = _blocks([(query(spec, s.fields), shot_answer(spec, s, form)) for s in shots])
     return (
         f"System_prompt:\n{system(spec, fields, form)}\n{examples}"
         f"Prompt:\n{query(spec, fields)}\nAssistant:\n{OPENING[form]}"
@@ -33,7 +33,7 @@ def render(
 
 
 def _blocks(pairs: Sequence[tuple[str, str]]) -> str:
-    """Worked examples, written out."""
+    """Shots, written out."""
     if not pairs:
         return ""
     blocks = "".join(f"[Prompt:\n{asked}\nAssistant:\n{said}]\n" for asked, said in pairs)
@@ -50,7 +50,7 @@ def turns(
     found = [{"role": "system", "content": system(spec, fields, form)}]
     for shot in shots:
         found.append({"role": "user", "content": query(spec, shot.fields)})
-        found.append({"role": "assistant", "content": worked(spec, shot, form)})
+        found.append({"role": "assistant", "content": shot_answer(spec, shot, form)})
     return [*found, {"role": "user", "content": query(spec, fields)}]
 
 
@@ -89,8 +89,8 @@ def gold_answer(spec: TaskSpec, example: Example, form: str = "judgement") -> st
     return answer(spec.written(example.label), form, example.extra.get("rationale", ""))
 
 
-def worked(spec: TaskSpec, example: Example, form: str = "judgement") -> str:
-    """A labelled row's answer with the opening tag, as a worked example shows it."""
+def shot_answer(spec: TaskSpec, example: Example, form: str = "judgement") -> str:
+    """A labelled row's answer with the opening tag, as a shot shows it."""
     return OPENING[form] + gold_answer(spec, example, form)
 
 

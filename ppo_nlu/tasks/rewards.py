@@ -20,7 +20,7 @@ from ppo_nlu.tasks.prompts import STOP
 
 # (right, wrong, no answer): the paper's text, and its released code, which is 2 * paper - 1.
 SCALES = {"paper": (1.0, 0.0, -1.0), "code": (1.0, -1.0, -3.0)}
-LARGEST = 1e15  # reward, whose square fp32 still holds
+LARGEST = 1e15  # a reward whose square fp32 still holds
 Reward = Callable[[str, Mapping[str, Any]], float]
 
 

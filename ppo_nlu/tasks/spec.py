@@ -88,14 +88,14 @@ class TaskSpec:
     label_column: str = "label"
     columns: Mapping[str, str] = field(default_factory=dict)  # field: its column, where it differs
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    reader: str = "tsv"  # how a row of the files becomes examples: a name in `readers`
+    reader: str = "tsv"  # how a row of the files becomes examples: a name in `data.readers`
     header: tuple[str, ...] = ()  # the columns of train and dev where these have no header line
     divide_dev: bool = False  # without a train file, three quarters of dev serve as train
     metrics: tuple[str, ...] = ("accuracy",)  # what the leaderboard reports; names in `metrics`
     reward: str = "label"  # one of REWARD_KINDS, or package.module:function
     rationale: str = ""  # the column of a written-out reason, for the analysis form
     trained_with: str = ""  # the task whose training rows and run serve this one, which has none
-    averages: tuple[str, ...] = AVERAGES  # of its benchmark, in which it counts
+    averages: tuple[str, ...] = AVERAGES  # those of its benchmark that count it
     paper_metrics: tuple[str, ...] = ()  # what the paper's tables show, where not all `metrics`
     leaderboard_file: str = ""  # its name in the zip that the benchmark's server takes
     leaderboard_rows: int = 0  # in that file (ReCoRD: queries)

@@ -79,7 +79,7 @@ def _ranges(signs: str) -> str:
 
 
 def whole_words(pattern: str, apostrophes: str = _BETWEEN) -> str:
-    """The pattern where it stands as whole words: what stands before and behind is no part of them.
+    """The pattern, matching whole words only: what stands before and behind is no part of a word.
 
     Without `apostrophes` these part words, so that "it" is one in "it's".
     """
@@ -123,7 +123,7 @@ def find(phrases: Sequence[str], text: str) -> set[str]:
 
 
 def unmarked(text: str) -> str:
-    """The text without marks and joiners: of a word of any script, what `\\w` knows is left."""
+    """The text without marks and joiners: `\\w` matches what is left of a word of any script."""
     return "".join(c for c in text if unicodedata.category(c)[0] != "M" and c not in JOINERS)
 
 

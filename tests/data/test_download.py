@@ -25,28 +25,7 @@ from ppo_nlu.data.archives import ARCHIVES, Archive, archive_of
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import cli
 from ppo_nlu.tasks import TASKS, get_task
-
-SST2 = get_task("sst2")
-FILES = {
-    "train.tsv": "sentence\tlabel\na fine film \t1\nnot a fine film \t0\ndull \t0\n",
-    "dev.tsv": 'sentence\tlabel\nit \'s "good" \t1\n',
-    "test.tsv": "index\tsentence\n0\twho knows ?\n1\tnot i .\n",
-}
-
-
-def _fill(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in FILES.items():
-        (folder / name).write_text(text)
-    return folder
-
-
-def _says(error: pytest.ExceptionInfo[UserError], *parts: str) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
-
+from tests.data.files import FILES, SST2, fill, says
 
 SUMS = {
     name: (text.count("\n") - 1, hashlib.sha256(text.encode()).hexdigest())
@@ -211,7 +190,7 @@ def test_a_refused_connection_and_a_wrong_address_are_failures(tmp_path: Path) -
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(UserError) as error:
             locate(SST2, DataConfig(cache=str(tmp_path), url=url))
-    _says(error, "data.path", "$PPO_NLU_DATA", str(tmp_path), "refused", "glue/SST-2", "fallback")
+    says(error, "data.path", "$PPO_NLU_DATA", str(tmp_path), "refused", "glue/SST-2", "fallback")
     for url in ("nonsense", "http://[", "http://a b"):
         cfg = DataConfig(cache=str(tmp_path), url=url, fallback="bundled")
         assert "download failed" in locate(SST2, cfg).note
@@ -269,7 +248,7 @@ def test_a_cache_that_cannot_be_used_is_a_failure(tmp_path: Path, serve) -> None
 
 def test_another_process_may_be_first(tmp_path: Path, serve) -> None:
     def respond(handler: BaseHTTPRequestHandler) -> None:
-        _fill(tmp_path / "glue/SST-2")
+        fill(tmp_path / "glue/SST-2")
         _send(GOOD)(handler)
 
     source = locate(SST2, DataConfig(cache=str(tmp_path), url=serve(respond)))
@@ -431,7 +410,7 @@ def test_get_names_what_was_not_verified_and_what_went_wrong(
 def test_check_shows_what_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _fill(tmp_path / "glue/SST-2")
+    fill(tmp_path / "glue/SST-2")
     (tmp_path / "glue/SST-2/train.tsv").write_text("sentence\tlabel\nfine\t1\nodd\nbad\t0\n")
     (tmp_path / "glue/SST-2/test.tsv").unlink()
     (tmp_path / "glue/STS-B").mkdir()
@@ -463,7 +442,7 @@ def test_check_shows_what_is_there(
 def test_check_of_a_file_that_cannot_be_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _fill(tmp_path)
+    fill(tmp_path)
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\nfine\t7\n")
     code, _, err = _run(capsys, "check", "sst2", f"data.path={tmp_path}")
     assert code == 2 and "dev.tsv:2" in err and "'7'" in err

@@ -381,8 +381,8 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["tiny", "--methods", "ppo"], "--methods: 'ppo' is none; choose from zero-shot"),
-        (["tiny", "--preset", "huge"], "--preset: 'huge' is none; choose from tiny"),
+        (["tiny", "--methods", "ppo"], "--methods: unknown method 'ppo'; choose from zero-shot"),
+        (["tiny", "--preset", "huge"], "--preset: unknown preset 'huge'; choose from tiny"),
         (["tiny", "--tasks", "rte"], "glue/rte or superglue/rte"),
         (["tiny", "--seeds", "one"], "no whole numbers"),
         (["tiny", "--budget", "0"], "--budget: 0 is less than 1"),

@@ -1,5 +1,5 @@
-"""What is judged, and what a metric is: figures kept of every unit, and a value of how often each
-unit was drawn.
+"""What is judged, and what a metric is: it keeps a few figures of every unit, and its value follows
+from them and from how often each unit was drawn.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric for answers of one kind: what it keeps of every unit, (U, D), and its values (R,)
-    where unit u was drawn `times[r, u]` times, from times (R, U) and what was kept."""
+    """A metric for answers of one kind. `keep` gives the figures of every unit, (U, D). `value`
+    gives the metric (R,) from `times` (R, U) and these: draw r holds unit u `times[r, u]` times."""
 
     kind: str
     keep: Callable[[Rows], np.ndarray]

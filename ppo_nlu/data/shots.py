@@ -1,4 +1,4 @@
-"""The worked examples of few-shot prompts: seeded, balanced where asked, never the row itself."""
+"""Shots, the worked examples in a prompt: seeded, balanced where asked, never the row itself."""
 
 from __future__ import annotations
 
@@ -46,23 +46,30 @@ def _class(label: str) -> str:
         return label
 
 
-def of(spec: TaskSpec, cfg: Config) -> tuple[Example, ...]:
-    """The worked examples of a run's prompts and some spare ones, from the training rows; for a
-    diagnostic set those of the task it belongs to."""
+class Shots:
+    """The shots of a run; those of a task are drawn when they are first asked for."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self._pools: dict[str, tuple[Example, ...]] = {}
+
+    def pool(self, spec: TaskSpec) -> tuple[Example, ...]:
+        """The shots of a task and some spare ones, from its training rows; a diagnostic set has
+        those of the task it belongs to."""
+        if spec.name not in self._pools:
+            self._pools[spec.name] = _drawn(spec, self.cfg)
+        return self._pools[spec.name]
+
+
+def _drawn(spec: TaskSpec, cfg: Config) -> tuple[Example, ...]:
     if not cfg.prompt.shots:
         return ()
-    key = repr((spec, cfg.prompt, cfg.data, cfg.custom, cfg.seed, cfg.model.name_or_path))
-    if key not in _chosen:
-        seen = data.saw_labels(cfg.model.name_or_path)
-        own = not spec.trained_with or "train" in spec.files
-        source = spec if own else get_task(spec.trained_with)
-        rows = data.train_examples(source, cfg.data, seen).examples
-        count = cfg.prompt.shots + SPARE
-        _chosen[key] = tuple(choose(rows, count, cfg.prompt.balanced, cfg.seed))
-    return _chosen[key]
-
-
-_chosen: dict[str, tuple[Example, ...]] = {}  # a run asks many times
+    seen = data.saw_labels(cfg.model.name_or_path)
+    own = not spec.trained_with or "train" in spec.files
+    source = spec if own else get_task(spec.trained_with)
+    rows = data.train_examples(source, cfg.data, seen).examples
+    count = cfg.prompt.shots + SPARE
+    return tuple(choose(rows, count, cfg.prompt.balanced, cfg.seed))
 
 
 def shown_to(

@@ -224,8 +224,8 @@ ROLLOUT = of(
     "methods/sampler",
     "methods/rollout",
     sampled_at_temperature_1=(
-        "Sampling(self.temperature)",
-        "Sampling()",
+        "roll.samples_per_prompt, self.temperature),",
+        "roll.samples_per_prompt),",
         "rollout.temperature is that of the draws",
     ),
     same_draws_each_step=(
@@ -638,8 +638,8 @@ GENERATE = of(
         "the token that ends an answer is its last",
     ),
     samples_interleaved=(
-        "prompt_of = [p for p in range(len(prompts)) for _ in range(samples)]",
-        "prompt_of = [p for _ in range(samples) for p in range(len(prompts))]",
+        "prompt_of = [p for p in range(len(prompts)) for _ in range(sampling.samples)]",
+        "prompt_of = [p for _ in range(sampling.samples) for p in range(len(prompts))]",
         "the answers to a prompt lie side by side",
     ),
     last_of_weight=(
@@ -653,7 +653,7 @@ KEPT_GRAPH = of(
     "model/generate",
     "methods/ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_stood_on",
     graph_without_answers=(
-        "graph = keep_graph - rows * (max_new_tokens - 1)",
+        "graph = keep_graph - rows * (longest - 1)",
         "graph = keep_graph",
         "answers stand behind the prompts in one pass",
     ),

@@ -101,11 +101,11 @@ class PolicyAnswerer:
         prefix_cache: PrefixCache | None,
     ) -> list[Answer]:
         cfg = self.cfg
+        limit, top_k, top_p = cfg.rollout.max_new_tokens, cfg.eval.top_k, cfg.eval.top_p
         drawn = generate(
             self.policy,
             [prompt.ids for prompt in prompts],
-            cfg.rollout.max_new_tokens,
-            Sampling(1.0, greedy, cfg.eval.top_k, cfg.eval.top_p),
+            Sampling(limit, greedy=greedy, top_k=top_k, top_p=top_p),
             generator=generator,
             prefix_cache=prefix_cache,
         )

@@ -125,9 +125,7 @@ class Sampler:
         return generate(
             self.policy,
             prompts,
-            roll.max_new_tokens,
-            Sampling(self.temperature),
-            samples=roll.samples_per_prompt,
+            Sampling(roll.max_new_tokens, roll.samples_per_prompt, self.temperature),
             generator=seeded("rollout", self.cfg.seed, step),
             critic=self.critic,
             keep_graph=keep_graph,

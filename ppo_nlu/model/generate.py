@@ -27,8 +27,11 @@ COMPACT = 0.75  # once no more than this share of the rows goes on, the others l
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; top-k and top-p are for evaluation only."""
+    """How answers are drawn: at most `max_new_tokens` each, `samples` for each prompt. Top-k and
+    top-p are for evaluation only."""
 
+    max_new_tokens: int
+    samples: int = 1
     temperature: float = 1.0
     greedy: bool = False
     top_k: int = 0
@@ -62,44 +65,46 @@ class Generation:
 def generate(
     policy: Policy,
     prompts: Sequence[Tokens],
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    samples: int = 1,
+    sampling: Sampling,
     generator: torch.Generator | None = None,
     critic: bool = False,
     keep_graph: int = 0,
     prefix_cache: PrefixCache | None = None,
 ) -> Generation:
-    """`samples` responses for each prompt, those of one prompt side by side.
+    """`sampling.samples` answers for each prompt, those of one prompt side by side.
 
-    A response ends with the token that completes `</Judgement>` in its text, with a token that ends
-    the sequence, or at `max_new_tokens`. Random numbers are drawn for all rows and steps
-    beforehand, so a row's response does not depend on which other rows have finished.
+    An answer ends with the token that completes `</Judgement>` in its text, with a token that ends
+    the sequence, or at `sampling.max_new_tokens`. Random numbers are drawn for all rows and steps
+    beforehand, so a row's answer does not depend on which other rows have finished.
 
-    Where prompts and longest answers are together at most `keep_graph` tokens, the prompts are run
-    under autograd, and their pass comes back for a later one to stand on. A `prefix_cache` of the
-    prompts, run with these weights, is not run again; one and a kept graph exclude each other.
+    Args:
+        generator: where the random numbers come from; None: torch's own.
+        critic: whether values are asked for.
+        keep_graph: where the prompts and the longest possible answers have together at most so many
+            tokens, run the prompts under autograd and return their pass for an update to use.
+        prefix_cache: what the prompts begin with, run with these weights; it is not run again. Not
+            together with `keep_graph`.
     """
     assert prefix_cache is None or not keep_graph
-    sampling = sampling or Sampling()
-    device, rows = policy.device, len(prompts) * samples
-    draws = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
-    prompt_of = [p for p in range(len(prompts)) for _ in range(samples)]
+    longest, device = sampling.max_new_tokens, policy.device
+    prompt_of = [p for p in range(len(prompts)) for _ in range(sampling.samples)]
+    rows = len(prompt_of)
+    draws = torch.rand(rows, longest, generator=generator, dtype=torch.float64).to(device)
 
     def run(graph: int) -> Generation:
         with profiling.phase("prefill"):
-            shared = policy.packs(max(map(len, prompts)) + max_new_tokens)
+            shared = policy.packs(max(map(len, prompts)) + longest)
             state, kept = _prefill(policy, prompts, prompt_of, shared, graph, prefix_cache)
             repeat = torch.tensor(prompt_of, device=device)
             hidden = state.ends.detach()[repeat]
             place = torch.tensor(state.tree.lengths, device=device)[repeat]
-            cache = state.start(prompt_of, max_new_tokens - 1, policy.recorder is not None)
+            cache = state.start(prompt_of, longest - 1, policy.recorder is not None)
         with profiling.phase("decode"):
             drawn = _decode(policy, hidden, place, cache, draws, sampling, critic)
         drawn.prompt_pass = state if kept else None
         return drawn
 
-    graph = keep_graph - rows * (max_new_tokens - 1)
+    graph = keep_graph - rows * (longest - 1)
     if graph > 0:
         try:
             return run(graph)

@@ -214,7 +214,7 @@ def test_rows_longer_than_a_window_take_the_plain_path(tmp_path: Path) -> None:
     assert policy.prefix_cache([[*row, 5] for row in rows(120)]) is not None
     for length in (50, 62, 70, 120):  # the second grows across the window
         prompts = rows(length)
-        drawn = generate(policy, prompts, 6, Sampling(greedy=True))
+        drawn = generate(policy, prompts, Sampling(6, greedy=True))
         for prompt, answer, logprobs in zip(prompts, drawn.rows, drawn.logprobs, strict=True):
             assert answer == greedy(model, prompt, len(answer))
             tiny.close(logprobs[: len(answer)], alone(model, prompt, answer), 1e-4)

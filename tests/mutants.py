@@ -738,8 +738,8 @@ PLAN = of(
     "tree/attention",
     "tree/passes",
     ancestors_causal=(
-        "slice(first, first + count), keys is None, None",
-        "slice(first, first + count), True, None",
+        "slice(first, first + count), causal=keys is None",
+        "slice(first, first + count), causal=True",
         "ancestors are seen whole",
     ),
     padded_keys_seen=(

@@ -205,6 +205,12 @@ def force(patch: pytest.MonkeyPatch, made: Policy, answers: list[list[int]]) -> 
         with torch.no_grad():
             scored = policy.score(prompts, answers, prompt_of, sampling.temperature, values=True)
         tokens, mask = pack.pad(answers)
-        return Generation(tokens, mask, scored.logprobs, scored.values, scored.hidden)
+        return Generation(
+            tokens=tokens,
+            mask=mask,
+            logprobs=scored.logprobs,
+            values=scored.values,
+            hidden=scored.hidden,
+        )
 
     patch.setattr(sampler, "generate", generate)

@@ -222,10 +222,10 @@ def score_rows(
         prompts,
         [list(answer) for _, answer in place],
         [p for p, _ in place],
-        temperature,
-        values,
-        entropy_grad,
-        prompt_pass,
+        temperature=temperature,
+        values=values,
+        entropy_grad=entropy_grad,
+        prompt_pass=prompt_pass,
     )
     if len(place) == len(rows):
         return scored
@@ -233,11 +233,11 @@ def score_rows(
     mask = scored.mask[taken]
     states = unflatten(torch.arange(len(scored.hidden), device=mask.device), scored.mask)
     return Scored(
-        mask,
-        scored.logprobs[taken],
-        scored.entropy[taken],
-        None if scored.values is None else scored.values[taken],
-        scored.hidden[states[taken][mask]],
+        mask=mask,
+        logprobs=scored.logprobs[taken],
+        entropy=scored.entropy[taken],
+        values=None if scored.values is None else scored.values[taken],
+        hidden=scored.hidden[states[taken][mask]],
     )
 
 

@@ -181,8 +181,13 @@ def _decode(
     tokens, mask = pack.pad(replies)
     tokens, mask = tokens.to(device), mask.to(device)
     logprobs, states = found.in_order(device)
-    values = unflatten(policy.value(states), mask) if critic else None
-    return Generation(tokens, mask, unflatten(logprobs, mask), values, states)
+    return Generation(
+        tokens=tokens,
+        mask=mask,
+        logprobs=unflatten(logprobs, mask),
+        values=unflatten(policy.value(states), mask) if critic else None,
+        hidden=states,
+    )
 
 
 class _Found:

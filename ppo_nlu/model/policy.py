@@ -208,10 +208,13 @@ class Policy:
             entropy_grad=entropy_grad,
             softcap=form.cap and form.cap / form.scale,
         )
-        critic = None
-        if values:
-            critic = unflatten(self.value(hidden), mask)
-        return Scored(mask, unflatten(logprobs, mask), unflatten(entropy, mask), critic, hidden)
+        return Scored(
+            mask=mask,
+            logprobs=unflatten(logprobs, mask),
+            entropy=unflatten(entropy, mask),
+            values=unflatten(self.value(hidden), mask) if values else None,
+            hidden=hidden,
+        )
 
     def prefix_cache(self, prompts: Sequence[Tokens]) -> PrefixCache | None:
         """What these prompts begin with, run once for all passes over some of them with today's

@@ -88,7 +88,8 @@ def shape_of(decoder: nn.Module) -> Shape:
     heads = max(_whole(config, "num_attention_heads") or _whole(config, "num_heads") or [1])
     keys = max(_whole(config, "num_key_value_heads") or [heads])
     size = max(_whole(config, "head_dim") or [max(hidden // heads, 1)])
-    return Shape(len(blocks_of(decoder)[1]), heads, keys, size, hidden)
+    layers = len(blocks_of(decoder)[1])
+    return Shape(layers=layers, heads=heads, keys=keys, size=size, hidden=hidden)
 
 
 def limit_of(model: Any, asked: int) -> tuple[int, str | None]:

@@ -175,8 +175,15 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns (B, R) as in `ppo_nlu.losses.gae`; on CUDA in one launch, detached."""
     if choose_backend(values) == "triton":
-        return _launch("gae", rewards.detach(), values.detach(), mask, float(gamma), float(lam))
-    return advantages.gae(rewards, values, mask, gamma, lam)
+        return _launch(
+            "gae",
+            rewards.detach(),
+            values=values.detach(),
+            mask=mask,
+            gamma=float(gamma),
+            lam=float(lam),
+        )
+    return advantages.gae(rewards=rewards, values=values, mask=mask, gamma=gamma, lam=lam)
 
 
 def ppo_loss(*, logprobs: Tensor, **given: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -84,7 +84,7 @@ class TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *earlier = ctx.saved_tensors
-        done = Attended(q, k, v, out, lse)
+        done = Attended(q=q, k=k, v=v, out=out, lse=lse)
         with without_autocast(q):
             return None, None, *attend_backward(ctx.plan, ctx.scale, grads[0], done, earlier)
 
@@ -160,11 +160,11 @@ def _part_grads(
     if part.padded is not None:
         norm = norm.masked_fill(part.padded, math.inf)  # all weights of these queries are 0
     rows = Attended(
-        rows_of(done.q, part.queries),
-        rows_of(done.k, part.keys),
-        rows_of(done.v, part.keys),
-        rows_of(done.out, part.queries),
-        norm,
+        q=rows_of(done.q, part.queries),
+        k=rows_of(done.k, part.keys),
+        v=rows_of(done.v, part.keys),
+        out=rows_of(done.out, part.queries),
+        lse=norm,
     )
     return partial_backward(d_out, rows, part.causal, part.bias, scale)
 

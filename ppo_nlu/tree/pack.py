@@ -115,16 +115,17 @@ def _packed(
     positions = _predicted_from(answers, prompt_of, ends, starts)
     table, mask = pad(positions)
     wanted = torch.tensor(sorted({*ends, *(index for line in positions for index in line)}))
+    lengths = [len(prompt) for prompt in prompts]
     return Tree(
-        torch.tensor(row.ids),
-        torch.tensor(row.position_ids),
-        torch.tensor(ends),
-        table,
-        mask,
-        [len(prompt) for prompt in prompts],
-        row.cost(_full([len(p) for p in prompts], answers, prompt_of), len(wanted)),
-        row.plan((cache is not None, False), wanted),
-        branches,
+        ids=torch.tensor(row.ids),
+        position_ids=torch.tensor(row.position_ids),
+        ends=torch.tensor(ends),
+        positions=table,
+        mask=mask,
+        lengths=lengths,
+        cost=row.cost(_full(lengths, answers, prompt_of), len(wanted)),
+        plan=row.plan((cache is not None, False), wanted),
+        branches=branches,
     )
 
 
@@ -227,8 +228,14 @@ def pack_answers(tree: Tree, answers: Sequence[Tokens], prompt_of: Sequence[int]
     positions, mask = pad(_predicted_from(answers, prompt_of, range(count), starts))
     plan = row.plan((True, True)) if row.ids else None
     full = sum(tree.lengths[p] + len(a) - 1 for a, p in zip(answers, prompt_of, strict=True))
-    ids, position_ids = torch.tensor(row.ids), torch.tensor(row.position_ids)
-    return AnswerRuns(ids, position_ids, plan, positions, mask, row.cost(full))
+    return AnswerRuns(
+        ids=torch.tensor(row.ids),
+        position_ids=torch.tensor(row.position_ids),
+        plan=plan,
+        positions=positions,
+        mask=mask,
+        cost=row.cost(full),
+    )
 
 
 def _predicted_from(
@@ -258,9 +265,8 @@ def _plain(prompts: Sequence[Tokens], answers: Sequence[Tokens], prompt_of: list
     rows = [list(prompts[p]) + body for p, body in zip(prompt_of, bodies, strict=True)]
     ids, attention_mask = pad(rows, left=True)
     width = ids.shape[1]
-    starts = [
-        j * width + width - len(body) - 1 for j, body in enumerate(bodies)
-    ]  # the prompt's last token
+    # Where each row's prompt ends.
+    starts = [j * width + width - len(body) - 1 for j, body in enumerate(bodies)]
     positions = [[starts[j] + t for t in range(len(a))] for j, a in enumerate(answers)]
     row_of = {prompt: j for j, prompt in reversed(list(enumerate(prompt_of)))}
     ends = [starts[row_of[p]] if p in row_of else 0 for p in range(len(prompts))]
@@ -268,13 +274,13 @@ def _plain(prompts: Sequence[Tokens], answers: Sequence[Tokens], prompt_of: list
     position_ids = attention_mask.long().cumsum(1).sub_(1).clamp_(min=0)
     cost = Cost(full, full, triangles(len(row) for row in rows))
     return Tree(
-        ids,
-        position_ids,
-        torch.tensor(ends),
-        table,
-        mask,
-        lengths,
-        cost,
+        ids=ids,
+        position_ids=position_ids,
+        ends=torch.tensor(ends),
+        positions=table,
+        mask=mask,
+        lengths=lengths,
+        cost=cost,
         attention_mask=attention_mask,
     )
 

@@ -46,10 +46,15 @@ class State:
             [(k[start : start + n], v[start : start + n]) for start, n in branches.prefixes]
             for k, v in holds
         ]
-        prefix_of = [branches.prefix_of[r] for r in rows]
-        suffixes = [branches.suffixes[r] for r in rows]
-        longest = max(tree.lengths) + more
-        return TreeCache(self.layers, prefixes, prefix_of, suffixes, more, longest, static)
+        return TreeCache(
+            layers=self.layers,
+            prefixes=prefixes,
+            prefix_of=[branches.prefix_of[r] for r in rows],
+            suffixes=[branches.suffixes[r] for r in rows],
+            more=more,
+            longest=max(tree.lengths) + more,
+            static=static,
+        )
 
 
 def run(

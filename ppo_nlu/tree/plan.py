@@ -33,10 +33,10 @@ class Part:
     queries: Index
     keys: Index
     causal: bool
-    bias: Tensor | None
     tokens: Index
-    real: Tensor | None
-    padded: Tensor | None
+    bias: Tensor | None = None
+    real: Tensor | None = None
+    padded: Tensor | None = None
     earlier: bool = False
 
     @classmethod
@@ -45,18 +45,18 @@ class Part:
         if len(queries) == 1:
             (start, length), (first, count) = queries[0], (keys or queries)[0]
             run = slice(start, start + length)
-            return cls(run, slice(first, first + count), keys is None, None, run, None, None)
+            return cls(
+                queries=run, keys=slice(first, first + count), causal=keys is None, tokens=run
+            )
         index, real = table(queries)
-        at, bias = index, None
+        part = cls(queries=index, keys=index, causal=keys is None, tokens=_as_slice(index[real]))
         if keys is not None:
-            at, seen = table(keys)
+            part.keys, seen = table(keys)
             if not bool(seen.all()):
-                bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None, None]
-        tokens = _as_slice(index[real])
-        if bool(real.all()):
-            return cls(index, at, keys is None, bias, tokens, None, None)
-        picked = real.flatten().nonzero().squeeze(1)
-        return cls(index, at, keys is None, bias, tokens, picked, ~real[:, None])
+                part.bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None, None]
+        if not bool(real.all()):
+            part.real, part.padded = real.flatten().nonzero().squeeze(1), ~real[:, None]
+        return part
 
     def to(self, device: torch.device) -> Part:
         """The same part with its tensors on `device`."""
@@ -112,7 +112,13 @@ def plan_of(
         replace(Part.of([x[:2] for x in batch], [x[2:] for x in batch]), earlier=before)
         for batch, before in batches
     ]
-    return Plan(covered, ancestors, wanted, sum(length for _, length in runs), longest)
+    return Plan(
+        own=covered,
+        ancestors=ancestors,
+        wanted=wanted,
+        size=sum(length for _, length in runs),
+        longest=longest,
+    )
 
 
 def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:

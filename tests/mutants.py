@@ -472,9 +472,9 @@ UPDATES = of(
         "need = own + len(rows.answers[j])",
         "an answer's last token is not run",
     ),
-    shared_head_on_plain_rows=(
-        "head = head if shared else 0",
-        "head = head",
+    shared_prefix_on_plain_rows=(
+        "prefix = prefix if shared else 0",
+        "prefix = prefix",
         "padded rows share nothing",
     ),
     largest_summed=(
@@ -587,14 +587,14 @@ GENERATE = of(
         "cache.keep(range(len(going)))",
         "a row keeps its keys when others leave",
     ),
-    places_of_other_rows=(
-        "place = place[index]",
-        "place = place[: len(going)]",
+    positions_of_other_rows=(
+        "position = position[index]",
+        "position = position[: len(going)]",
         "a row keeps its position when others leave",
     ),
-    places_stand_still=(
-        "        place = place + 1",
-        "        place = place",
+    positions_stand_still=(
+        "        position = position + 1",
+        "        position = position",
         "each token is one further",
     ),
     block_search_left=(
@@ -633,8 +633,8 @@ GENERATE = of(
         "rows that are over lie between",
     ),
     stop_a_token_late=(
-        "policy.stop.ended([replies[run[i]] for i in going])",
-        "policy.stop.ended([replies[run[i]][:-1] or [0] for i in going])",
+        "policy.stop.ended([answers[batch[i]] for i in going])",
+        "policy.stop.ended([answers[batch[i]][:-1] or [0] for i in going])",
         "the token that ends an answer is its last",
     ),
     samples_interleaved=(
@@ -710,7 +710,7 @@ PREFIXES = of(
         "(len(prompts[i]) for i in members)",
         "a prompt keeps a token of its own",
     ),
-    opening_of_a_whole_prompt=(
+    prefix_of_a_whole_prompt=(
         "len(p) > size and",
         "len(p) >= size and",
         "a prompt goes on behind a prefix",

@@ -148,15 +148,15 @@ def label_probabilities(
     last tokens, scoring starts at the first token that differs. In the analysis form the label
     stands behind an empty reason.
     """
-    heads, answers, prompt_of = [], [], []
+    beginnings, answers, prompt_of = [], [], []
     replies = _replies(policy, spec, form)
     for number, prompt in enumerate(prompts):
         whole = [policy.encode(prompt.text + reply) for reply in replies]
         cut = min(common(prompt.ids, row) for row in whole)
-        heads.append(prompt.ids[:cut])
+        beginnings.append(prompt.ids[:cut])
         answers += [row[cut:] for row in whole]
         prompt_of += [number] * len(whole)
-    scored = policy.score(heads, answers, prompt_of, prefix_cache=prefix_cache)
+    scored = policy.score(beginnings, answers, prompt_of, prefix_cache=prefix_cache)
     _require_numbers(scored.logprobs)
     return scored.logprobs.sum(1).view(len(prompts), -1).softmax(-1)
 

@@ -138,10 +138,10 @@ def plan(
     """
     sizes = Sizes.of(policy)
     longest = cfg.rollout.max_new_tokens
-    head, shared = 0, policy.packs(max(map(len, prompts)) + longest)
+    prefix, shared = 0, policy.packs(max(map(len, prompts)) + longest)
     if shared and len(prompts) > 1:
-        head = min(prefixes.common(prompts[0], prompt) for prompt in prompts[1:])
-    own = [len(prompt) - head for prompt in prompts]
+        prefix = min(prefixes.common(prompts[0], prompt) for prompt in prompts[1:])
+    own = [len(prompt) - prefix for prompt in prompts]
     if not shared:
         own = [max(own)] * len(own)
     mean = sum(own) / len(own)
@@ -151,7 +151,7 @@ def plan(
     samples = cfg.rollout.samples_per_prompt if cfg.method != "sft" else 1
     asked = cfg.rollout.batch_size if cfg.method != "sft" else cfg.eval.batch_size
     rows = asked * samples
-    prefill = head + round(asked * mean)
+    prefill = prefix + round(asked * mean)
     cached = prefill + rows * (max(own) + longest)
 
     full = saved_bytes(policy, prompts[:PROBE], longest, values=cfg.method == "ppo")
@@ -161,18 +161,18 @@ def plan(
     kept = sizes.layers * sizes.hidden * sizes.item + layer if policy.checkpointing else full
     backward = layer // 2
     if policy.device.type != "cpu":  # the attention forms the scores of a layer there
-        backward += 16 * sizes.heads * max(head, max(own) + longest)
+        backward += 16 * sizes.heads * max(prefix, max(own) + longest)
     per_token = kept + backward
 
     step, micro, together = _update_rows(cfg, rows, samples)
     answers = min(step, micro or step)
-    tokens = head + round(-(-answers // together) * mean) + answers * (longest - 1)
+    tokens = prefix + round(-(-answers // together) * mean) + answers * (longest - 1)
     limit = cfg.train.micro_batch_tokens
     free = free_bytes(policy.device)
     workspace = logprob_bytes(answers * longest, sizes, policy.device)
     if free is not None and not limit:
         room = MARGIN * free - adapters // 2 - states - workspace
-        limit = max(int(room / per_token), head + max(own) + longest)
+        limit = max(int(room / per_token), prefix + max(own) + longest)
     tokens = min(tokens, limit) if limit else tokens
     answered = rows * (longest - 1)
     stays = 0  # tokens of a pass whose graph stays

@@ -17,7 +17,7 @@ from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.tokens import TextError
 from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.prompts import OPENING, render, turns
-from ppo_nlu.tree.passes import State
+from ppo_nlu.tree.passes import PromptPass
 
 MOST = 0.75  # of the prompts have answers in an update's first pass, or it runs its own
 
@@ -50,7 +50,7 @@ class Rollout:
     dropped: int  # worked examples left out of the prompts
     reused: bool = True
     gap: float | None = None
-    prompt_pass: State | None = None
+    prompt_pass: PromptPass | None = None
     used_prompt_pass: bool = False  # whether an update's first pass stood on `prompt_pass`
     messages: list[str] = field(default_factory=list)
 
@@ -59,7 +59,7 @@ class Rollout:
         """B, the number of answers."""
         return len(self.answers)
 
-    def take_prompt_pass(self, index: Sequence[int]) -> State | None:
+    def take_prompt_pass(self, index: Sequence[int]) -> PromptPass | None:
         """`prompt_pass`, for the first pass of an update to stand on, if these answers are those of
         most prompts; it is given away once: a backward frees it, and then the weights move.
 

@@ -28,7 +28,7 @@ from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.rewards import RunningScale
-from ppo_nlu.tree.passes import State
+from ppo_nlu.tree.passes import PromptPass
 
 EXACT = 1e-4  # decode and training pass may be this far apart and still count as the same
 Divergence = Literal["k1", "k2", "k3", "exact"]
@@ -207,7 +207,7 @@ def score_rows(
     temperature: float,
     values: bool = False,
     entropy_grad: bool = False,
-    prompt_pass: State | None = None,
+    prompt_pass: PromptPass | None = None,
 ) -> Scored:
     """`policy.score` of some answers; where one prompt has the same answer twice it is run once."""
     if prompt_pass is None:

@@ -226,7 +226,7 @@ def instruct(policy: Policy, m: Material, cfg: TinyConfig) -> dict[str, Any]:
     count = dict.fromkeys(kinds, 0)
     expected = score = 0.0
     bar = tqdm(range(1, own.max_steps + 1), desc="instruct", unit="step", mininterval=5)
-    for step in bar:  # one task a step, so that its opening is run once
+    for step in bar:  # one task a step: what its prompts begin with is run once
         kind = rng.choices(list(kinds), shares)[0]
         count[kind] += own.batch_size
         spec, source = rng.choice(sources[kind])

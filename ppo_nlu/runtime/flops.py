@@ -5,8 +5,8 @@ FLOPs are counted from what was run and the weights it went through, not measure
     forward   2 for each weight of the blocks, LoRA included, and token run; 2 for each weight of
               the LM head and of the critic and answer position; 4 · (heads · head size) for each
               layer and pair of a token with one it attends to (two products of 2 each)
-              (tokens whose states nobody asks for do not go through the last block's queries,
-              output projection and MLP)
+              (tokens that no other one is predicted from do not go through the last block's
+              queries, output projection and MLP)
     backward  as much again for a frozen weight, the gradient of its input; twice that for a
               trained one and for attention
 """
@@ -28,7 +28,7 @@ FORMULA = (
 class Weights:
     """What a token goes through: numbers of weights, and layers · heads · head size.
 
-    Of the blocks and adapters, the last block's `trimmed` ones run wanted tokens alone.
+    The `trimmed` ones, a part of the last block, run only the tokens that predict another one.
     """
 
     blocks: int
@@ -40,22 +40,29 @@ class Weights:
     trimmed_adapters: int = 0
 
     def forward(
-        self, tokens: int, positions: int, pairs: int, lora: bool = True, wanted: int | None = None
+        self,
+        tokens: int,
+        positions: int,
+        pairs: int,
+        lora: bool = True,
+        predicting: int | None = None,
     ) -> float:
         """FLOPs of a forward pass."""
-        frozen, adapters = self._inner(tokens, wanted)
+        frozen, adapters = self._inner(tokens, predicting)
         ends = positions * (self.head + self.critic)
         return 2.0 * (frozen + adapters * lora + ends + 2 * pairs * self.attention)
 
-    def backward(self, tokens: int, positions: int, pairs: int, wanted: int | None = None) -> float:
+    def backward(
+        self, tokens: int, positions: int, pairs: int, predicting: int | None = None
+    ) -> float:
         """FLOPs of its backward pass."""
-        frozen, adapters = self._inner(tokens, wanted)
+        frozen, adapters = self._inner(tokens, predicting)
         trained = adapters + positions * self.critic + 2 * pairs * self.attention
         return 2.0 * (frozen + positions * self.head) + 4.0 * trained
 
-    def _inner(self, tokens: int, wanted: int | None) -> tuple[int, int]:
+    def _inner(self, tokens: int, predicting: int | None) -> tuple[int, int]:
         """Products of tokens and weights: those of the blocks, and of their adapters."""
-        left = tokens - (tokens if wanted is None else wanted)
+        left = tokens - (tokens if predicting is None else predicting)
         return (
             tokens * self.blocks - left * self.trimmed_blocks,
             tokens * self.adapters - left * self.trimmed_adapters,

@@ -27,14 +27,14 @@ def policy_of(kind: str, **options: Any) -> Policy:
 
 
 def ragged(seed: int = 0, rows: int = 5, size: int = tiny.VOCAB) -> list[list[int]]:
-    """Prompts of 3 to 30 tokens, three of them with a common opening."""
+    """Prompts of 3 to 30 tokens, three of them with a common prefix."""
     draw = torch.Generator().manual_seed(seed)
 
     def ids(count: int) -> list[int]:
         return torch.randint(3, size, (count,), generator=draw).tolist()
 
-    head = ids(9)
-    return [head + ids(2), ids(3), head + ids(11), ids(30), [*head, 4]][:rows]
+    prefix = ids(9)
+    return [prefix + ids(2), ids(3), prefix + ids(11), ids(30), [*prefix, 4]][:rows]
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -2,7 +2,7 @@
 
 "chunks": a few rows at a time, Z = h Wᵀ in fp32 by the library's GEMM into one buffer that every
 chunk uses again. One Triton program a row takes log π and the entropy from Z and, if a gradient is
-wanted and the head is frozen, writes D = 1[v=y] − p (and Q = −p (log p + entropy) with
+needed and the head is frozen, writes D = 1[v=y] − p (and Q = −p (log p + entropy) with
 `entropy_grad`) in a second pass. U = D W/τ (and E = Q W/τ, in the same GEMM) are kept:
 ∂log π/∂h = U and ∂entropy/∂h = E do not depend on the upstream gradient, so the backward is
 g U + g_ent E in one launch. D W is not W_y − Σ p W: with a low-precision p that difference cancels
@@ -93,7 +93,7 @@ class Head(NamedTuple):
 
 
 def choose_path(head: Head, hidden: Tensor, direct: bool, path: str | None = None) -> str:
-    """Chunks where U is wanted (`direct`), else the fused kernel.
+    """Chunks where U is needed (`direct`), else the fused kernel.
 
     Where U is formed, chunks cost two GEMMs at the library's speed, and the fused forward with its
     recomputing backward three; that holds for few rows too, where one chunk reads W twice and the

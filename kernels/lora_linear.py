@@ -14,7 +14,7 @@ Four forms, which differ in how the large product and the low-rank term are join
 
 dx is "fused" or "cublas" likewise. dS and dB come from one pass over dy, dA from one over x. Kept
 for the backward are x and S; the mask is drawn again from its seed. No gradient of W is formed.
-Imports torch and triton only. Which form runs is said by `lora_table`.
+Imports torch and triton only. `lora_table` says which form runs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def lora_linear(
 ) -> Tensor:
     """y (..., O) of x (..., K), weight (O, K) frozen, lora_a (r, K) and lora_b (O, r).
 
-    `variant` and `backward` force a form; by default the table of measurements says.
+    `variant` and `backward` force a form; by default the table of measurements decides.
     """
     members = [weight], [bias], [lora_a], [lora_b], [scaling]
     return lora_linear_grouped(
@@ -246,7 +246,7 @@ def _extension(weight: Tensor, columns: int) -> Tensor:
     offset = weight.storage_offset()
     fits = mark[0] == features and mark[1] >= columns
     if fits and weight.stride() == (mark[1], 1) and offset % mark[1] == 0:
-        # Of .data, whose version nobody checks: writing B there changes no column of W.
+        # On .data, so that autograd sees no new version: writing B changes no column of W.
         return weight.data.as_strided((outputs, columns), (mark[1], 1), offset)
     buffer = weight.new_empty(outputs, columns)
     buffer[:, :features].copy_(weight.detach())
@@ -266,7 +266,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(kept, low, *group.weights, *group.lora_as, *group.lora_bs)
         ctx.plan, ctx.x_shape = plan, x.shape
         ctx.set_materialize_grads(False)
-        # No views: who gets a y may work on it in place.
+        # No views: the caller may change each y in place.
         return tuple(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]) for y in ys)
 
     @staticmethod

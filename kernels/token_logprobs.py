@@ -7,7 +7,7 @@ off before the scaling: logits of 1e4 that differ by 1 keep all the digits of th
 Backward reads the logits once more: dz = (g (1[v=y] − p) − g_ent p (log p + entropy)) / τ, the
 target's 1 − p as −expm1(log p).
 
-A NaN among the logits answers NaN. Imports torch and triton only. Loads are widened to fp32
+A NaN among the logits gives NaN. Imports torch and triton only. Loads are widened to fp32
 (float64 for float64) before arithmetic. Row offsets are int64 and rows lie on grid axis 0, the one
 without the limit of 65535. Deterministic: no atomics.
 """
@@ -295,7 +295,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """log π(target) and entropy, (N,) each, of logits (N, V) over the temperature.
 
-    A target outside the vocabulary answers NaN; the caller is to refuse it beforehand.
+    A target outside the vocabulary gives NaN; the caller must refuse it beforehand.
     """
     return _TokenLogprobs.apply(logits, targets, temperature)
 

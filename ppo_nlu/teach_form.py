@@ -186,7 +186,7 @@ def _answered(
         part = rows[start : start + cfg.eval.batch_size]
         prompts = [fit_prompt(policy, spec, row, longest, cfg.prompt).ids for row in part]
         draw = seeded("form", cfg.seed, spec.name, start)
-        drawn = generate(policy, prompts, cfg.rollout.max_new_tokens, Sampling(), generator=draw)
+        drawn = generate(policy, prompts, Sampling(cfg.rollout.max_new_tokens), generator=draw)
         for row, reply in zip(part, drawn.rows, strict=True):
             found[row.id] = parse(spec, policy.decode(reply), cfg.prompt.form)
     return found

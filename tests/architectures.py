@@ -52,7 +52,7 @@ DOCUMENT = Path(__file__).parents[1] / "ppo_nlu" / "architectures.md"
 BOUND = 1e-4  # of log-probabilities, and of gradients in units of the largest, in fp32
 LONG = 150  # tokens of the longest row
 LIMIT = 5  # tokens of an answer at most
-GREEDY = generate.Sampling(greedy=True)
+GREEDY = generate.Sampling(LIMIT, greedy=True)
 HEAD = """\
 # Architectures
 
@@ -242,7 +242,7 @@ def generated(case: Case) -> float:
     """Greedy answers are the plain model's own, and have its log-probs."""
     worst = 0.0
     for rows in (case.few, case.long):
-        drawn = generate.generate(case.policy, rows.prompts, LIMIT, GREEDY, critic=True)
+        drawn = generate.generate(case.policy, rows.prompts, GREEDY, critic=True)
         found = Rows(rows.prompts, drawn.rows, list(range(len(rows.prompts))))
         table = table_alone(case.adapted, found)
         chosen = found.chosen(table)
@@ -254,8 +254,8 @@ def generated(case: Case) -> float:
 def sampled(case: Case) -> float:
     """Two sampled answers a prompt have the log-probs at the temperature."""
     prompts, draw = case.few.prompts, torch.Generator().manual_seed(5)
-    heat = generate.Sampling(temperature=0.7)
-    drawn = generate.generate(case.policy, prompts, LIMIT, heat, samples=2, generator=draw)
+    heat = generate.Sampling(LIMIT, samples=2, temperature=0.7)
+    drawn = generate.generate(case.policy, prompts, heat, generator=draw)
     found = Rows(prompts, drawn.rows, [p for p in range(len(prompts)) for _ in range(2)])
     return gap(drawn.logprobs[drawn.mask], alone(case.adapted, found, 0.7))
 
@@ -264,7 +264,8 @@ def prompt_pass(case: Case) -> float:
     """Answers scored behind the rollout's own pass over the prompts, and their gradient."""
     worst = 0.0
     for rows in (case.few, case.long):
-        drawn = generate.generate(case.policy, rows.prompts, 2, GREEDY, keep_graph=10**6)
+        greedy = generate.Sampling(2, greedy=True)
+        drawn = generate.generate(case.policy, rows.prompts, greedy, keep_graph=10**6)
         if drawn.prompt_pass is not None:
             found = case.scored(rows, prompt_pass=drawn.prompt_pass)
             off = gap(found, alone(case.adapted, rows))

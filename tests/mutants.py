@@ -224,8 +224,8 @@ ROLLOUT = of(
     "methods/sampler",
     "methods/rollout",
     sampled_at_temperature_1=(
-        "Sampling(self.temperature)",
-        "Sampling()",
+        "roll.samples_per_prompt, self.temperature),",
+        "roll.samples_per_prompt),",
         "rollout.temperature is that of the draws",
     ),
     same_draws_each_step=(
@@ -472,9 +472,9 @@ UPDATES = of(
         "need = own + len(rows.answers[j])",
         "an answer's last token is not run",
     ),
-    shared_head_on_plain_rows=(
-        "common = common if shared else 0",
-        "common = common",
+    shared_prefix_on_plain_rows=(
+        "prefix = prefix if shared else 0",
+        "prefix = prefix",
         "padded rows share nothing",
     ),
     largest_summed=(
@@ -587,14 +587,14 @@ GENERATE = of(
         "cache.keep(range(len(going)))",
         "a row keeps its keys when others leave",
     ),
-    places_of_other_rows=(
-        "place = place[index]",
-        "place = place[: len(going)]",
+    positions_of_other_rows=(
+        "position = position[index]",
+        "position = position[: len(going)]",
         "a row keeps its position when others leave",
     ),
-    places_stand_still=(
-        "        place = place + 1",
-        "        place = place",
+    positions_stand_still=(
+        "        position = position + 1",
+        "        position = position",
         "each token is one further",
     ),
     block_search_left=(
@@ -633,13 +633,13 @@ GENERATE = of(
         "rows that are over lie between",
     ),
     stop_a_token_late=(
-        "policy.stop.ended([replies[run[i]] for i in going])",
-        "policy.stop.ended([replies[run[i]][:-1] or [0] for i in going])",
+        "policy.stop.ended([answers[batch[i]] for i in going])",
+        "policy.stop.ended([answers[batch[i]][:-1] or [0] for i in going])",
         "the token that ends an answer is its last",
     ),
     samples_interleaved=(
-        "prompt_of = [p for p in range(len(prompts)) for _ in range(samples)]",
-        "prompt_of = [p for _ in range(samples) for p in range(len(prompts))]",
+        "prompt_of = [p for p in range(len(prompts)) for _ in range(sampling.samples)]",
+        "prompt_of = [p for _ in range(sampling.samples) for p in range(len(prompts))]",
         "the answers to a prompt lie side by side",
     ),
     last_of_weight=(
@@ -653,7 +653,7 @@ KEPT_GRAPH = of(
     "model/generate",
     "methods/ppo::test_a_pass_that_is_too_long_or_of_few_prompts_is_not_reused",
     graph_without_answers=(
-        "graph = keep_graph - rows * (max_new_tokens - 1)",
+        "graph = keep_graph - rows * (longest - 1)",
         "graph = keep_graph",
         "answers stand behind the prompts in one pass",
     ),
@@ -710,7 +710,7 @@ PREFIXES = of(
         "(len(prompts[i]) for i in members)",
         "a prompt keeps a token of its own",
     ),
-    opening_of_a_whole_prompt=(
+    prefix_of_a_whole_prompt=(
         "len(p) > size and",
         "len(p) >= size and",
         "a prompt goes on behind a prefix",
@@ -738,8 +738,8 @@ PLAN = of(
     "tree/attention",
     "tree/passes",
     ancestors_causal=(
-        "slice(first, first + count), keys is None, None",
-        "slice(first, first + count), True, None",
+        "slice(first, first + count), causal=keys is None",
+        "slice(first, first + count), causal=True",
         "ancestors are seen whole",
     ),
     padded_keys_seen=(

@@ -200,11 +200,17 @@ def keep_gradients(method: Method) -> list[Tensor]:
 def force(patch: pytest.MonkeyPatch, made: Policy, answers: list[list[int]]) -> None:
     """Makes every rollout give these answers, with the log-probs and values that they have."""
 
-    def generate(policy, prompts, limit, sampling, samples=1, generator=None, critic=False, **more):
-        prompt_of = [p for p in range(len(prompts)) for _ in range(samples)]
+    def generate(policy, prompts, sampling, **more):
+        prompt_of = [p for p in range(len(prompts)) for _ in range(sampling.samples)]
         with torch.no_grad():
             scored = policy.score(prompts, answers, prompt_of, sampling.temperature, values=True)
         tokens, mask = pack.pad(answers)
-        return Generation(tokens, mask, scored.logprobs, scored.values, scored.hidden)
+        return Generation(
+            tokens=tokens,
+            mask=mask,
+            logprobs=scored.logprobs,
+            values=scored.values,
+            hidden=scored.hidden,
+        )
 
     patch.setattr(sampler, "generate", generate)

@@ -101,11 +101,11 @@ class PolicyAnswerer:
         prefix_cache: PrefixCache | None,
     ) -> list[Answer]:
         cfg = self.cfg
+        limit, top_k, top_p = cfg.rollout.max_new_tokens, cfg.eval.top_k, cfg.eval.top_p
         drawn = generate(
             self.policy,
             [prompt.ids for prompt in prompts],
-            cfg.rollout.max_new_tokens,
-            Sampling(1.0, greedy, cfg.eval.top_k, cfg.eval.top_p),
+            Sampling(limit, greedy=greedy, top_k=top_k, top_p=top_p),
             generator=generator,
             prefix_cache=prefix_cache,
         )
@@ -148,15 +148,15 @@ def label_probabilities(
     last tokens, scoring starts at the first token that differs. In the analysis form the label
     stands behind an empty reason.
     """
-    heads, answers, prompt_of = [], [], []
+    beginnings, answers, prompt_of = [], [], []
     replies = _replies(policy, spec, form)
     for number, prompt in enumerate(prompts):
         whole = [policy.encode(prompt.text + reply) for reply in replies]
         cut = min(common(prompt.ids, row) for row in whole)
-        heads.append(prompt.ids[:cut])
+        beginnings.append(prompt.ids[:cut])
         answers += [row[cut:] for row in whole]
         prompt_of += [number] * len(whole)
-    scored = policy.score(heads, answers, prompt_of, prefix_cache=prefix_cache)
+    scored = policy.score(beginnings, answers, prompt_of, prefix_cache=prefix_cache)
     _require_numbers(scored.logprobs)
     return scored.logprobs.sum(1).view(len(prompts), -1).softmax(-1)
 

@@ -221,21 +221,21 @@ def cut(
         yield from chunks(index, most)
         return
     first = rows.prompts[rows.prompt_of[index[0]]]
-    common = min(prefixes.common(first, rows.prompts[rows.prompt_of[j]]) for j in index)
-    common = common if shared else 0
+    prefix = min(prefixes.common(first, rows.prompts[rows.prompt_of[j]]) for j in index)
+    prefix = prefix if shared else 0
 
     def size(j: int) -> int:
         return len(rows.prompts[rows.prompt_of[j]])
 
     micro: list[int] = []
-    held, used = set[int](), common
+    held, used = set[int](), prefix
     for j in sorted(index, key=lambda j: (-size(j), rows.prompt_of[j], -len(rows.answers[j]))):
-        own = 0 if shared and rows.prompt_of[j] in held else size(j) - common
+        own = 0 if shared and rows.prompt_of[j] in held else size(j) - prefix
         need = own + len(rows.answers[j]) - 1
         if micro and (len(micro) == most or used + need > budget.tokens):
             yield micro
-            micro, held, used = [], set(), common
-            need = size(j) - common + len(rows.answers[j]) - 1
+            micro, held, used = [], set(), prefix
+            need = size(j) - prefix + len(rows.answers[j]) - 1
         micro.append(j)
         held.add(rows.prompt_of[j])
         used += need

@@ -47,8 +47,8 @@ class ReferenceCache:
     ) -> Tensor:
         """(B, R) log-probs of the answers. The reference runs only answers that are new, each
         once."""
-        heads = [hashlib.sha256(array("q", prompt)) for prompt in prompts]
-        keys = [_key(heads[p], answer) for p, answer in zip(prompt_of, answers, strict=True)]
+        hashes = [hashlib.sha256(array("q", prompt)) for prompt in prompts]
+        keys = [_key(hashes[p], answer) for p, answer in zip(prompt_of, answers, strict=True)]
         new: dict[bytes, int] = {}  # key: first row with it
         for j, key in enumerate(keys):
             if key not in self.kept:
@@ -113,8 +113,8 @@ class ReferenceCache:
             start += length
 
 
-def _key(head: Any, answer: Tokens) -> bytes:
-    whole = head.copy()
+def _key(prompt_hash: Any, answer: Tokens) -> bytes:
+    whole = prompt_hash.copy()
     whole.update(b"/" + array("q", answer).tobytes())
     return whole.digest()[:KEY]
 

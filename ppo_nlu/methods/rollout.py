@@ -17,7 +17,7 @@ from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.tokens import TextError
 from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.prompts import OPENING, render, turns
-from ppo_nlu.tree.passes import State
+from ppo_nlu.tree.passes import PromptPass
 
 MOST = 0.75  # a pass with answers to this share of the prompts reuses their kept pass
 
@@ -49,7 +49,7 @@ class Rollout:
     dropped: int  # worked examples left out of the prompts
     reused: bool = True
     gap: float | None = None
-    prompt_pass: State | None = None
+    prompt_pass: PromptPass | None = None
     used_prompt_pass: bool = False  # the first pass of an update reused `prompt_pass`
     messages: list[str] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ class Rollout:
         """B, the number of answers."""
         return len(self.answers)
 
-    def take_prompt_pass(self, index: Sequence[int]) -> State | None:
+    def take_prompt_pass(self, index: Sequence[int]) -> PromptPass | None:
         """`prompt_pass`, for the first pass of an update to reuse, if most prompts have an answer
         among these. It is given away once: a backward frees it, and then the weights move.
 

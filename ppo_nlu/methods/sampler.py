@@ -28,7 +28,7 @@ from ppo_nlu.runtime import profiling
 from ppo_nlu.tasks import Example, TaskSpec, rewards
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.rewards import RunningScale
-from ppo_nlu.tree.passes import State
+from ppo_nlu.tree.passes import PromptPass
 
 EXACT = 1e-4  # decode and training pass may be this far apart and still count as the same
 Divergence = Literal["k1", "k2", "k3", "exact"]
@@ -128,9 +128,7 @@ class Sampler:
         return generate(
             self.policy,
             prompts,
-            roll.max_new_tokens,
-            Sampling(self.temperature),
-            samples=roll.samples_per_prompt,
+            Sampling(roll.max_new_tokens, roll.samples_per_prompt, self.temperature),
             generator=seeded("rollout", self.cfg.seed, step),
             critic=self.critic,
             keep_graph=keep_graph,
@@ -212,7 +210,7 @@ def score_rows(
     temperature: float,
     values: bool = False,
     entropy_grad: bool = False,
-    prompt_pass: State | None = None,
+    prompt_pass: PromptPass | None = None,
 ) -> Scored:
     """`policy.score` of some answers. An answer that a prompt has twice is run once."""
     if prompt_pass is None:
@@ -227,10 +225,10 @@ def score_rows(
         prompts,
         [list(answer) for _, answer in place],
         [p for p, _ in place],
-        temperature,
-        values,
-        entropy_grad,
-        prompt_pass,
+        temperature=temperature,
+        values=values,
+        entropy_grad=entropy_grad,
+        prompt_pass=prompt_pass,
     )
     if len(place) == len(rows):
         return scored
@@ -238,11 +236,11 @@ def score_rows(
     mask = scored.mask[taken]
     states = unflatten(torch.arange(len(scored.hidden), device=mask.device), scored.mask)
     return Scored(
-        mask,
-        scored.logprobs[taken],
-        scored.entropy[taken],
-        None if scored.values is None else scored.values[taken],
-        scored.hidden[states[taken][mask]],
+        mask=mask,
+        logprobs=scored.logprobs[taken],
+        entropy=scored.entropy[taken],
+        values=None if scored.values is None else scored.values[taken],
+        hidden=scored.hidden[states[taken][mask]],
     )
 
 

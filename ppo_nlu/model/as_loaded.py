@@ -1,7 +1,7 @@
 """What a model gives for a few rows, each alone, as transformers loaded it.
 
-This is what `path_check` holds the prefix tree and the plain path against. It is run before LoRA
-or norms are put in. The rows are longer than every window that a row of the run can reach.
+`path_check` compares the prefix tree and the plain path with this. It is measured before LoRA and
+norms are put in. Some rows are longer than each window that a row of the run can grow beyond.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEXT = "The film is good, and long. Now judge the opinion of the sentence."
 
 @dataclass(frozen=True)
 class Probe:
-    """A few prompts and answers; answer j stands behind prompt `prompt_of[j]`."""
+    """A few prompts and answers; answer j belongs to prompt `prompt_of[j]`."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
@@ -35,29 +35,31 @@ class Probe:
     def longest(self) -> int:
         """The tokens of the longest row."""
         pairs = zip(self.answers, self.prompt_of, strict=True)
-        return max(len(self.prompts[place]) + len(answer) for answer, place in pairs)
+        return max(len(self.prompts[p]) + len(answer) for answer, p in pairs)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A probe, and what the model gives for its answers' tokens, one row at a time, as loaded:
-    logits (N, V), or in a `brief` trial states (N, H) of the first layers, in fp32 whatever the
-    model's dtype. `exact`: they are of fp32."""
+    """A probe, and what the model as loaded gives for its answers' tokens, one row at a time.
+
+    `expected` are logits (N, V), or with `first_layers` the states (N, H) behind the first layers
+    in fp32, whatever the model's dtype. `exact`: they were computed in fp32.
+    """
 
     probe: Probe
-    wanted: Tensor
+    expected: Tensor
     exact: bool = True
-    brief: bool = True
+    first_layers: bool = True
 
 
 @dataclass(frozen=True)
 class AsLoaded:
     """What the model gives as it was loaded.
 
-    The `near` trials are of short prompts that share a prefix, in the first layers and in the whole
-    model: in low precision rounding hides small mistakes of the whole. Each of the `far` ones
-    reaches behind a window, in the first layers. `idle` are the linear layers that the model never
-    calls, whatever it does with their weights.
+    The `near` trials have short prompts that share a prefix. They run the first layers, and the
+    whole model, where low precision may hide small mistakes. Each of the `far` trials has rows
+    longer than a window, and runs the first layers. `idle` are the linear layers that the model
+    never calls.
     """
 
     near: list[Trial]
@@ -66,34 +68,34 @@ class AsLoaded:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, tokenizer: Any, reach: int) -> AsLoaded:
-        """Run them; `reach` is the length of the longest row that the run can have."""
+    def of(cls, model: Any, tokenizer: Any, longest: int) -> AsLoaded:
+        """Run the trials of a model; `longest` row that the run can have, in tokens."""
         with refused(model, "cannot be run"):
-            return cls._of(model, tokenizer, reach)
+            return cls._of(model, tokenizer, longest)
 
     @classmethod
-    def _of(cls, model: Any, tokenizer: Any, reach: int) -> AsLoaded:
+    def _of(cls, model: Any, tokenizer: Any, longest: int) -> AsLoaded:
         decoder = decoder_of(model)
         weight = embedding_of(decoder).weight
         size = len(weight)
         ids = [i % size for i in tokenizer(TEXT)["input_ids"]] or [0]
         exact = weight.dtype == torch.float32
-        room = min(reach, 60)
-        short, whole = _short(ids, size, room, 12), _short(ids, size, room, 5)
-        if not exact:  # where the whole is compared roughly, one row is enough
+        length = min(longest, 60)
+        short, whole = _short(ids, size, length, 12), _short(ids, size, length, 5)
+        if not exact:  # the whole model is compared roughly: one row is enough
             whole = Probe(whole.prompts[:1], [whole.answers[0][:3]], [0])
         with _watched(model) as idle:
-            near = [Trial(whole, _logits_alone(model, whole), exact, brief=False)]
-        behind = [w for w in windows(decoder.config) if short.longest < w < reach]
-        with brief(decoder):
+            near = [Trial(whole, _logits_alone(model, whole), exact, first_layers=False)]
+        behind = [w for w in windows(decoder.config) if short.longest < w < longest]
+        with first_layers(decoder):
             near.insert(0, Trial(short, _states_alone(decoder, short)))
-            if is_odd(model, decoder) and reach > room:
-                top = min([reach, FAR, *windows(decoder.config)])
+            if is_odd(model, decoder) and longest > length:
+                top = min([longest, FAR, *windows(decoder.config)])
                 long = _behind(ids, size, max(top - 40, 1), top)
                 near.append(Trial(long, _states_alone(decoder, long)))
-            probes = [_behind(ids, size, window, reach) for window in behind]
+            probes = [_behind(ids, size, window, longest) for window in behind]
             far = [Trial(probe, _states_alone(decoder, probe)) for probe in probes]
-        if not all(bool(trial.wanted.isfinite().all()) for trial in (*near, *far)):
+        if not all(bool(trial.expected.isfinite().all()) for trial in (*near, *far)):
             raise UserError(
                 "model.name_or_path: the model's logits are NaN or infinite; its weights are "
                 "damaged, or model.dtype is too narrow for them"
@@ -102,12 +104,12 @@ class AsLoaded:
 
 
 @contextmanager
-def brief(decoder: nn.Module) -> Iterator[None]:
-    """Inside, the decoder computes in fp32 and ends behind its first layers, with one of every kind
-    or more.
+def first_layers(decoder: nn.Module) -> Iterator[None]:
+    """Inside, the decoder has only its first layers, at least one of every kind, and computes in
+    fp32.
 
     The layers and tensors are put aside and put back, not changed. Embeddings, which are large,
-    stay as they are, and what they give is widened.
+    stay as they are; what they give is widened.
     """
     name, blocks = blocks_of(decoder)
     parent, _, own = name.rpartition(".")
@@ -146,9 +148,9 @@ def _enough(config: Any, blocks: nn.ModuleList) -> int:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[set[str]]:
-    """Inside, linear layers are watched; the set then holds those that were not called.
+    """Inside, linear layers are watched; the set then holds the names of those not called.
 
-    Where one of several layers of a name is called, such as an expert, all of them count as called.
+    Layers whose names differ only in a number, such as experts, all count as called when one is.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     kind = {name: re.sub(r"\d+", "#", name) for name in linears}
@@ -166,28 +168,28 @@ def _watched(model: nn.Module) -> Iterator[set[str]]:
     idle |= {name for name in linears if kind[name] not in called}
 
 
-def _short(ids: Sequence[int], size: int, room: int, answer: int) -> Probe:
-    """Two ragged prompts that share a prefix, three ragged answers, the longest of `answer` tokens;
-    rows of up to `room` tokens."""
-    row = (list(ids) * 40)[:room]
+def _short(ids: Sequence[int], size: int, length: int, answer: int) -> Probe:
+    """Two prompts of unequal length that share a prefix, and three answers, the longest of `answer`
+    tokens; rows of up to `length` tokens."""
+    row = (list(ids) * 40)[:length]
     other = [(i * 7 + 3) % size for i in range(9)]
-    longest = max(room - 16, 2)
-    shared = max(longest - 6, 1)
-    answers = [row[-answer:] if room > 20 else row[:1], other[:3], other[3:7]]
-    return Probe([row[:longest], [*row[:shared], *other]], answers, [0, 0, 1])
+    prompt = max(length - 16, 2)
+    shared = max(prompt - 6, 1)
+    answers = [row[-answer:] if length > 20 else row[:1], other[:3], other[3:7]]
+    return Probe([row[:prompt], [*row[:shared], *other]], answers, [0, 0, 1])
 
 
-def _behind(ids: Sequence[int], size: int, window: int, reach: int) -> Probe:
-    """Rows that are longer than a window, by a little and by more, and one that grows across."""
-    body = [(i * 31 + ids[i % len(ids)]) % size for i in range(min(window + 40, reach))]
+def _behind(ids: Sequence[int], size: int, window: int, longest: int) -> Probe:
+    """Rows longer than a window, by a little and by more, and one that grows beyond it."""
+    body = [(i * 31 + ids[i % len(ids)]) % size for i in range(min(window + 40, longest))]
     lengths = [len(body) - 5, max(len(body) - 33, 1), max(window - 2, 1)]
     answers = [body[3:8], body[9:12], body[5:9]]
     return Probe([body[-n:] for n in lengths], answers, [0, 1, 2])
 
 
 def _logits_alone(model: Any, probe: Probe) -> Tensor:
-    """The model's own logits (N, V) of the answers' tokens, one row without padding, fp32."""
-    few = "logits_to_keep" in inspect.signature(model.forward).parameters  # the head is wide
+    """The model's own logits (N, V) of the answers' tokens in fp32, one row at a time."""
+    few = "logits_to_keep" in inspect.signature(model.forward).parameters  # the head is large
     found = []
     for row, count in _rows(model, probe):
         named = {"logits_to_keep": count} if few else {}
@@ -196,7 +198,7 @@ def _logits_alone(model: Any, probe: Probe) -> Tensor:
 
 
 def _states_alone(decoder: Any, probe: Probe) -> Tensor:
-    """The states (N, H) that predict the answers' tokens, one row without padding, fp32."""
+    """The states (N, H) that predict the answers' tokens in fp32, one row at a time."""
     return torch.cat(
         [
             decoder(input_ids=row, use_cache=False, return_dict=True).last_hidden_state[0, -count:]
@@ -208,5 +210,5 @@ def _states_alone(decoder: Any, probe: Probe) -> Tensor:
 def _rows(model: nn.Module, probe: Probe) -> Iterator[tuple[Tensor, int]]:
     """The token ids (1, T) of each answer behind its prompt, and how many of them it has."""
     device = next(model.parameters()).device
-    for answer, place in zip(probe.answers, probe.prompt_of, strict=True):
-        yield torch.tensor([[*probe.prompts[place], *answer[:-1]]], device=device), len(answer)
+    for answer, p in zip(probe.answers, probe.prompt_of, strict=True):
+        yield torch.tensor([[*probe.prompts[p], *answer[:-1]]], device=device), len(answer)

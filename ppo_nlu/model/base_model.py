@@ -1,6 +1,6 @@
-"""The base model of a config: a folder or a name of the hub, a device and a dtype.
+"""The base model of a config: from a folder or the hub, on a device, in a dtype.
 
-Whatever is wrong with them is one line for the user.
+Whatever is wrong with them becomes one line for the user.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def resolve(name: str) -> str:
 
 
 def load_base(cfg: ModelConfig) -> tuple[Any, Any]:
-    """The Hugging Face causal LM (eval mode, frozen) and its tokenizer; UserError where none."""
+    """The Hugging Face causal LM (eval mode, frozen) and its tokenizer; a UserError where it cannot
+    be loaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -64,7 +65,7 @@ def load_base(cfg: ModelConfig) -> tuple[Any, Any]:
             "folder with config.json, weights and tokenizer, or a model name of the hub"
         ) from error
     model, info = loaded
-    # The library fills these with random numbers.
+    # The library would fill these with random numbers.
     wrong = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     if wrong:
         raise UserError(
@@ -75,21 +76,21 @@ def load_base(cfg: ModelConfig) -> tuple[Any, Any]:
 
 
 def hub_answers(name: str) -> bool:
-    """One try: without it the library repeats each file's request for half a minute."""
+    """Whether the hub answers, in one try. The library alone would try for half a minute a file."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
     except HfHubHTTPError:
-        return True  # an answer, if no good one; the loading says which
+        return True  # an answer, though not a good one; loading will say which
     except Exception:
-        return False  # what is in the cache can still be loaded
+        return False  # a model in the cache can still be loaded
     return True
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what the library says."""
+    """The first line of the library's error."""
     if isinstance(error, pickle.UnpicklingError):
         return "its weights are a pickle of more than tensors; ask for safetensors"
     first = first_line(error)

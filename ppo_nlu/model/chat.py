@@ -1,8 +1,8 @@
 """A model's own chat format: which messages its template keeps whole, and where its answer begins.
 
-Templates differ in what they drop without a word: system turns, all turns but the last, content
-that is no list of parts. So a made-up row is rendered at the first use, in one form of messages
-after another, and the first form is taken in which all of it comes back. Every row is checked too.
+Templates differ in what they silently drop: system turns, all turns but the last, content that is
+no list of parts. So at the first use a made-up row is rendered in one form of messages after
+another, and the first form that keeps all of it is taken. Every row is checked too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ANSWER = "Answer"
 # Switches of a thinking mode, where a template knows one: the answer must begin outside of it.
 THINKING = ("enable_thinking", "thinking")
 # Some templates write the date. A prompt must be the same on the day that a run is resumed, so
-# they are given one day, that which Llama 3.1's names where it is told none.
+# they always get this day, the default of Llama 3.1's template.
 DAY = datetime.datetime(2024, 7, 26)
 CLOCK = (
     "{%- macro strftime_now(format) -%}{%- set it = namespace(text=format) -%}"
@@ -37,7 +37,7 @@ _THOUGHT = re.compile(r"(<([\w:]*(?:think|thought|reason)\w*)>|\[(THINK)\])\s*$"
 @dataclass(frozen=True)
 class Form:
     """How messages are given to a template: `turns` as they are, `joined` with the system text in
-    the first user turn, or `one` user turn for all; with `parts`, each content as a list of one."""
+    the first user turn, or all as `one` user turn. `parts`: each content is a list of one part."""
 
     turns: str
     parts: bool
@@ -55,21 +55,21 @@ class Chat:
         self._chosen: dict[bool, tuple[Form, str]] = {}
 
     def render(self, messages: Sequence[Message], shots: bool) -> str:
-        """The messages in the chat format, up to where the answer begins. `shots` says that rows
-        have worked examples, even if this one has none; all rows are given in the same form."""
+        """The messages in the chat format, up to where the answer begins. `shots`: the rows of the
+        task have worked examples, even if this one has none. All rows get the same form."""
         if shots not in self._chosen:
             self._chosen[shots] = self._choose(messages[0], shots)
         form, header = self._chosen[shots]
         try:
             text = self._rendered(_arranged(messages, form)) + header
-        except Exception as error:  # whatever a template makes of this one row
+        except Exception as error:  # a template may raise anything
             raise TextError(self._said(f"fails on its text ({_reason(error)})")) from error
         if lost := _lost(text, messages):
             raise TextError(self._said(f"loses {lost}"))
         return _without_thought(text)
 
     def _choose(self, system: Message, shots: bool) -> tuple[Form, str]:
-        """The first form in which a made-up row comes back whole, and the header of the answer."""
+        """The first form that keeps a made-up row whole, and the header of the answer."""
         query, reply = {"role": "user", "content": PROBE}, {"role": "assistant", "content": REPLY}
         worked = [query, reply, {"role": "user", "content": f"2. {PROBE}"}, reply]
         messages = [system, *(worked if shots else []), {"role": "user", "content": f"3. {PROBE}"}]
@@ -81,13 +81,13 @@ class Chat:
                 if not lost:
                     return form, self._header(messages, form, text)
                 wrong.append(f"it loses {lost}")
-            except Exception as error:  # a template may raise what it likes; it is told below
+            except Exception as error:  # a template may raise anything; reported below
                 wrong.append(_reason(error))
         raise UserError(self._said(f"cannot be used: {', or '.join(dict.fromkeys(wrong[:2]))}"))
 
     def _header(self, messages: Sequence[Message], form: Form, text: str) -> str:
-        """What stands before an answer that the template was given, where it does not write this
-        on being asked for a new one."""
+        """What the template writes before an answer that it is given, where it does not write this
+        when it is asked for a new answer; else an empty text."""
         from jinja2 import TemplateError
 
         arranged = _arranged(messages, form)
@@ -96,7 +96,7 @@ class Chat:
             if self._rendered(arranged, ask=False) != text:
                 return ""
             answered = self._rendered([*arranged, {"role": "assistant", "content": content}])
-        except (TemplateError, TypeError):  # it takes no answer, so that no header can be missed
+        except (TemplateError, TypeError):  # it takes no answer, so no header can be missing
             return ""
         before, found, _ = answered.rpartition(ANSWER)
         header = before.removeprefix(text)
@@ -114,7 +114,7 @@ class Chat:
         )
 
     def _source(self) -> str:
-        """The template, of several the default one."""
+        """The template; of several, the default one."""
         if not isinstance(self.template, dict):
             return self.template
         if len(self.template) == 1:
@@ -136,8 +136,8 @@ def _arranged(messages: Sequence[Message], form: Form) -> list[dict[str, Any]]:
     first, second, *rest = messages
     found: list[Message] = list(messages)
     if form.turns == "joined":
-        opening = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}
-        found = [opening, *rest]
+        joined = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}
+        found = [joined, *rest]
     elif form.turns == "one":
         found = [{"role": "user", "content": written_out(messages)}]
     if not form.parts:
@@ -146,8 +146,8 @@ def _arranged(messages: Sequence[Message], form: Form) -> list[dict[str, Any]]:
 
 
 def _lost(text: str, messages: Sequence[Message]) -> str | None:
-    """What of the messages is not in the text; the turns must be there in their order, and the
-    system's text before the last. White space does not count: many templates trim."""
+    """What of the messages the text does not hold, or None. The turns must be in their order, and
+    the system's text before the last. White space does not count: many templates trim it."""
     flat, place, found = _flat(text), 0, 0
     told = flat.find(_flat(messages[0]["content"]))
     if told < 0:

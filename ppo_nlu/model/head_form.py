@@ -1,4 +1,4 @@
-"""What a model does to the numbers that its LM head gives, such as a soft cap: it is measured."""
+"""What a model does to the output of its LM head, such as a soft cap. It is measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class HeadForm:
 
 
 def head_of(model: Any) -> nn.Linear:
-    """The LM head; a UserError where there is none, or no linear one."""
+    """The LM head; a UserError where there is none, or where it is not linear."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise unsupported(model, "has no linear LM head")
@@ -35,9 +35,9 @@ def head_of(model: Any) -> nn.Linear:
 
 @torch.no_grad()
 def head_form(model: Any, decoder: Any) -> HeadForm:
-    """What a model makes of its head's numbers: measured on numbers put in their place, in fp32.
+    """What a model makes of its head's output, measured in fp32 on numbers put in its place.
 
-    A model that does anything else (or runs its head on other states than the decoder's last) is
+    A model that does anything else, or runs its head on other states than the decoder's last, is
     refused with a UserError.
     """
     head = head_of(model)

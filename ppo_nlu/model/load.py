@@ -1,4 +1,4 @@
-"""A policy of a config: the base model, LoRA and a value head, on the path that it may take."""
+"""The policy of a config: the base model with LoRA and a value head, on the path it may take."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def load_policy(cfg: Config) -> Policy:
 
 
 def measure(model: Any, tokenizer: Any, cfg: Config) -> tuple[AsLoaded, int]:
-    """What the model gives before anything of it is replaced, and where its context ends, which is
-    told where it is early."""
+    """What the model gives before anything in it is replaced, and where its context ends. A line
+    tells the user where that is early."""
     asked = cfg.data.max_prompt_tokens and cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     limit, note = limit_of(model, asked)
     tell(note)
@@ -55,8 +55,8 @@ def measure(model: Any, tokenizer: Any, cfg: Config) -> tuple[AsLoaded, int]:
 
 
 def path_and_limit(policy: Policy, cfg: Config, loaded: AsLoaded, limit: int) -> tuple[bool, int]:
-    """Whether the prefix tree is taken, and how long rows may be, for `Policy.settle`; a model that
-    neither path runs is a UserError."""
+    """Whether the prefix tree is taken, and how long rows may be, for `Policy.settle`. A UserError
+    where the model runs rightly on neither path."""
     tree = path_check.choose_path(policy, cfg.model.path, loaded)
     end = path_check.longest_row(policy, loaded) if tree else None
     if end is not None:
@@ -81,12 +81,12 @@ def check_words(policy: Policy, spec: TaskSpec, style: PromptConfig | None = Non
     fields = dict.fromkeys(spec.fields, "a film")
     prompt = render(spec, fields, form=form)
     for word in spec.words or ("a film",):
-        wanted = answer(word, form)
+        expected = answer(word, form)
         text = policy.decode(policy.encode(prompt + answer(policy.seal(word), form)))
         reply = text.rpartition(OPENING[form])[2]
         if parse(spec, reply, form) != word or STOP not in reply:
             raise UserError(
                 f"model.name_or_path: the tokenizer of {policy.model.name_or_path!r} does not keep "
-                f"{wanted.strip()!r} (it reads back {reply.strip()[-40:]!r}); "
+                f"{expected.strip()!r} (it reads back {reply.strip()[-40:]!r}); "
                 "use a model whose tokenizer knows these characters"
             )

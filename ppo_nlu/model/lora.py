@@ -1,7 +1,8 @@
 """LoRA layers (arXiv 2106.09685): attach, switch off, their tensors, merge.
 
-The reference policy is the same model with LoRA switched off, by a flag that the forward reads;
-weights are never merged and un-merged in place, which drifts in bf16. `merge` returns a new model.
+The reference policy is the same model with LoRA switched off by a flag that the forward reads.
+Weights are never merged and unmerged in place, which would drift in bf16. `merge` returns a new
+model.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def lora_scaling(r: int, alpha: float, rslora: bool) -> float:
 
 
 class LoraLinear(nn.Module):
-    """y = base(x) + scaling · B A dropout(x), the base frozen, A and B fp32 whatever its dtype.
+    """y = base(x) + scaling · B A dropout(x). The base is frozen; A and B are always in fp32.
 
     The base is an `nn.Linear` or a transformers `Conv1D`, whose weight is stored transposed.
     """
@@ -162,7 +163,7 @@ def _flagged(model: nn.Module, flag: str) -> Iterator[None]:
 
 
 def freeze_reference(model: nn.Module) -> None:
-    """Make today's A and B the reference (PPO after SFT); the base alone is it otherwise."""
+    """Make the present A and B the reference (PPO after SFT), in place of the base alone."""
     for layer in lora_layers(model).values():
         layer.ref_a = layer.lora_a.detach().clone()
         layer.ref_b = layer.lora_b.detach().clone()
@@ -175,8 +176,8 @@ def _linear_types() -> tuple[type[nn.Module], ...]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module computes x Wᵀ + b. Those with a forward of their own (routers, bit layers,
-    Falcon's linears) are tried."""
+    """Whether a module computes x Wᵀ + b. Subclasses with a forward of their own (routers, bit
+    layers, Falcon's linears) are run once to see."""
     types = _linear_types()
     if not isinstance(module, types) or type(module).forward in {kind.forward for kind in types}:
         return isinstance(module, types)
@@ -186,7 +187,7 @@ def _is_linear(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             given, plain = module(x), nn.functional.linear(x, module.weight, module.bias)
-    except Exception:  # one that is called in another way
+    except Exception:  # it is called in another way
         return False
     near = isinstance(given, Tensor) and given.shape == plain.shape and given.dtype == plain.dtype
     bound = 1e-5 if plain.dtype == torch.float32 else 1e-2
@@ -196,8 +197,8 @@ def _is_linear(module: nn.Module) -> bool:
 def _block_linears(model: nn.Module, idle: Collection[str] = ()) -> dict[str, list[str]]:
     """The linear layers inside the decoder's blocks: dotted name -> its parts inside the block.
 
-    The blocks are the items of the outermost module lists. The LM head and the embeddings lie
-    outside, and must: the head runs through a fused op that never calls the module.
+    The blocks are the items of the outermost module lists. The LM head lies outside, as it must: it
+    runs through a fused op that never calls the module.
     """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
@@ -211,7 +212,7 @@ def _block_linears(model: nn.Module, idle: Collection[str] = ()) -> dict[str, li
 
 
 def _in_attention(parts: Sequence[str]) -> bool:
-    """By the modules around the layer; its own name says nothing."""
+    """Whether a layer is in an attention, by the names of the modules around it."""
     return any("attn" in part or "attention" in part for part in parts[:-1])
 
 
@@ -264,8 +265,8 @@ def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], source: str
 
 
 def take(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into those of the same names; a UserError where any does not fit or is no
-    number, before the first is copied."""
+    """Copy tensors into those of the same names. A UserError where one does not fit or holds NaN or
+    infinity; nothing is copied then."""
     for word, keys in (("lacks", own.keys() - tensors), ("has unexpected", tensors.keys() - own)):
         if keys:
             shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
@@ -286,9 +287,10 @@ def take(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) 
 
 
 def require_numbers(tensor: Tensor, dtype: torch.dtype, source: str) -> None:
-    """A UserError where a weight is not made of finite floating-point numbers, as `dtype` asks."""
+    """A UserError where a weight is not made of floating-point numbers that are finite in `dtype`;
+    with any other `dtype` nothing is asked."""
     if not dtype.is_floating_point:
-        return  # a buffer of positions, say
+        return  # such as a buffer of positions
     if not tensor.is_floating_point():
         raise UserError(f"{source} holds {tensor.dtype}, not floating-point numbers; save it again")
     if not tensor.to(dtype).isfinite().all():

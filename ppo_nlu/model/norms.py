@@ -1,9 +1,9 @@
-"""Root mean square norms (arXiv 1910.07467) whose weight is frozen, with a backward of their own.
+"""Root mean square norms (arXiv 1910.07467) with a frozen weight and a backward of their own.
 
     r = (mean x² + ε)^(-½),  y = w ∘ x r,  dx = r (w ∘ dy) − x r³ ⟨w ∘ dy, x⟩ / H
 
-Left to autograd the backward of the library's modules takes nine passes over the tokens, this one
-three. `attach` replaces them where they compute the same; nothing else of the model is touched.
+The backward that autograd makes for the library's modules takes nine passes over the tokens, this
+one three. `attach` replaces a module where ours gives the same, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FrozenRMSNorm(nn.Module):
 
 
 def _same(module: nn.Module) -> bool:
-    """Whether ours gives what the module gives (Gemma's, for one, adds 1 to the weight)."""
+    """Whether ours gives what the module gives. Gemma's, for example, adds 1 to the weight."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if weight is None or eps is None or weight.requires_grad or weight.dtype != torch.float32:
         return False
@@ -55,7 +55,7 @@ def _same(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             given, ours = module(x), FrozenRMSNorm(module)(x)
-    except Exception:  # one that is called in another way
+    except Exception:  # it is called in another way
         return False
     return bool(torch.allclose(given, ours, rtol=1e-5, atol=1e-6))
 

@@ -1,4 +1,4 @@
-"""An adapter as a folder in PEFT's layout: written, and read with all that would differ refused."""
+"""An adapter as a folder in PEFT's layout: written and read. Unsupported variants are refused."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class AdapterConfig:
 
 
 def portable_name(name: str) -> str:
-    """What an adapter calls its base: the name that the user gave, of a full path the last part.
+    """What an adapter calls its base: the name that the user gave, or the last part of a full path.
 
-    Nobody else has the path, and it may say more of its machine than is meant to be shared.
+    Nobody else has that path, and it may tell more of its machine than is meant to be shared.
     """
     path = Path(name)
     return path.name if path.is_absolute() or name.startswith("~") else name
@@ -69,9 +69,9 @@ def save_adapter(
     base_name: str,
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the adapter in the PEFT layout, its checksums, and what else belongs to it.
+    """Write the adapter in the PEFT layout, its checksums, and the files that belong `beside` it.
 
-    Each file appears whole or not at all, the config last: with it the adapter is complete.
+    Each file appears whole or not at all. The config comes last: with it the adapter is complete.
     """
     config = {
         "base_model_name_or_path": portable_name(base_name),
@@ -156,7 +156,7 @@ def _number(
     value: Any = config.get(key)
     finite = type(value) in (int, float) and abs(value) < 1e9 and value == value
     if not finite or not allowed(value):
-        raise UserError(f"{path}: {key} is {short(value)}, which is no number that it can be")
+        raise UserError(f"{path}: {key} is {short(value)}, which is not a possible value")
     return int(value) if key == "r" else value
 
 

@@ -32,20 +32,20 @@ from ppo_nlu.tree import pack, passes
 from ppo_nlu.tree.checkpointing import checkpoint_blocks
 from ppo_nlu.tree.decode_graph import Recorder
 from ppo_nlu.tree.packed_row import Cost
-from ppo_nlu.tree.passes import State
+from ppo_nlu.tree.passes import PromptPass
 from ppo_nlu.tree.prefixes import PrefixCache, Tokens
 from ppo_nlu.tree.trim import trim
 
 
 @dataclass
 class Scored:
-    """What a pass says of the answers, all (B, R): zero where `mask` is False."""
+    """What a pass gives for the answers: (B, R) each, zero where `mask` is False."""
 
     mask: Tensor
     logprobs: Tensor
     entropy: Tensor
     values: Tensor | None
-    hidden: Tensor  # (N, H), the states that predict the counted tokens, row by row
+    hidden: Tensor  # (N, H), the states that predict the answers' tokens, row by row
 
 
 class Policy:
@@ -74,9 +74,14 @@ class Policy:
         checkpointing: bool = False,
         recorded: bool = False,
     ) -> None:
-        """How rows are run: in the prefix `tree` where no window ends in them, with a context of at
-        most `limit` tokens (None: the model's own), blocks computed again in the backward with
-        `checkpointing`, and decoded by `recorded` steps where there is a GPU and the tree."""
+        """Settle how rows are run.
+
+        Args:
+            tree: in the prefix tree, where rows are no longer than a window.
+            limit: in a context of at most so many tokens; None: the model's own.
+            checkpointing: blocks are run again in the backward.
+            recorded: decode steps are recorded, where there is a GPU and the tree.
+        """
         self.tree, self.limit, self.checkpointing = tree, limit, checkpointing
         self.recorder: Recorder | None = None
         if recorded and tree and self.device.type == "cuda":
@@ -86,7 +91,7 @@ class Policy:
 
     @property
     def config(self) -> Any:
-        """The configuration of the decoder; of a model that reads pictures too, of its text."""
+        """The decoder's configuration; of a model that also reads pictures, that of its text."""
         return self.decoder.config
 
     @property
@@ -101,7 +106,7 @@ class Policy:
         return shape_of(self.decoder)
 
     def packs(self, longest: int) -> bool:
-        """Whether rows of at most so many tokens take the prefix tree."""
+        """Whether rows of at most `longest` tokens take the prefix tree."""
         return self.tree and (self.window is None or longest <= self.window)
 
     @property
@@ -157,20 +162,20 @@ class Policy:
         count = sum(map(len, answers))
         saved = cost.tokens_full - cost.tokens_run
         profiling.count(
-            cost.tokens_run, saved, positions=count, pairs=cost.pairs, wanted=cost.wanted
+            cost.tokens_run, saved, positions=count, pairs=cost.pairs, predicting=cost.predicting
         )
         flat, _ = passes.run(self.decoder, tree, self.takes_positions)
-        return flat.index_select(0, tree.positions[tree.mask]), tree.mask
+        return flat.index_select(0, tree.predicted_from[tree.mask]), tree.mask
 
-    def _grown(
-        self, prompt_pass: State, answers: Sequence[Tokens], prompt_of: Sequence[int]
+    def _hidden_behind(
+        self, prompt_pass: PromptPass, answers: Sequence[Tokens], prompt_of: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """`hidden` of answers behind prompts that were run before, under autograd."""
+        """As `hidden`, for answers behind prompts that were run before under autograd."""
         hidden, mask, cost = passes.run_answers(self.decoder, prompt_pass, answers, prompt_of)
         saved = cost.tokens_full - cost.tokens_run
         profiling.count(cost.tokens_run, saved, positions=len(hidden), pairs=cost.pairs)
         before = prompt_pass.tree.cost
-        profiling.count_backward(before.tokens_run, before.pairs, before.wanted)
+        profiling.count_backward(before.tokens_run, before.pairs, before.predicting)
         return hidden, mask
 
     def score(
@@ -181,22 +186,24 @@ class Policy:
         temperature: float = 1.0,
         values: bool = False,
         entropy_grad: bool = False,
-        prompt_pass: State | None = None,
+        prompt_pass: PromptPass | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> Scored:
         """Log-probabilities, entropies and (where asked) values of the answers' tokens.
 
-        `entropy_grad` says that the loss will ask for the entropy's gradient. `prompt_pass` is a
-        pass over just these prompts, run under autograd with these weights: then the answers alone
-        are run. It serves one backward. What `prefix_cache` holds of the prompts, run with these
-        weights, is not run again; it gets no gradient.
+        Args:
+            entropy_grad: the loss will ask for the entropy's gradient.
+            prompt_pass: a pass over exactly these prompts, run under autograd with these weights;
+                then only the answers are run. It serves one backward.
+            prefix_cache: what the prompts begin with, run with these weights; it is not run again
+                and gets no gradient.
         """
         if prompt_pass is None:
             hidden, mask = self.hidden(prompts, answers, prompt_of, prefix_cache)
         else:
             assert prompt_pass.tree.lengths == [len(prompt) for prompt in prompts]
             prompt_of = range(len(answers)) if prompt_of is None else prompt_of
-            hidden, mask = self._grown(prompt_pass, answers, prompt_of)
+            hidden, mask = self._hidden_behind(prompt_pass, answers, prompt_of)
         targets = torch.tensor([t for a in answers for t in a], device=self.device)
         head, form = self.head, self.head_form
         logprobs, entropy = ops.linear_logprobs(
@@ -208,21 +215,24 @@ class Policy:
             entropy_grad=entropy_grad,
             softcap=form.cap and form.cap / form.scale,
         )
-        critic = None
-        if values:
-            critic = unflatten(self.value(hidden), mask)
-        return Scored(mask, unflatten(logprobs, mask), unflatten(entropy, mask), critic, hidden)
+        return Scored(
+            mask=mask,
+            logprobs=unflatten(logprobs, mask),
+            entropy=unflatten(entropy, mask),
+            values=unflatten(self.value(hidden), mask) if values else None,
+            hidden=hidden,
+        )
 
     def prefix_cache(self, prompts: Sequence[Tokens]) -> PrefixCache | None:
-        """What these prompts begin with, run once for all passes over some of them with today's
-        weights; None where that is little, or on the plain path."""
+        """What these prompts begin with, run once with the present weights for all passes over some
+        of them. None where it is too short to be worth it, and on the plain path."""
         if not self.tree:
             return None
         with profiling.phase("prefill"):
             found = passes.cache_prefix(self.decoder, prompts, self.window)
             if found is not None:
                 n = len(found.tokens)
-                profiling.count(n, -n, pairs=n * (n + 1) // 2, wanted=1)
+                profiling.count(n, -n, pairs=n * (n + 1) // 2, predicting=1)
         return found
 
     def value(self, hidden: Tensor) -> Tensor:
@@ -236,11 +246,11 @@ class Policy:
 
 
 def _no_warning(*_: Any) -> None:
-    """GPT-2 would wait for the device at each pass, to warn of padding that a row has not."""
+    """In place of a check for padding, at which GPT-2 would wait for the device in each pass."""
 
 
 def unflatten(values: Tensor, mask: Tensor) -> Tensor:
-    """(N,) values of the counted tokens into (B, R), zero elsewhere."""
+    """(N,) values of the tokens in `mask` as (B, R), zero elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 

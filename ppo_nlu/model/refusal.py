@@ -12,7 +12,7 @@ from ppo_nlu.errors import UserError, first_line
 
 
 def unsupported(model: Any, reason: str) -> UserError:
-    """The one line about an architecture that cannot be run rightly."""
+    """The one line about an architecture that the engine does not run correctly."""
     return UserError(
         f"model.name_or_path: {model.config.model_type} {reason}; "
         "this architecture is not supported"
@@ -27,8 +27,8 @@ def reason_of(error: Exception) -> str:
 
 @contextmanager
 def refused(model: Any, what: str) -> Iterator[None]:
-    """Inside, whatever a library raises is one line; but for a lack of memory, which is not the
-    model's doing."""
+    """Inside, whatever a library raises becomes one line, except a lack of memory, which is not the
+    model's fault."""
     try:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError, UserError):

@@ -1,7 +1,7 @@
 """What a model's config says: its decoder, sizes, windows, and how long its rows may be.
 
-Where the position tables change with the length of a batch, the context ends below the change, so
-that a row never depends on its neighbours.
+Where the position tables change with the length of a batch, the context ends before the change. So
+a row never depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import nn
 
 from ppo_nlu.model.refusal import refused
 
-FAR = 1024  # tokens: rows behind a longer window are tried only where the config asks for them
+FAR = 1024  # tokens: rows beyond a longer window are tried only where the config asks for them
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window_size")
-KNOWN = {  # which layers have a window; a way to save memory
+KNOWN = {  # the windows, and settings with "window" or "chunk" in their name that set none
     *WINDOWS,
     "max_window_layers",
     "sliding_window_pattern",
@@ -34,13 +34,13 @@ LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # plain k
 
 
 def text_config(model: Any) -> Any:
-    """The configuration of the decoder's text; of most models there is one only."""
+    """The decoder's configuration; of a model that also reads pictures, that of its text."""
     find = getattr(model.config, "get_text_config", None)
     return find() if find else model.config
 
 
 def decoder_of(model: Any) -> Any:
-    """The decoder without its head; of a model that reads pictures too, the one of its text."""
+    """The decoder without its head; of a model that also reads pictures, that of its text."""
     composite = text_config(model) is not model.config
     found = model.get_decoder() if composite else model.base_model
     while found.get_output_embeddings() is not None:  # Llama 4 names its head's model so
@@ -50,10 +50,10 @@ def decoder_of(model: Any) -> Any:
 
 
 def settings(config: Any, name: str) -> list[Any]:
-    """The values of a setting: one, or one a layer where they differ; none where it is not set."""
+    """The values of a setting: one, one for each layer where they differ, or none."""
     try:
         found = [getattr(config, name, None)]
-    except Exception:  # transformers raises where layers differ, and not an AttributeError
+    except Exception:  # where layers differ transformers raises, but no AttributeError
         found = [getattr(layer, name, None) for layer in config.per_layer_config]
     return [value for value in found if value is not None]
 
@@ -71,8 +71,8 @@ def context_of(config: Any) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a decoder: layers, attention heads, heads of keys and values, the size of a head, and the
-    width of its states. An estimate where layers differ or do not attend."""
+    """The sizes of a decoder: layers, attention heads, key heads, the size of a head, the width of
+    its states. An estimate where layers differ or do not attend."""
 
     layers: int
     heads: int
@@ -88,11 +88,12 @@ def shape_of(decoder: nn.Module) -> Shape:
     heads = max(_whole(config, "num_attention_heads") or _whole(config, "num_heads") or [1])
     keys = max(_whole(config, "num_key_value_heads") or [heads])
     size = max(_whole(config, "head_dim") or [max(hidden // heads, 1)])
-    return Shape(len(blocks_of(decoder)[1]), heads, keys, size, hidden)
+    layers = len(blocks_of(decoder)[1])
+    return Shape(layers=layers, heads=heads, keys=keys, size=size, hidden=hidden)
 
 
 def limit_of(model: Any, asked: int) -> tuple[int, str | None]:
-    """Where the context has to end, in tokens, and a line for the user where that is early.
+    """Where the context must end, in tokens, and a line for the user where that is early.
 
     `asked` is the longest row that the config asks for, 0 for none.
     """
@@ -106,8 +107,8 @@ def _limit_of(decoder: Any, asked: int) -> tuple[int, str | None]:
     if switch is not None and switch < limit:
         limit = switch
         note = (
-            f"the context ends at {switch:,} tokens: behind, the position tables of all rows of a "
-            "batch would change with its longest"
+            f"the context ends at {switch:,} tokens: a longer row would change the position tables "
+            "of all rows of its batch"
         )
     far = min((w for w in windows(decoder.config) if FAR < w < limit), default=None)
     if far is not None and asked <= far:
@@ -120,7 +121,7 @@ def _limit_of(decoder: Any, asked: int) -> tuple[int, str | None]:
 
 
 def windows(config: Any) -> list[int]:
-    """The numbers of tokens that some layer's attention ends at, from the shortest on."""
+    """The windows of the layers' attention, in tokens, from the shortest on."""
     kinds = set(getattr(config, "layer_types", None) or LAYERS)
     off = {
         "sliding_window": not any(settings(config, "use_sliding_window") or [True])
@@ -131,8 +132,9 @@ def windows(config: Any) -> list[int]:
 
 
 def is_odd(model: Any, decoder: nn.Module) -> bool:
-    """Whether lengths may matter to a model in a way that its config does not tell us: its code is
-    not transformers' own, or the config has windows or position tables of other names."""
+    """Whether a row's length may matter in a way that we cannot read from the config: the model's
+    code is not transformers' own, or its config names windows or position tables that we do not
+    know."""
     config: Any = decoder.config
     names = [n for n in config.to_dict() if ("window" in n or "chunk" in n) and n not in KNOWN]
     unknown = any(_whole(config, name) for name in names)
@@ -143,15 +145,15 @@ def is_odd(model: Any, decoder: nn.Module) -> bool:
 
 
 def only_attention(config: Any) -> bool:
-    """Whether every layer attends to keys and values; a state of another kind has no tree."""
+    """Whether every layer attends to keys and values; the tree cannot run other layers."""
     return set(getattr(config, "layer_types", None) or LAYERS) <= LAYERS
 
 
 def switch_of_positions(decoder: Any) -> int | None:
-    """The longest batch before the rotary tables change for all of its rows; None: they never do.
+    """The longest row that leaves the rotary tables of its batch unchanged; None: every row does.
 
-    LongRoPE takes other frequencies once any row is longer, dynamic NTK new ones for each length;
-    Llama 4 scales its queries by the slots in front of them.
+    LongRoPE takes other frequencies once any row is longer, dynamic NTK new ones for each length.
+    Llama 4 scales queries by their place in the padded row.
     """
     found = []
     if getattr(decoder.config, "attn_temperature_tuning", False):  # Llama 4 counts padding there
@@ -166,7 +168,7 @@ def switch_of_positions(decoder: Any) -> int | None:
 
 
 def _original_length(module: Any, layer: str | None) -> int:
-    """How many positions a rotary module was made for before its table is stretched."""
+    """How many positions a rotary module has before its table is stretched."""
     config = module.config
     table = getattr(config, "rope_parameters", None) or {}
     table = table.get(layer, table) if layer else table

@@ -1,4 +1,4 @@
-"""Where a response ends: the stop tag in its text, or a token that ends the sequence."""
+"""Where an answer ends: the stop tag in its text, or a token that ends the sequence."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ppo_nlu.tree.prefixes import Tokens
 
 
 class StopDetector:
-    """Tells when a response is over: an eos id, or a text that holds `</Judgement>`.
+    """Tells when an answer is over: by an eos id, or when its text holds `</Judgement>`.
 
-    The tag is looked for in the text that the parser reads, whatever its tokenisation; a row is
-    decoded only when its newest token could hold the tag's last character.
+    The tag is looked for in the text, as the parser reads it, so its tokenisation does not matter.
+    An answer is turned to text only when its newest token could hold the tag's last character.
     """
 
     def __init__(self, model: Any, tokenizer: Any):
@@ -31,7 +31,7 @@ class StopDetector:
         self.may_end[closing + [i for i in self.eos if i < size]] = True
 
     def ended(self, rows: Sequence[Tokens]) -> list[bool]:
-        """Whether each response is over with its last token."""
+        """Whether each answer is over with its last token."""
         return [row[-1] in self.eos or STOP in self._text(row) for row in rows]
 
     def _text(self, row: Tokens) -> str:

@@ -1,8 +1,8 @@
 """Texts to token ids and back, with control tokens only where they are meant.
 
-A control token, such as an end of turn, is one where a chat template or the config writes it. In
-the text of a row the same letters are text like any other: `seal` marks them there, and `encode`
-takes what is marked for plain text. Every text is tokenised as a whole, and one that holds no mark
+The letters of a control token, such as an end of turn, stand for it where a chat template or the
+config writes them. In the text of a row they are text like any other: `seal` marks them there, and
+`encode` takes what is marked for plain text. Every text is tokenised as a whole. One without marks
 goes through the tokenizer as it is.
 """
 
@@ -16,25 +16,25 @@ from typing import Any
 
 from ppo_nlu.errors import UserError, quoted
 
-# Three code points that Unicode keeps for use inside a program: no text should hold them.
+# Three code points that Unicode reserves for use inside programs: no text should hold them.
 SEAL, _OPEN, _CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token
 _PROBED = 40  # control tokens, in the check of a copied tokenizer
 
 
 class TextError(UserError):
-    """A text that the model cannot be given; who knows which row it is of may say so."""
+    """A text that the model cannot read; a caller that knows the row may add its name."""
 
 
 class Codec:
-    """A tokenizer with the ids that end a response, and the number of the model's embeddings."""
+    """A tokenizer with the ids that end an answer, and the number of the model's embeddings."""
 
     def __init__(self, tokenizer: Any, eos: set[int], embeddings: int):
         self.tokenizer, self.eos, self.embeddings = tokenizer, eos, embeddings
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a whole text, with the tokenizer's own opening tokens, where the text does
-        not open with them, and no closing ones."""
+        """Token ids of a whole text, without the tokenizer's closing tokens. Its opening tokens are
+        put in front, unless the text begins with them."""
         ids = self._split(text) if SEAL in text else self._plain(text)
         if ids and ids[-1] in self.eos and not text.endswith(self.decode(ids[-1:], False)):
             ids = ids[:-1]
@@ -55,17 +55,17 @@ class Codec:
         )
 
     def seal(self, text: str) -> str:
-        """The text of a row, with a mark in each piece that would become a control token."""
+        """The text of a row with a mark in each piece that would become a control token."""
         marked = text.replace(SEAL, 2 * SEAL)
         if self._pattern is None:
             return marked
         sealed = self._pattern.sub(lambda found: f"{found[0][0]}{SEAL}{found[0][1:]}", marked)
         if sealed == text and self._loose and self._control & set(self._plain(text)):
-            sealed = re.sub(r"\S", rf"\g<0>{SEAL}", text, count=1)  # spelled in another way
+            sealed = re.sub(r"\S", rf"\g<0>{SEAL}", text, count=1)  # one in another spelling
         return sealed
 
     def leaks(self, text: str) -> bool:
-        """Whether the text of a row holds control tokens that cannot be kept plain text."""
+        """Whether the text of a row holds control tokens that cannot be made plain text."""
         sealed = self.seal(text)
         return sealed != text and bool(self._control & set(self._split(sealed)))
 
@@ -82,7 +82,8 @@ class Codec:
         return []
 
     def _opened(self, ids: Sequence[int]) -> bool:
-        """Whether one of the opening tokens stands before all that is no white space or control."""
+        """Whether an opening token comes before the first token that is neither white space nor a
+        control token."""
         for token in ids:
             if token in self.opening:
                 return True
@@ -94,8 +95,8 @@ class Codec:
 
     @cached_property
     def _controls(self) -> dict[str, Any]:
-        """Special tokens by their text, and added ones that the chat template writes, such as
-        `<think>`. Other added tokens are words of the model's, or runs of spaces."""
+        """Special tokens by their text, and those added tokens that the chat template writes, such
+        as `<think>`. Other added tokens are words or runs of spaces."""
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
         return {
             str(token): token
@@ -116,12 +117,13 @@ class Codec:
 
     @cached_property
     def _loose(self) -> bool:
-        """Whether a control token is looked for in the text as the tokenizer rewrites it."""
+        """Whether control tokens are found in a text after the tokenizer has normalised it."""
         rewrites = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
         return rewrites is not None and any(token.normalized for token in self._controls.values())
 
     def _split(self, text: str) -> list[int]:
-        """Token ids of a text with marks: what is marked is plain, other control tokens are so."""
+        """Token ids of a text with marks: what is marked is plain text, all other control tokens
+        stay control tokens."""
         splitter = self._splitter
         if splitter is None:
             return self._plain(_unsealed(text))
@@ -129,7 +131,7 @@ class Codec:
 
     @cached_property
     def _splitter(self) -> _Splitter | None:
-        """None where the tokenizer cannot be made to take control tokens for text."""
+        """None where the tokenizer cannot be made to read control tokens as text."""
         if self._pattern is None or not getattr(self.tokenizer, "is_fast", False):
             return None
         made = _Splitter(self.tokenizer, self._controls, self._pattern)
@@ -138,8 +140,8 @@ class Codec:
 
 
 class _Splitter:
-    """A copy of a fast tokenizer that takes its control tokens for text, and finds them by other
-    names: what a text writes without a mark is renamed before, and its ids are put back behind."""
+    """A copy of a fast tokenizer that reads its control tokens as text, and knows them by other
+    names. Those without a mark are renamed before, and get their ids back afterwards."""
 
     def __init__(self, tokenizer: Any, controls: dict[str, Any], pattern: re.Pattern[str]):
         from tokenizers import AddedToken
@@ -150,7 +152,7 @@ class _Splitter:
         def like(token: Any, text: str, special: bool) -> Any:
             return AddedToken(text, special=special, **{f: getattr(token, f) for f in _FLAGS})
 
-        # Only special tokens can be taken for text, so all control tokens of the copy are.
+        # Only special tokens can be read as text, so all control tokens of the copy are special.
         self.tokenizer.backend_tokenizer.add_special_tokens(
             [like(token, text, True) for text, token in controls.items() if not token.special]
         )
@@ -162,7 +164,7 @@ class _Splitter:
         }
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text with marks, and nothing put around them."""
+        """Token ids of a text with marks, without opening and closing tokens."""
         renamed = _unsealed(self.pattern.sub(lambda found: self.names[found[0]], text))
         found = self.tokenizer(renamed, add_special_tokens=False, split_special_tokens=True)
         return [self.real.get(token, token) for token in found["input_ids"]]

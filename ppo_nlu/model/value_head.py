@@ -1,4 +1,4 @@
-"""The critic: V(s) from the states that the policy has computed."""
+"""The critic: V(s) from the hidden states of the policy."""
 
 from __future__ import annotations
 

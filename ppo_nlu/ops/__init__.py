@@ -1,12 +1,12 @@
 """The operations that decide speed and memory, each in a torch form and a Triton form.
 
-Which form runs is decided per call: a CUDA tensor takes Triton, a CPU tensor takes torch (and so
-does any float64 one), and with TRITON_INTERPRET=1 a CPU tensor takes Triton in its interpreter.
-PPO_NLU_BACKEND=triton|torch overrides; `triton` never falls back in silence. Triton is imported
-only when a kernel is asked for.
+Which form runs is decided in each call: CUDA tensors take Triton, CPU and float64 tensors take
+torch, and with TRITON_INTERPRET=1 CPU tensors take Triton in its interpreter.
+PPO_NLU_BACKEND=triton|torch overrides this; `triton` never falls back silently. Triton is imported
+only when a kernel is used.
 
-Everything is computed in fp32 (float64 for float64 inputs); gradients come back in the dtype of
-what they belong to. Double backward is refused by autograd, not answered wrongly.
+Everything is computed in fp32 (float64 for float64 inputs). A gradient has the dtype of its tensor.
+Double backward is refused by autograd, never wrong.
 """
 
 from __future__ import annotations
@@ -106,15 +106,15 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """log π(target) and the entropy of softmax((h Wᵀ + b)/τ), without the (N, V) logits in memory.
 
-    With a frozen head ∂log π/∂h = (W_y − Σᵥ pᵥ W_v)/τ does not depend on the upstream gradient: it
-    is formed in the forward while a block of probabilities is at hand, and the backward is one
-    multiplication. With `entropy_grad` the same is done for the entropy, at the price of one more
-    product; without it an entropy gradient that is asked for comes from recomputed blocks. A
-    trainable head (or bias, or a LoRA of the head) takes the recomputing path throughout.
+    With a frozen head ∂log π/∂h = (W_y − Σᵥ pᵥ W_v)/τ does not depend on the upstream gradient. It
+    is formed in the forward, while a block of probabilities is at hand, and the backward is one
+    multiplication. `entropy_grad` does the same for the entropy, at the price of one more product;
+    without it the entropy's gradient comes from recomputed blocks. With a trainable head (or bias,
+    or a LoRA of the head) all gradients do.
 
-    With a `softcap` c (Gemma 2, arXiv 2408.00118) the logits are c · tanh((h Wᵀ + b)/c) before τ:
-    in torch on every device, with a frozen head without LoRA, the entropy's gradient with
-    `entropy_grad` alone.
+    With a `softcap` c (Gemma 2, arXiv 2408.00118) the logits are c · tanh((h Wᵀ + b)/c) before τ.
+    This runs in torch on every device and takes a frozen head without LoRA; the entropy has a
+    gradient only with `entropy_grad`.
 
     Args: hidden (N, H), weight (V, H), targets (N,) integers in [0, V), bias (V,) or None;
         lora_a (r, H) and lora_b (V, r) add s · (h Aᵀ) Bᵀ to the logits, s being `scaling`.
@@ -141,9 +141,9 @@ def linear_logprobs(
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """h Wᵀ + b in fp32 without a rounding to the dtype of h on the way.
+    """h Wᵀ + b in fp32, not rounded to the dtype of h on the way.
 
-    What is sampled from these logits comes from the distribution that `linear_logprobs` scores.
+    So what is sampled from these logits comes from the distribution that `linear_logprobs` scores.
 
     Args: hidden (N, H), weight (V, H), bias (V,) or None.
     Returns: (N, V), fp32 (float64 for float64 inputs).
@@ -175,8 +175,15 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns (B, R) as in `ppo_nlu.losses.gae`; on CUDA in one launch, detached."""
     if choose_backend(values) == "triton":
-        return _launch("gae", rewards.detach(), values.detach(), mask, float(gamma), float(lam))
-    return advantages.gae(rewards, values, mask, gamma, lam)
+        return _launch(
+            "gae",
+            rewards.detach(),
+            values=values.detach(),
+            mask=mask,
+            gamma=float(gamma),
+            lam=float(lam),
+        )
+    return advantages.gae(rewards=rewards, values=values, mask=mask, gamma=gamma, lam=lam)
 
 
 def ppo_loss(*, logprobs: Tensor, **given: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -188,7 +195,7 @@ def ppo_loss(*, logprobs: Tensor, **given: Any) -> tuple[Tensor, dict[str, Tenso
 
 
 def ppo_loss_form(logprobs: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-    """The `ppo_loss` that runs on such log-probs: the kernel, or `losses.ppo_loss` itself."""
+    """The `ppo_loss` for log-probs on this device: the kernel, or `losses.ppo_loss` itself."""
     if choose_backend(logprobs) != "triton":
         return losses.ppo_loss
 
@@ -295,9 +302,9 @@ def _check_head(
 def _check_targets(targets: Tensor, vocab: int) -> None:
     """A target outside [0, V) raises IndexError.
 
-    On CUDA this costs one small reduction and one copy of two numbers to the host. It is left out
-    while a CUDA graph is captured, where no copy is possible; the kernels then answer NaN for such
-    a row and never read outside the logits.
+    On CUDA this costs one small reduction and one copy of two numbers to the host. While a CUDA
+    graph is captured no copy is possible and the check is left out; the kernels then give NaN for
+    such a row and never read outside the logits.
     """
     if targets.numel() == 0 or torch.compiler.is_compiling():
         return
@@ -307,20 +314,20 @@ def _check_targets(targets: Tensor, vocab: int) -> None:
     if low < 0 or high >= vocab:
         raise IndexError(
             f"a target is out of range: found {low}..{high}, the vocabulary is 0..{vocab - 1}; "
-            "select the rows that count beforehand"
+            "leave out padding and masked rows before the call"
         )
 
 
 def _seed(dropout_p: float, seed: int | None) -> int:
-    """The seed given, or one of torch's CPU generator, so that recomputation draws it again."""
+    """The given seed, or one from torch's CPU generator: a recomputation then draws it again."""
     if seed is None and dropout_p > 0:
         return int(torch.randint(2**31 - 1, ()).item())
     return seed or 0
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Inside, nothing on the device of x is cast. Entering a region costs 20 µs, so only where
-    there is one."""
+    """Inside, autocast is off on the device of x. Entering a region costs 20 µs, so it is done only
+    where autocast is on."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from ppo_nlu.ops.torch_logprobs import WIDENED, linear_logits
 from ppo_nlu.ops.torch_softmax import accumulator, slices, used
 
-_CAPPED = 1 << 23  # logits that are in memory at a time
+_CAPPED = 1 << 23  # logits in memory at a time
 
 
 def capped_logprobs(
@@ -22,7 +22,7 @@ def capped_logprobs(
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """log π(target) and entropy, (N,) each, of softmax(c tanh((hidden Wᵀ + bias)/c)/τ), c being
-    `softcap`; W is frozen. An entropy gradient is there with `entropy_grad` alone."""
+    `softcap`; W is frozen. The entropy has a gradient only with `entropy_grad`."""
     args = (hidden, weight, targets, bias, temperature, softcap, entropy_grad)
     return _CappedLogprobs.apply(*args)  # type: ignore[no-untyped-call]
 
@@ -62,7 +62,7 @@ class _CappedLogprobs(torch.autograd.Function):
         grad = torch.zeros_like(directions[0])
         grads = used(grad_logprobs, grad.dtype), used(grad_entropy, grad.dtype)
         if grads[1] is not None and len(directions) < 2:
-            raise ValueError("a gradient of the entropy behind a soft cap needs entropy_grad=True")
+            raise ValueError("with a softcap the entropy's gradient needs entropy_grad=True")
         for direction, g in zip(directions, grads, strict=False):
             if g is not None:
                 grad.addcmul_(direction, g[:, None])
@@ -70,7 +70,7 @@ class _CappedLogprobs(torch.autograd.Function):
 
 
 def _multiply(terms: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Add terms (C, V) times W (V, H) to out (C, H), W widened a block at a time."""
+    """Add terms (C, V) times W (V, H) to out (C, H); a block of W is widened at a time."""
     step = weight.shape[0]
     if weight.dtype != out.dtype:
         step = WIDENED // max(weight.shape[1], 1)

@@ -1,9 +1,9 @@
 """Log-probabilities in plain torch: the reference form of `ppo_nlu.ops`, and the one for the CPU.
 
-Logits are formed a block at a time (rows by vocabulary entries), in buffers used again for every
-block, and forgotten; of each row only the statistics of `torch_softmax` stay. With a frozen head
-U = ∂log π/∂h, and on request E = ∂entropy/∂h, are formed in the same pass. Logits with a soft cap
-are in `torch_capped`.
+Logits are formed one block (rows by vocabulary entries) at a time, in buffers that every block uses
+again; of each row only the statistics of `torch_softmax` are kept. With a frozen head U = ∂log π/∂h
+and, on request, E = ∂entropy/∂h are formed in the same pass. `torch_capped` has logits with a soft
+cap.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ppo_nlu.ops.torch_softmax import (
     wants_grad,
 )
 
-WIDENED = 1 << 20  # weights that are turned to fp32 at a time, which the cache holds
+WIDENED = 1 << 20  # weights turned to fp32 at a time: the processor's cache holds them
 
 
 def linear_logprobs(
@@ -44,8 +44,8 @@ def linear_logprobs(
     """log π(target) and entropy, (N,) each, of softmax((hidden Wᵀ + s hidden Aᵀ Bᵀ + bias)/τ).
 
     Args: hidden (N, H), weight (V, H), targets (N,), bias (V,) or None, lora_a (r, H) and
-        lora_b (V, r) or None. entropy_grad: form ∂entropy/∂hidden in the forward; without it an
-        entropy gradient that is asked for comes from recomputed blocks.
+        lora_b (V, r) or None. entropy_grad: form ∂entropy/∂hidden in the forward; without it the
+        entropy's gradient comes from recomputed blocks.
     """
     head = (weight, bias, lora_a, lora_b, float(scaling), float(temperature))
     if not wants_grad(hidden, weight, bias, lora_a, lora_b):
@@ -57,10 +57,10 @@ def linear_logprobs(
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """hidden Wᵀ + bias (N, V) in fp32, rounded nowhere on the way.
+    """hidden Wᵀ + bias (N, V) in fp32, not rounded on the way.
 
-    A product of bf16 matrices would round each logit to 8 bits. Where no gradient is asked for, W
-    is widened a block at a time.
+    A product of bf16 matrices would round each logit to 8 bits. Where no gradient is needed, a
+    block of W is widened at a time.
     """
     dtype = accumulator(hidden.dtype)
     if hidden.dtype == weight.dtype == dtype or wants_grad(hidden, weight, bias):
@@ -116,10 +116,10 @@ class Head(NamedTuple):
 
 
 class _Blocks:
-    """The blocks that rows and vocabulary are cut into, and two buffers of the size of one.
+    """The blocks that rows and vocabulary are cut into, and two buffers of the size of a block.
 
-    Never all rows with the whole vocabulary. On the CPU up to 512 rows stay together (streaming the
-    head twice would cost more), and a block is small enough to stay in the cache for its passes.
+    A block never has all rows and the whole vocabulary. Up to 512 rows stay together: reading the
+    head twice would cost more. On the CPU a block is small enough to stay in the cache.
     """
 
     def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -136,7 +136,7 @@ class _Blocks:
 
 
 def _block_shape(rows: int, vocab: int, device: torch.device) -> tuple[int, int]:
-    """Rows and vocabulary entries of one block: a quarter of all logits or less, half if few."""
+    """Rows and vocabulary entries of a block: at most a quarter of all logits, or half if few."""
     most_rows, most = (512, 1 << 23) if device.type == "cuda" else (512, 1 << 20)
     rows, parts = min(rows, most_rows), (4 if rows * vocab > 1 << 16 else 2)
     return rows, max(1, min(-(-vocab // parts), most // max(rows, 1)))
@@ -309,7 +309,7 @@ def _token_logprobs_forward(logits: Tensor, targets: Tensor, temperature: float)
 
 
 def _token_rows(logits: Tensor) -> tuple[int, int]:
-    """The number of rows, and how many to take at a time so that their copy stays in the cache."""
+    """The number of rows, and how many to take at a time: their copy should fit in the cache."""
     entries = 1 << (24 if logits.is_cuda else 19)
     return logits.shape[0], max(1, entries // max(logits.shape[1], 1))
 

@@ -1,9 +1,9 @@
 """LoRA linear layers in plain torch: the reference form of `ppo_nlu.ops`, and the one for the CPU.
 
 y_i = x W_iᵀ + b_i + S_i B_iᵀ with S_i = s_i/(1 − p) · (x ∘ mask) A_iᵀ, for one layer or several
-that share x: their S is one product with the stacked A, and dx is summed in one buffer. W is
-frozen: no gradient as large as W is ever formed. Kept for the backward are x and S; the dropout
-mask is drawn again from its seed.
+that share x: S is one product with the stacked A, and dx is summed in one buffer. W is frozen: no
+gradient as large as W is ever formed. Only x and S are kept for the backward; the dropout mask is
+drawn again from its seed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def lora_linear_grouped(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
-    """y_i (..., O_i) of layers that share x (..., K), which is dropped once.
+    """y_i (..., O_i) of layers that share x (..., K) and one dropout mask.
 
     Args: weights (O_i, K), biases (O_i,) or None, lora_as (r_i, K), lora_bs (O_i, r_i).
     """
@@ -69,7 +69,7 @@ def _stacked(lora_as: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _parts(group: Tensor, lora_as: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
-    """A tensor of the group, Σ r_i long, as one view of length r_i a member."""
+    """A tensor of the group, Σ r_i long, as one view of length r_i for each member."""
     return (group,) if len(lora_as) == 1 else group.split([a.shape[0] for a in lora_as], dim)
 
 

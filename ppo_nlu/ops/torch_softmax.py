@@ -1,6 +1,6 @@
-"""The softmax of rows whose logits pass a block at a time, and its gradient: plain torch.
+"""The softmax of rows whose logits come one block at a time, and its gradient, in plain torch.
 
-Of each row only the running statistics stay. `torch_logprobs` forms the blocks.
+Of each row only the running statistics are kept. `torch_logprobs` forms the blocks.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: fp32, or float64 for float64 inputs."""
+    """The dtype to compute in: fp32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class RunningSoftmax:
-    """Of a chunk of rows the running maximum m, Σ exp and Σ z exp over v ≠ y, and the target's z.
+    """For a chunk of rows the running maximum m, Σ exp and Σ z exp over v ≠ y, and the target's z.
 
-    Online softmax: after each block m' = max(m, max z), and what was summed relative to m is scaled
-    by exp(m − m'). With z measured from m, entropy = log Σ exp(z) − Σ z exp(z) / Σ exp(z). The
-    target is left out of the sums: near p_y = 1, log p_y = −log1p(Σ exp(z_v − z_y)) then loses no
-    digit.
+    Online softmax: after each block m' = max(m, max z), and the sums relative to m are scaled by
+    exp(m − m'). With z measured from m, entropy = log Σ exp(z) − Σ z exp(z) / Σ exp(z). The target
+    is left out of the sums: near p_y = 1, log p_y = −log1p(Σ exp(z_v − z_y)) then loses no digit.
     """
 
     def __init__(self, targets: Tensor, dtype: torch.dtype) -> None:
@@ -61,9 +60,9 @@ class RunningSoftmax:
         return shift, scale
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """log π(target), entropy, m and log Σ exp(z − m), stacked (4, C); and the last's Σ (C,).
+        """log π(target), entropy, m and log Σ exp(z − m), stacked (4, C); and Σ exp(z − m) (C,).
 
-        m and the logarithm stay apart: their sum would lose digits of it where m is large.
+        m and the logarithm stay apart: their sum would lose digits where m is large.
         """
         below = self.at_target - self.top
         own = below.exp()
@@ -76,7 +75,7 @@ class RunningSoftmax:
 
 
 def columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Each target's column in a block (C, 1), clamped into it, and whether it lies there (C,)."""
+    """Each target's column in a block (C, 1), clamped to it, and whether it lies in it (C,)."""
     column = targets - start
     inside = (column >= 0) & (column < width)
     return column.clamp_(0, width - 1)[:, None], inside
@@ -93,7 +92,7 @@ def logits_gradient(
 ) -> Tensor:
     """g (1[v=y] − p_v) − g_ent p_v (log p_v + entropy) for a block of logits z.
 
-    z and p, of its shape, are overwritten; the answer is in one of them.
+    z and p (of the same shape) are overwritten; the result is in one of them.
 
     The target's 1 − p is formed as −expm1(log p): the difference would cancel where p is near 1.
     """
@@ -111,7 +110,7 @@ def logits_gradient(
 
 
 def used(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """None for a gradient that is absent, or all zero where looking costs no synchronisation."""
+    """None for a gradient that is absent; on the CPU also for one that is zero everywhere."""
     if grad is None or (grad.device.type == "cpu" and not grad.any()):
         return None
     return grad.to(dtype)

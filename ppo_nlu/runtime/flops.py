@@ -29,7 +29,7 @@ FORMULA = (
 class Weights:
     """What a token goes through: numbers of weights, and layers · heads · head size.
 
-    The `trimmed` weights are those of the last block that only run wanted tokens.
+    The `trimmed` weights are those of the last block that run only the predicting tokens.
     """
 
     blocks: int
@@ -41,22 +41,29 @@ class Weights:
     trimmed_adapters: int = 0
 
     def forward(
-        self, tokens: int, positions: int, pairs: int, lora: bool = True, wanted: int | None = None
+        self,
+        tokens: int,
+        positions: int,
+        pairs: int,
+        lora: bool = True,
+        predicting: int | None = None,
     ) -> float:
         """FLOPs of a forward pass."""
-        frozen, adapters = self._inner(tokens, wanted)
+        frozen, adapters = self._inner(tokens, predicting)
         ends = positions * (self.head + self.critic)
         return 2.0 * (frozen + adapters * lora + ends + 2 * pairs * self.attention)
 
-    def backward(self, tokens: int, positions: int, pairs: int, wanted: int | None = None) -> float:
+    def backward(
+        self, tokens: int, positions: int, pairs: int, predicting: int | None = None
+    ) -> float:
         """FLOPs of its backward pass."""
-        frozen, adapters = self._inner(tokens, wanted)
+        frozen, adapters = self._inner(tokens, predicting)
         trained = adapters + positions * self.critic + 2 * pairs * self.attention
         return 2.0 * (frozen + positions * self.head) + 4.0 * trained
 
-    def _inner(self, tokens: int, wanted: int | None) -> tuple[int, int]:
+    def _inner(self, tokens: int, predicting: int | None) -> tuple[int, int]:
         """Tokens times weights, for the blocks and for their adapters."""
-        left = tokens - (tokens if wanted is None else wanted)
+        left = tokens - (tokens if predicting is None else predicting)
         return (
             tokens * self.blocks - left * self.trimmed_blocks,
             tokens * self.adapters - left * self.trimmed_adapters,

@@ -49,26 +49,26 @@ def count(
     flops: float | None = None,
     positions: int = 0,
     pairs: int = 0,
-    wanted: int | None = None,
+    predicting: int | None = None,
 ) -> None:
     """Book a pass of the model under the phase that is open.
 
     `tokens_run` went through the blocks; `tokens_saved` would have gone too if every row had been
     run by itself. The head ran at `positions`. `pairs` counts each token with each one it attends
-    to, itself included. `wanted` tokens (None: all) went through the trimmed part of the last
+    to, itself included. `predicting` tokens (None: all) went through the trimmed part of the last
     block. FLOPs follow from these by the formula of `flops`, unless they are given.
     """
     if _active is not None:
-        _active.add(tokens_run, tokens_saved, flops, positions, pairs, wanted)
+        _active.add(tokens_run, tokens_saved, flops, positions, pairs, predicting)
 
 
-def count_backward(tokens: int, pairs: int, wanted: int | None = None) -> None:
+def count_backward(tokens: int, pairs: int, predicting: int | None = None) -> None:
     """Book the backward of a pass that was booked before as a forward alone: the rollout's pass
     over the prompts, which an update reuses."""
     import torch
 
     if _active is not None and _active.weights is not None and torch.is_grad_enabled():
-        _active.add(0, 0, _active.weights.backward(tokens, 0, pairs, wanted), 0, 0, None)
+        _active.add(0, 0, _active.weights.backward(tokens, 0, pairs, predicting), 0, 0, None)
 
 
 def active() -> bool:
@@ -159,25 +159,25 @@ class Profile:
         flops: float | None,
         positions: int,
         pairs: int,
-        wanted: int | None,
+        predicting: int | None,
     ) -> None:
         """See `count`."""
         if flops is None:
-            flops = self._flops(tokens_run, positions, pairs, wanted)
+            flops = self._flops(tokens_run, positions, pairs, predicting)
         row = self._row()
         row.tokens_run += tokens_run
         row.tokens_saved += tokens_saved
         row.flops += flops
 
-    def _flops(self, tokens: int, positions: int, pairs: int, wanted: int | None) -> float:
+    def _flops(self, tokens: int, positions: int, pairs: int, predicting: int | None) -> float:
         import torch
 
         if self.weights is None:
             return 0.0
         lora = "reference" not in self._names
-        flops = self.weights.forward(tokens, positions, pairs, lora, wanted)
+        flops = self.weights.forward(tokens, positions, pairs, lora, predicting)
         if torch.is_grad_enabled():
-            flops += self.weights.backward(tokens, positions, pairs, wanted)
+            flops += self.weights.backward(tokens, positions, pairs, predicting)
         return flops
 
     def _enter(self, name: str) -> None:

@@ -1,13 +1,13 @@
-"""Attention over a packed prefix tree: each token attends to its ancestors, and to nothing else.
+"""Attention over a packed prefix tree: each token attends to its ancestors and to nothing else.
 
-All tokens of a tree lie in one row, without padding, so a decoder runs them in one forward. What
-makes them separate sequences is this attention. It is a sum of parts: every run of tokens against
-itself (causal), and against the run that it continues (all of it). A prefix's keys and values are
-there once; many runs' queries meet them in one product. The parts' results are merged by their
-log-sum-exp, as in FlashAttention (arXiv 2205.14135, section 3.1) and cascade inference.
+All tokens of a tree lie in one row without padding, so a decoder runs them in one forward. This
+attention keeps the sequences apart. It has several parts: every run of tokens attends to itself
+(causal), and to the run that it continues (all of it). The keys and values of a prefix are there
+once; the queries of many runs meet them in one product. The results of the parts are merged by
+their log-sum-exp, as in FlashAttention (arXiv 2205.14135, section 3.1) and cascade inference.
 
-With p = exp(s - L), L the log-sum-exp over all parts, the backward of a part needs nothing of the
-others but the merged output and L; so each part's gradient is that of an attention of its own.
+The weights are p = exp(s - L), where L is the log-sum-exp over all parts. So the backward of a part
+needs only the merged output and L of the others: it is that of an attention of its own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Layers = list[tuple[Tensor, Tensor]]  # keys and values (N, heads, d) of each la
 class PackedPass:
     """One pass over a packed tree.
 
-    `earlier` are the keys and values of an earlier pass, where the plan leads to its tokens. `kept`
-    receives those of this one where it is a list.
+    `earlier` are the keys and values of an earlier pass, where the plan leads to its tokens. Those
+    of this pass are appended to `kept`, layer by layer, unless it is None.
     """
 
     plan: Plan
@@ -51,7 +51,7 @@ class PackedPass:
         if self.kept is not None:
             if layer != len(self.kept):
                 raise NotImplementedError(
-                    "the prefix tree needs one attention a layer, in their order"
+                    "the prefix tree needs one attention in each layer, in the layers' order"
                 )
             self.kept.append((k, v))
         earlier = () if self.earlier is None else self.earlier[layer]
@@ -78,13 +78,13 @@ class TreeAttention(torch.autograd.Function):
         with without_autocast(q):
             out, lse = attend(plan, scale, q, k, v, earlier)
         ctx.save_for_backward(q, k, v, out, lse, *earlier)
-        ctx.plan, ctx.scale = plan, scale  # not the pass: what it has kept would never be freed
+        ctx.plan, ctx.scale = plan, scale  # not the pass: what it keeps would never be freed
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *earlier = ctx.saved_tensors
-        done = Attended(q, k, v, out, lse)
+        done = Attended(q=q, k=k, v=v, out=out, lse=lse)
         with without_autocast(q):
             return None, None, *attend_backward(ctx.plan, ctx.scale, grads[0], done, earlier)
 
@@ -93,7 +93,7 @@ def attend(
     plan: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, earlier: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The output (N, heads, d) and log-sum-exp (N, heads) of queries (N, heads, d) over keys and
-    values (N, fewer heads, d), and over those (M, fewer heads, d) of an `earlier` pass."""
+    values (N, key heads, d), and over those (M, key heads, d) of an `earlier` pass."""
     k, v, *earlier = _for_all_heads(q, k, v, *earlier)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], device=q.device)
@@ -117,13 +117,13 @@ def attend(
 def attend_backward(
     plan: Plan, scale: float, grad: Tensor, done: Attended, earlier: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradients of q, k, v and of the keys and values of an `earlier` pass, from that (N,
-    heads, d) of the output."""
+    """The gradients of q, k, v and of the keys and values of an `earlier` pass, from `grad`
+    (N, heads, d), that of the output."""
     fewer = [done.k, done.v, *earlier]
     k, v, *earlier = _for_all_heads(done.q, *fewer)
     done = done._replace(k=k, v=v)
     dq, dk, dv = torch.empty_like(done.q), torch.empty_like(k), torch.empty_like(v)
-    for part in plan.own:  # which cover each token once
+    for part in plan.own:  # these cover each token once, so nothing has to be added
         gq, gk, gv = _part_grads(grad, done, part, scale)
         _put(dq, part.tokens, _real(gq, part))
         _put(dk, part.tokens, _real(gk, part))
@@ -140,13 +140,13 @@ def attend_backward(
 
 
 def _for_all_heads(q: Tensor, *pairs: Tensor) -> list[Tensor]:
-    """Keys and values with as many heads as q has."""
+    """Keys and values repeated so that each query head has its own."""
     groups = q.shape[1] // pairs[0].shape[1]
     return [x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in pairs]
 
 
 def _summed_over_heads(grad: Tensor, fewer: Tensor) -> Tensor:
-    """The gradient of keys or values: that of the query heads that share them is summed."""
+    """The gradient of keys or values, summed over the query heads that share them."""
     if grad.shape[1] == fewer.shape[1]:
         return grad
     return torch.sum(grad.unflatten(1, (fewer.shape[1], -1)), 2, out=torch.empty_like(fewer))
@@ -155,16 +155,16 @@ def _summed_over_heads(grad: Tensor, fewer: Tensor) -> Tensor:
 def _part_grads(
     grad: Tensor, done: Attended, part: Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (rows, heads, length, d) of a part's queries, keys and values; 0 in the padding."""
+    """Gradients (rows, heads, length, d) of a part's queries, keys and values; 0 on padding."""
     d_out, norm = rows_of(grad, part.queries), rows_of(done.lse, part.queries)
     if part.padded is not None:
         norm = norm.masked_fill(part.padded, math.inf)  # all weights of these queries are 0
     rows = Attended(
-        rows_of(done.q, part.queries),
-        rows_of(done.k, part.keys),
-        rows_of(done.v, part.keys),
-        rows_of(done.out, part.queries),
-        norm,
+        q=rows_of(done.q, part.queries),
+        k=rows_of(done.k, part.keys),
+        v=rows_of(done.v, part.keys),
+        out=rows_of(done.out, part.queries),
+        lse=norm,
     )
     return partial_backward(d_out, rows, part.causal, part.bias, scale)
 
@@ -207,13 +207,13 @@ def _product(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple
 
 
 def _real(x: Tensor, part: Part) -> Tensor:
-    """(rows, heads, length, ...) of queries to (n, heads, ...) of those that are no padding."""
+    """(rows, heads, length, ...) of queries to (n, heads, ...) without the padding."""
     x = _flat(x)
     return x if part.real is None else x.index_select(0, part.real)
 
 
 def _merge_into(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> None:
-    """`merge` into the first two."""
+    """`merge`, written into `out` and `lse`."""
     if out.dtype == lse.dtype:
         out.lerp_(more, torch.sigmoid(norm - lse)[..., None])
     else:
@@ -222,9 +222,10 @@ def _merge_into(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> None:
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, norm: Tensor) -> Tensor:
-    """Two attentions (…, d) of the same queries over different keys, as one over all of them.
+    """The attention (…, d) of queries over all keys, from those over two sets of them: `out` and
+    `more`, with their log-sum-exps `lse` and `norm`.
 
-    The second's share is exp(norm) / (exp(lse) + exp(norm)). In low precision the sum is rounded
+    The share of `more` is exp(norm) / (exp(lse) + exp(norm)). In low precision the sum is rounded
     once.
     """
     share = torch.sigmoid(norm - lse)[..., None]
@@ -248,7 +249,7 @@ def partial_attention(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In fp32 at least: a product of bf16 tensors would round what it has summed."""
+    """At least fp32: a product of bf16 tensors would round its sums."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -17,10 +17,10 @@ from ppo_nlu.tree.plan import Run, table
 class TreeCache:
     """Keys and values while decoding: each prefix once, and a buffer for each row.
 
-    A row's buffer holds the rest of its prompt, right-padded, then its answer as it grows; nothing
-    is copied from step to step. In the static form a step attends to whole buffers, what is not
-    there yet masked, and where the next token goes is a tensor, `slot`: every step runs the same
-    kernels on the same memory, so that it can be recorded.
+    A row's buffer holds the suffix of its prompt, right-padded, then its answer as it grows;
+    nothing is copied from step to step. In the static form a step attends to the whole buffers,
+    `bias` masks what is not there yet, and the next token's place is a tensor, `slot`. So every
+    step runs the same kernels on the same memory, and can be recorded.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class TreeCache:
     ):
         """
         Args:
-            layers: keys and values (N, heads, d) of each layer's packed tokens.
+            layers: for each layer the keys and values (N, heads, d) of all packed tokens.
             prefixes: for each layer the keys and values (n, heads, d) of every prefix.
             prefix_of: each row's prefix, -1 for none.
-            suffixes: (start, length) of each row's own tokens among the packed ones.
-            more: how many tokens may follow.
-            longest: how many tokens the longest row may have with these.
+            suffixes: (start, length) of each row's suffix among the packed tokens.
+            more: how many tokens may be decoded.
+            longest: how many tokens the longest row may have in the end.
             static: take the static form.
         """
         self.longest, self.static = longest, static
@@ -72,7 +72,7 @@ class TreeCache:
         return buffer
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """One new token a row: q (rows, heads, d), k and v (rows, fewer heads, d)."""
+        """One new token a row: q (rows, heads, d), k and v (rows, key heads, d)."""
         with without_autocast(q):
             keys, values, bias = self._append(layer, k, v)
             groups = q.shape[1] // k.shape[1]
@@ -90,7 +90,7 @@ class TreeCache:
             return out
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Put the new token's k and v into the buffers; the keys, values and bias to attend by."""
+        """Put the new token's k and v into the buffers. Returns what to attend to, and the bias."""
         keys, values = self.own[layer]
         if self.static:
             keys.index_copy_(2, self.slot, k[:, :, None])
@@ -102,7 +102,7 @@ class TreeCache:
         return keys[:, :, :stop], values[:, :, :stop], self.bias[..., :stop]
 
     def step(self, decoder: nn.Module, token: Tensor, position_ids: Tensor | None) -> Tensor:
-        """Run one token a row, at its position; the last hidden states (rows, H)."""
+        """Run one token of each row at its position. Returns the hidden states (rows, H)."""
         assert position_ids is not None
         if self.static:
             self.bias.index_fill_(3, self.slot, 0.0)
@@ -133,7 +133,7 @@ class TreeCache:
 
 
 def _against(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """All of q (n, heads, d) against one prefix's k and v (length, fewer heads, d)."""
+    """Attention of q (n, heads, d) over one prefix's k and v (length, key heads, d)."""
     n, heads, size = q.shape
     groups = heads // k.shape[1]
     rows = q.unflatten(1, (k.shape[1], groups)).permute(1, 0, 2, 3).flatten(1, 2)[None]

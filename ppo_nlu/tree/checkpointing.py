@@ -1,4 +1,4 @@
-"""Blocks that keep their input alone and are run again in the backward."""
+"""Checkpointing: a block keeps only its input, and is run again in the backward."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ppo_nlu.tree.trim import blocks
 
 
 def checkpoint_blocks(decoder: nn.Module) -> None:
-    """From now on each block of the decoder keeps its input alone and is run again in the backward.
+    """From now on each block of the decoder keeps only its input and is run again in the backward.
 
-    transformers' own switch works in train mode only, which turns dropout on.
+    transformers' own switch works in train mode only, which would turn dropout on.
     """
     for block in blocks(decoder):
-        # Copying a block copies what is bound here too: the copy runs itself.
+        # `partial` holds the block, so that a deep copy of the block runs itself.
         block.forward = partial(_recomputed, block, decoder.config)
 
 
@@ -33,7 +33,7 @@ def _recomputed(block: nn.Module, config: Any, /, *args: Any, **named: Any) -> A
         return plain(*args, **named)
 
     def again(*args: Any, **named: Any) -> Any:
-        with switched_on(config, running):  # the backward comes when it is off again
+        with switched_on(config, running):  # in the backward the pass is over
             return plain(*args, **named)
 
     return checkpoint(again, *args, use_reentrant=False, **named)

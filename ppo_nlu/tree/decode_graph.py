@@ -1,11 +1,11 @@
-"""A decode step as a CUDA graph: one launch in place of the thousand that a step is made of.
+"""A decode step as a CUDA graph: one launch in place of the thousand kernels of a step.
 
 A step of few rows keeps a GPU busy for less time than the host takes to launch its kernels. So the
-first steps of a rollout run plainly, which compiles and tunes the kernels, and is all that a label
-needs; the next is recorded, and from then on the recording is replayed. A recording reads and
-writes the same places every time, which `TreeCache` in its static form does. The first recording of
-a model is compared with a plain step; a model whose step cannot be recorded, or comes out
-otherwise, goes on with plain steps.
+first steps of a rollout run plainly: that compiles and tunes the kernels, and is enough for most
+labels. The next step is recorded, and from then on the recording is replayed. A recording reads and
+writes the same memory every time, as `TreeCache` does in its static form. The first recording of a
+model is compared with a plain step. A model whose step cannot be recorded, or gives something else
+when it is replayed, goes on with plain steps.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Recording(Protocol):
 
 
 class CudaRecordings:
-    """Makes the recordings of one device: their stream and memory pool are the same.
+    """Makes the recordings of one device, which share a stream and a memory pool.
 
-    A pool of its own for every rollout would grow the memory with each. The stream belongs to the
-    device of the model, which need not be the current one: on another device's stream nothing
-    would be recorded, and replays would do nothing.
+    With a pool for every rollout memory would grow. The stream belongs to the device of the model,
+    which need not be the current one: on another device's stream nothing would be recorded, and
+    replays would do nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class CudaRecording:
                 try:
                     out = call()
                 except BaseException:
-                    with suppress(RuntimeError):  # that the recording is broken is known
+                    with suppress(RuntimeError):  # it says again that the recording is broken
                         self.graph.capture_end()
                     raise
                 self.graph.capture_end()
@@ -87,8 +87,8 @@ class CudaRecording:
 
 
 class Recorder:
-    """Records the decode steps of one model, as long as its recordings are `sound` (None: not one
-    has been compared yet)."""
+    """Records the decode steps of one model as long as its recordings are `sound` (None: none has
+    been compared yet)."""
 
     def __init__(
         self, decoder: nn.Module, recordings: Callable[[], Recording] | None = None
@@ -104,7 +104,7 @@ class Recorder:
 
 
 class GraphedStep:
-    """`TreeCache.step` of a static cache, by a recording once `PLAIN` steps are over."""
+    """`TreeCache.step` of a static cache: plain at first, by a recording after `PLAIN` steps."""
 
     def __init__(self, recorder: Recorder, cache: TreeCache):
         self.recorder, self.cache = recorder, cache
@@ -113,7 +113,7 @@ class GraphedStep:
         self.token = self.position_ids = self.out = torch.empty(0)
 
     def __call__(self, token: Tensor, position_ids: Tensor) -> Tensor:
-        """One token a row (rows,) at its position; the last hidden states (rows, H)."""
+        """Run one token of each row (rows,) at its position. Returns the states (rows, H)."""
         self.steps += 1
         if self.steps == PLAIN + 1 and self.recorder.sound is not False:
             self._record(token, position_ids)
@@ -143,7 +143,7 @@ class GraphedStep:
         if reason is None and self.recorder.sound is None:
             plain = self._plain(token, position_ids)
             self.cache.slot.copy_(slot)
-            self.out.fill_(math.nan)  # what a replay does not write is seen
+            self.out.fill_(math.nan)  # shows what a replay does not write
             graph.replay()
             gap, size = float((self.out - plain).abs().max()), float(plain.abs().max())
             self.cache.slot.copy_(slot)

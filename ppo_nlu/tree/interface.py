@@ -1,8 +1,7 @@
 """How a decoder of transformers runs a pass of the tree: through its attention interface.
 
-`switched_on` hangs the pass on the model's config, which every attention module holds; `attention`,
-which transformers calls, finds it there. So two models run their passes without knowing of each
-other.
+`switched_on` puts the pass into the model's config, which every attention module holds. There
+`attention`, which transformers calls, finds it. So two models can run their passes independently.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ class Pass(Protocol):
 
     @property
     def longest(self) -> int:
-        """No position of the pass, nor of what it may see, reaches this."""
+        """The longest sequence, in tokens: every position is below this."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The attention (N, heads, d) of a layer's q (N, heads, d) and of its new k and v (N,
-        fewer heads, d)."""
+        """The attention (N, heads, d) of a layer's q (N, heads, d), whose new keys and values are k
+        and v (N, key heads, d)."""
 
 
 def forward(decoder: nn.Module, ids: Tensor, position_ids: Tensor, running: Pass) -> Tensor:
@@ -75,15 +74,17 @@ def attention(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed row: query (1, heads, N, d), key (1, fewer heads, N, d), value (1,
-    fewer heads, N, up to d). Returns (1, N, heads, size of a value) and no weights.
+    """Attention of a packed row, in the signature that transformers asks for.
+
+    query (1, heads, N, d), key (1, key heads, N, d), value (1, key heads, N, up to d). Returns
+    (1, N, heads, size of a value), and None in place of the weights.
     """
     running: Pass | None = pass_of(module.config)
-    assert running is not None, "the prefix tree's attention is called from outside of a pass"
+    assert running is not None, "the prefix tree's attention is called outside of a pass"
     _refuse(running.longest, dropout, rest)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # they may come in two dtypes; none is cast below
+    if torch.is_autocast_enabled(kind):  # they may have two dtypes; nothing below casts them
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -98,9 +99,9 @@ def _refuse(longest: int, dropout: float, asked: dict[str, Any]) -> None:
     """Raise where a module asks for more than plain attention."""
     window = asked.get("sliding_window")
     if dropout or asked.get("softcap") or asked.get("s_aux") is not None:
-        raise NotImplementedError("the prefix tree knows plain attention without dropout only")
+        raise NotImplementedError("the prefix tree runs only plain attention without dropout")
     if window and window < longest:
-        raise NotImplementedError(f"the prefix tree knows plain attention only, no window {window}")
+        raise NotImplementedError(f"the prefix tree runs only plain attention, no window {window}")
 
 
 AttentionInterface.register(NAME, attention)

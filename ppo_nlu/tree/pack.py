@@ -2,15 +2,16 @@
 
 A batch of prompts, each with one or more answers, becomes a tree of runs of tokens: the prefixes
 that prompts share (often one), the rest of each prompt, the answers. All runs lie end to end in one
-row without padding, with explicit positions; a plan says which of them attend to which.
+row without padding, each token with its position id. A plan says which runs attend to which.
 
     prefix    System_prompt: ... Prompt: ... the sentence "          once
     suffix    it 's charming ". Assistant: <Judgement>               one run a prompt
     answer    Positive </Judgement>                                  one run an answer
 
-Where every prompt has just one answer, the answer is joined to its prompt's suffix. A model whose
-positions cannot be given, or whose attention is its own, takes the plain path: one row an answer,
-left-padded. The code that runs a tree does not know the difference.
+The last token of an answer is not run: nothing is predicted from it. Where every prompt has just
+one answer, suffix and answer are one run. A model that takes no position ids, or whose attention is
+its own, takes the plain path: one left-padded row for each answer. The code that uses a tree does
+not know the difference.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from ppo_nlu.tree.prefixes import PrefixCache, Tokens, shared_prefixes
 @dataclass(frozen=True)
 class Branches:
     """Where the runs of a packed tree lie: (start, length) of the prefixes and of each prompt's
-    suffix, and the prefix of each prompt, -1 for none. Behind a `cache` the one prefix lies there.
-    """
+    suffix. `prefix_of` gives each prompt's prefix, -1 for none. With a `cache` there is one prefix,
+    which lies in the cache and not in the row."""
 
     prefixes: list[Run]
     suffixes: list[Run]
@@ -44,14 +45,15 @@ class Tree:
 
     `ids` are the packed tokens (N,), with `position_ids` of the same shape. On the plain path they
     are left-padded rows (rows, length) with their `attention_mask`, and there is neither `plan` nor
-    `branches`. `ends (P,)` and `positions (B, R)` are indices into the flattened hidden states;
-    `mask (B, R)` tells which answer tokens count. `lengths` are those of the prompts.
+    `branches`. `ends` (P,), the last token of each prompt, and `predicted_from` (B, R) are indices
+    into the flattened hidden states; `mask` (B, R) tells which answer tokens are real. `lengths`
+    are those of the prompts.
     """
 
     ids: Tensor
     position_ids: Tensor
     ends: Tensor
-    positions: Tensor
+    predicted_from: Tensor
     mask: Tensor
     lengths: list[int]
     cost: Cost
@@ -66,7 +68,7 @@ class Tree:
             ids=self.ids.to(device),
             position_ids=self.position_ids.to(device),
             ends=self.ends.to(device),
-            positions=self.positions.to(device),
+            predicted_from=self.predicted_from.to(device),
             mask=self.mask.to(device),
             plan=None if self.plan is None else self.plan.to(device),
             attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
@@ -77,18 +79,18 @@ def build(
     prompts: Sequence[Tokens],
     answers: Sequence[Tokens] = (),
     prompt_of: Sequence[int] | None = None,
-    shared: bool = True,
+    packed: bool = True,
     prefix_cache: PrefixCache | None = None,
 ) -> Tree:
     """The tree of these prompts and answers; answer j belongs to prompt `prompt_of[j]` (default:
     j).
 
-    Every prompt holds at least one token. With `shared=False` the plain path's padded rows. A
-    `prefix_cache` that fits the prompts is not run again; it gets no gradient.
+    Every prompt holds at least one token. `packed=False` gives the plain path's padded rows. The
+    tokens of a `prefix_cache` that fits the prompts are not run again; they get no gradient.
     """
     prompt_of = list(range(len(answers))) if prompt_of is None else list(prompt_of)
     assert len(prompt_of) == len(answers) and all(len(prompt) for prompt in prompts)
-    if not shared:
+    if not packed:
         return _plain(prompts, answers, prompt_of)
     if prefix_cache is not None and not prefix_cache.fits(prompts):
         prefix_cache = None
@@ -101,7 +103,7 @@ def _packed(
     prompt_of: list[int],
     cache: PrefixCache | None,
 ) -> Tree:
-    """All runs end to end: the prefixes, then below each its prompts, then their answers."""
+    """All runs end to end: the prefixes; then for each prefix its suffixes and their answers."""
     row = PackedRow()
     cuts, branches = _prefixes(row, prompts, cache)
     if len(answers) > 0 and prompt_of == list(range(len(prompts))):
@@ -112,27 +114,28 @@ def _packed(
     ends = [branches.suffixes[p][0] + len(prompt) - cuts[p] - 1 for p, prompt in enumerate(prompts)]
     if starts is None:
         starts = [end + 1 for end in ends]
-    positions = _predicted_from(answers, prompt_of, ends, starts)
-    table, mask = pad(positions)
-    wanted = torch.tensor(sorted({*ends, *(index for line in positions for index in line)}))
+    found = _predicted_from(answers, prompt_of, ends, starts)
+    predicted_from, mask = pad(found)
+    predicting = torch.tensor(sorted({*ends, *(index for line in found for index in line)}))
+    lengths = [len(prompt) for prompt in prompts]
     return Tree(
-        torch.tensor(row.ids),
-        torch.tensor(row.position_ids),
-        torch.tensor(ends),
-        table,
-        mask,
-        [len(prompt) for prompt in prompts],
-        row.cost(_full([len(p) for p in prompts], answers, prompt_of), len(wanted)),
-        row.plan((cache is not None, False), wanted),
-        branches,
+        ids=torch.tensor(row.ids),
+        position_ids=torch.tensor(row.position_ids),
+        ends=torch.tensor(ends),
+        predicted_from=predicted_from,
+        mask=mask,
+        lengths=lengths,
+        cost=row.cost(_full(lengths, answers, prompt_of), len(predicting)),
+        plan=row.plan((cache is not None, False), predicting),
+        branches=branches,
     )
 
 
 def _prefixes(
     row: PackedRow, prompts: Sequence[Tokens], cache: PrefixCache | None
 ) -> tuple[list[int], Branches]:
-    """Append the prefixes that are not in the cache; how many tokens of each prompt they hold, and
-    the branches, whose suffixes are still to come."""
+    """Append the prefixes that are not in the cache. Returns how many tokens of each prompt its
+    prefix holds, and the branches, whose suffixes are still to be filled in."""
     suffixes = [(0, 0)] * len(prompts)
     if cache is not None:
         size = len(cache.tokens)
@@ -169,7 +172,7 @@ def _add_apart(
     cuts: list[int],
     branches: Branches,
 ) -> list[int]:
-    """Append below each prefix the suffixes, then the answers; where each answer starts."""
+    """Append for each prefix the suffixes, then the answers. Returns where each answer starts."""
     starts = [0] * len(answers)
     answers_of = _answers_of(prompt_of)
     for prefix, members in _by_prefix(branches):
@@ -185,7 +188,7 @@ def _add_apart(
 
 
 def _by_prefix(branches: Branches) -> Iterable[tuple[Run | None, list[int]]]:
-    """Each prefix with its prompts; first None with those that have none."""
+    """Each prefix with its prompts; first None, with the prompts that have no prefix."""
     for index, prefix in enumerate([None, *branches.prefixes], start=-1):
         yield prefix, [p for p, found in enumerate(branches.prefix_of) if found == index]
 
@@ -200,14 +203,14 @@ def _answers_of(prompt_of: Sequence[int]) -> dict[int, list[int]]:
 
 @dataclass(frozen=True)
 class AnswerRuns:
-    """Answers behind prompts that were run before: tokens and positions (N,), with no plan where
-    there are none. Answer tokens are predicted from `positions (B, R)`, indices into the states at
-    the prompts' ends followed by those of the tokens."""
+    """Answers behind prompts that were run before: their tokens (N,), without a plan where there
+    are none. `predicted_from` (B, R) are indices into the states at the prompts' ends followed by
+    the states of these tokens."""
 
     ids: Tensor
     position_ids: Tensor
     plan: Plan | None
-    positions: Tensor
+    predicted_from: Tensor
     mask: Tensor
     cost: Cost
 
@@ -224,11 +227,17 @@ def pack_answers(tree: Tree, answers: Sequence[Tokens], prompt_of: Sequence[int]
         row.link_to_prefix(began, prefix)
     count = len(tree.lengths)
     starts = [count + start for start in starts]
-    positions, mask = pad(_predicted_from(answers, prompt_of, range(count), starts))
+    predicted_from, mask = pad(_predicted_from(answers, prompt_of, range(count), starts))
     plan = row.plan((True, True)) if row.ids else None
     full = sum(tree.lengths[p] + len(a) - 1 for a, p in zip(answers, prompt_of, strict=True))
-    ids, position_ids = torch.tensor(row.ids), torch.tensor(row.position_ids)
-    return AnswerRuns(ids, position_ids, plan, positions, mask, row.cost(full))
+    return AnswerRuns(
+        ids=torch.tensor(row.ids),
+        position_ids=torch.tensor(row.position_ids),
+        plan=plan,
+        predicted_from=predicted_from,
+        mask=mask,
+        cost=row.cost(full),
+    )
 
 
 def _predicted_from(
@@ -243,7 +252,7 @@ def _predicted_from(
 
 
 def _full(lengths: Sequence[int], answers: Sequence[Tokens], prompt_of: Sequence[int]) -> int:
-    """Tokens of one row an answer, or of one a prompt where there are no answers."""
+    """Tokens of one row for each answer, or for each prompt where there are no answers."""
     if not answers:
         return sum(lengths)
     return sum(lengths[p] + len(a) - 1 for a, p in zip(answers, prompt_of, strict=True))
@@ -258,23 +267,23 @@ def _plain(prompts: Sequence[Tokens], answers: Sequence[Tokens], prompt_of: list
     rows = [list(prompts[p]) + body for p, body in zip(prompt_of, bodies, strict=True)]
     ids, attention_mask = pad(rows, left=True)
     width = ids.shape[1]
-    starts = [
-        j * width + width - len(body) - 1 for j, body in enumerate(bodies)
-    ]  # the prompt's last token
-    positions = [[starts[j] + t for t in range(len(a))] for j, a in enumerate(answers)]
+    # The last token of each row's prompt.
+    last = [j * width + width - len(body) - 1 for j, body in enumerate(bodies)]
     row_of = {prompt: j for j, prompt in reversed(list(enumerate(prompt_of)))}
-    ends = [starts[row_of[p]] if p in row_of else 0 for p in range(len(prompts))]
-    table, mask = pad(positions)
+    ends = [last[row_of[p]] if p in row_of else 0 for p in range(len(prompts))]
+    predicted_from, mask = pad(
+        [range(end, end + len(answer)) for end, answer in zip(last, answers, strict=False)]
+    )
     position_ids = attention_mask.long().cumsum(1).sub_(1).clamp_(min=0)
     cost = Cost(full, full, triangles(len(row) for row in rows))
     return Tree(
-        ids,
-        position_ids,
-        torch.tensor(ends),
-        table,
-        mask,
-        lengths,
-        cost,
+        ids=ids,
+        position_ids=position_ids,
+        ends=torch.tensor(ends),
+        predicted_from=predicted_from,
+        mask=mask,
+        lengths=lengths,
+        cost=cost,
         attention_mask=attention_mask,
     )
 

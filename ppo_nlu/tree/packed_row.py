@@ -13,18 +13,18 @@ from ppo_nlu.tree.prefixes import Tokens
 
 @dataclass(frozen=True)
 class Cost:
-    """Tokens of a pass, padding not counted: as run, and as one row an answer would need; `pairs`
-    counts each token that is run with each one it attends to, `wanted` those whose states are
-    asked for, where the last block runs no others."""
+    """Tokens of a pass, padding not counted: those that are run, and those of one row for each
+    answer. `pairs` counts each token that is run with each one it attends to. `predicting` counts
+    the tokens that another one is predicted from: the last block runs no others (None: all)."""
 
     tokens_run: int
     tokens_full: int
     pairs: int
-    wanted: int | None = None
+    predicting: int | None = None
 
 
 class PackedRow:
-    """Runs of tokens end to end, and the links from queries to what they continue."""
+    """Runs of tokens end to end, and the links from queries to the run that they continue."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -49,8 +49,8 @@ class PackedRow:
         suffix: Run,
         starts: list[int],
     ) -> None:
-        """Append a prompt's answers, each from `position` on and short of its last token, and link
-        them to the prompt's suffix; `starts` learns where they lie."""
+        """Append a prompt's answers, each without its last token and from `position` on, and link
+        them to the prompt's suffix. Where they start is written into `starts`."""
         began = len(self.ids)
         for j in mine:
             starts[j] = self.add(answers[j][:-1], position)[0]
@@ -61,17 +61,17 @@ class PackedRow:
         if prefix is not None:
             self.to_prefixes.append((began, len(self.ids) - began, *prefix))
 
-    def plan(self, earlier: tuple[bool, bool], wanted: Tensor | None = None) -> Plan:
+    def plan(self, earlier: tuple[bool, bool], predicting: Tensor | None = None) -> Plan:
         """The plan of this row; the arguments are those of `plan_of`."""
         longest = max(self.position_ids) + 1
-        return plan_of(self.runs, self.to_prefixes, self.to_suffixes, wanted, longest, earlier)
+        return plan_of(self.runs, self.to_prefixes, self.to_suffixes, predicting, longest, earlier)
 
-    def cost(self, full: int, wanted: int | None = None) -> Cost:
-        """What the row costs; tokens attend inside of their run, and along the links."""
+    def cost(self, full: int, predicting: int | None = None) -> Cost:
+        """What the row costs: tokens attend inside their run and along the links."""
         links = [*self.to_prefixes, *self.to_suffixes]
         pairs = triangles(length for _, length in self.runs)
         pairs += sum(asked * length for _, asked, _, length in links)
-        return Cost(len(self.ids), full, pairs, wanted)
+        return Cost(len(self.ids), full, pairs, predicting)
 
 
 def triangles(lengths: Iterable[int]) -> int:

@@ -1,7 +1,7 @@
 """The passes of a decoder over a tree: over prompts, over answers behind them, over a prefix.
 
-The decoder runs a packed tree in one forward, in which each token sees its ancestors alone.
-Autograd sums the gradient over the branches by itself.
+The decoder runs a packed tree in one forward, in which each token sees only its ancestors. Autograd
+sums the gradients of the branches.
 """
 
 from __future__ import annotations
@@ -23,66 +23,74 @@ from ppo_nlu.tree.prefixes import PrefixCache, Tokens, common_prefix
 
 
 @dataclass
-class State:
-    """What a pass over prompts left behind: its tree, the states (P, H) behind the prompts, and
-    keys and values. Where the pass ran under autograd, its graph hangs on the tensors."""
+class PromptPass:
+    """What a pass over prompts leaves: its tree, the states (P, H) at the prompts' ends, and keys
+    and values where they were kept. Where the pass ran under autograd, its graph hangs on the
+    tensors."""
 
     tree: Tree
     ends: Tensor
-    layers: Layers | None = None  # packed
-    cache: DynamicCache | None = None  # plain
+    layers: Layers | None = None  # keys and values of a packed tree
+    cache: DynamicCache | None = None  # those of the plain path
 
-    def start(self, rows: Sequence[int], more: int, static: bool = False) -> TreeCache | PlainCache:
-        """A cache with a row for each of these prompts (one may come often), for `more` tokens;
-        `static`: as in `TreeCache`, where it is one."""
+    def decode_cache(
+        self, rows: Sequence[int], more: int, static: bool = False
+    ) -> TreeCache | PlainCache:
+        """A cache to decode `more` tokens with: a row for each of these prompts, which may repeat.
+        `static`: the static form of `TreeCache`; the plain path has none."""
         tree, branches = self.tree, self.tree.branches
         if self.layers is None:
             assert self.cache is not None and tree.attention_mask is not None
             index = torch.tensor(rows, device=tree.attention_mask.device)
             return PlainCache(plain.select(self.cache, index), tree.attention_mask[index])
         assert branches is not None
-        holds = self.layers if branches.cache is None else branches.cache.layers
+        source = self.layers if branches.cache is None else branches.cache.layers
         prefixes = [
             [(k[start : start + n], v[start : start + n]) for start, n in branches.prefixes]
-            for k, v in holds
+            for k, v in source
         ]
-        prefix_of = [branches.prefix_of[r] for r in rows]
-        suffixes = [branches.suffixes[r] for r in rows]
-        longest = max(tree.lengths) + more
-        return TreeCache(self.layers, prefixes, prefix_of, suffixes, more, longest, static)
+        return TreeCache(
+            layers=self.layers,
+            prefixes=prefixes,
+            prefix_of=[branches.prefix_of[r] for r in rows],
+            suffixes=[branches.suffixes[r] for r in rows],
+            more=more,
+            longest=max(tree.lengths) + more,
+            static=static,
+        )
 
 
 def run(
-    decoder: nn.Module, tree: Tree, positions: bool = True, keep: bool = False
-) -> tuple[Tensor, State]:
-    """Forward a tree; the flattened hidden states (tokens, H), and with `keep` what decoding needs.
+    decoder: nn.Module, tree: Tree, takes_positions: bool = True, keep: bool = False
+) -> tuple[Tensor, PromptPass]:
+    """Run a tree in one forward. Returns the flattened hidden states (tokens, H), and what the pass
+    leaves; `keep`: with keys and values, which decoding needs.
 
-    `decoder` is a Hugging Face decoder without its head; `positions=False` for one that takes no
-    `position_ids`.
+    `decoder` is a Hugging Face decoder without its head; `takes_positions=False` for one that takes
+    no `position_ids`.
     """
     if tree.plan is None:
         assert tree.attention_mask is not None
-        position_ids = tree.position_ids if positions else None
+        position_ids = tree.position_ids if takes_positions else None
         out = plain.forward(decoder, tree.ids, tree.attention_mask, position_ids, None, keep)
         flat = out.last_hidden_state.flatten(0, 1)
-        return flat, State(tree, flat.index_select(0, tree.ends), cache=plain.kept_cache(out))
+        return flat, PromptPass(tree, flat.index_select(0, tree.ends), cache=plain.kept_cache(out))
     assert tree.branches is not None
     earlier = None if tree.branches.cache is None else tree.branches.cache.layers
     running = PackedPass(tree.plan, earlier, [] if keep else None)
     flat = interface.forward(decoder, tree.ids, tree.position_ids, running)
-    # Checkpointed blocks hold the pass: keys and values left in it would never be freed.
+    # Checkpointed blocks hold on to the pass: keys and values left in it would never be freed.
     layers, running.kept = running.kept, None
-    return flat, State(tree, flat.index_select(0, tree.ends), layers)
+    return flat, PromptPass(tree, flat.index_select(0, tree.ends), layers)
 
 
 def run_answers(
-    decoder: nn.Module, prompt_pass: State, answers: Sequence[Tokens], prompt_of: Sequence[int]
+    decoder: nn.Module, prompt_pass: PromptPass, answers: Sequence[Tokens], prompt_of: Sequence[int]
 ) -> tuple[Tensor, Tensor, Cost]:
-    """Run answers behind prompts that a packed pass has run; the graph of that one goes on in
-    theirs.
+    """Run answers behind prompts that a packed pass has run; gradients reach back into that pass.
 
     Returns the states (N, H) that predict the answers' tokens, row by row, the mask (B, R), and
-    the cost, the prompts' own left out.
+    the cost without that of the prompts.
     """
     assert prompt_pass.layers is not None
     runs = pack_answers(prompt_pass.tree, answers, prompt_of)
@@ -92,16 +100,16 @@ def run_answers(
         running = PackedPass(runs.plan.to(device), prompt_pass.layers)
         ids, position_ids = runs.ids.to(device), runs.position_ids.to(device)
         hidden = torch.cat([hidden, interface.forward(decoder, ids, position_ids, running)])
-    positions, mask = runs.positions.to(device), runs.mask.to(device)
-    return hidden.index_select(0, positions[mask]), mask, runs.cost
+    predicted_from, mask = runs.predicted_from.to(device), runs.mask.to(device)
+    return hidden.index_select(0, predicted_from[mask]), mask, runs.cost
 
 
 @torch.no_grad()
 def cache_prefix(
     decoder: nn.Module, prompts: Sequence[Tokens], most: int | None = None
 ) -> PrefixCache | None:
-    """What all of these prompts begin with, up to `most` tokens, run once; None where that is too
-    little."""
+    """Run what all of these prompts begin with, up to `most` tokens; None where that is too few to
+    be worth it."""
     tokens = common_prefix(prompts, most)
     if not tokens:
         return None

@@ -19,7 +19,8 @@ def forward(
     cache: DynamicCache | None,
     keep: bool = True,
 ):
-    """One call of the decoder: `ids` (rows, length), `mask` (rows, past + length), positions."""
+    """One call of the decoder: `ids` and `position_ids` (rows, length) behind a `cache`, `mask`
+    (rows, cached + length). `keep`: the output has keys and values."""
     extra: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
     extra[cache_argument(decoder)] = cache
     return decoder(
@@ -32,7 +33,8 @@ def forward(
 
 
 def cache_argument(decoder: nn.Module) -> str:
-    """What this version of transformers calls the keys and values of earlier tokens."""
+    """The argument for keys and values of earlier tokens: its name depends on the version of
+    transformers."""
     known = inspect.signature(type(decoder).forward).parameters
     return "cache" if "cache" in known else "past_key_values"
 
@@ -49,8 +51,8 @@ class PlainCache:
         self.cache, self.mask = cache, mask
 
     def step(self, decoder: nn.Module, token: Tensor, position_ids: Tensor | None) -> Tensor:
-        """Run one token a row (at its position, where the model takes it); the last hidden states
-        (rows, H)."""
+        """Run one token of each row, at its position where the model takes one. Returns the hidden
+        states (rows, H)."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
         column = None if position_ids is None else position_ids[:, None]
         out = forward(decoder, token[:, None], self.mask, column, self.cache)
@@ -64,10 +66,10 @@ class PlainCache:
 
 
 def select(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A cache of these rows; plain layers are left as they are, for other callers."""
+    """A cache of these rows. Plain layers are copied, so that others can still use `cache`."""
     layers: list[Any] = cache.layers
     if any(type(layer) is not DynamicLayer for layer in layers):
-        cache.reorder_cache(rows)  # type: ignore[arg-type]  # layers with a window or a recurrent state keep more
+        cache.reorder_cache(rows)  # type: ignore[arg-type]  # layers with a window or a recurrent state hold more
         return cache
     taken = DynamicCache()
     for old in layers:

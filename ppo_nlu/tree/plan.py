@@ -25,38 +25,38 @@ Link: TypeAlias = tuple[int, int, int, int]  # start, length of queries; start, 
 class Part:
     """Queries and keys of one product, as indices of packed tokens: (rows, length), or a slice.
 
-    `bias` (rows, 1, 1, keys) is -inf on padded keys, None where no key is padding. Of the flattened
-    queries `real` are no padding (None: all of them), and `tokens` are their tokens; `padded`
-    (rows, 1, queries) marks the others. The keys are those of an `earlier` pass, or of this one.
+    `bias` (rows, 1, 1, keys) is -inf on padded keys; None: no key is padding. `real` are the places
+    of the flattened queries that are no padding (None: all), `tokens` the tokens at these places;
+    `padded` (rows, 1, queries) marks the padding. `earlier`: the keys are those of an earlier pass.
     """
 
     queries: Index
     keys: Index
     causal: bool
-    bias: Tensor | None
     tokens: Index
-    real: Tensor | None
-    padded: Tensor | None
+    bias: Tensor | None = None
+    real: Tensor | None = None
+    padded: Tensor | None = None
     earlier: bool = False
 
     @classmethod
     def of(cls, queries: Sequence[Run], keys: Sequence[Run] | None = None) -> Part:
-        """Of runs of queries and of keys; without keys, each run against itself."""
+        """The part of these runs of queries and keys; without keys, of each run with itself."""
         if len(queries) == 1:
             (start, length), (first, count) = queries[0], (keys or queries)[0]
             run = slice(start, start + length)
-            return cls(run, slice(first, first + count), keys is None, None, run, None, None)
+            return cls(
+                queries=run, keys=slice(first, first + count), causal=keys is None, tokens=run
+            )
         index, real = table(queries)
-        at, bias = index, None
+        part = cls(queries=index, keys=index, causal=keys is None, tokens=_as_slice(index[real]))
         if keys is not None:
-            at, seen = table(keys)
+            part.keys, seen = table(keys)
             if not bool(seen.all()):
-                bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None, None]
-        tokens = _as_slice(index[real])
-        if bool(real.all()):
-            return cls(index, at, keys is None, bias, tokens, None, None)
-        picked = real.flatten().nonzero().squeeze(1)
-        return cls(index, at, keys is None, bias, tokens, picked, ~real[:, None])
+                part.bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None, None]
+        if not bool(real.all()):
+            part.real, part.padded = real.flatten().nonzero().squeeze(1), ~real[:, None]
+        return part
 
     def to(self, device: torch.device) -> Part:
         """The same part with its tensors on `device`."""
@@ -67,56 +67,63 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts of one pass over `size` tokens, in sequences of at most `longest`: `own` covers
-    every token once; `ancestors` leads to the runs before.
+    """The parts of one pass over `size` tokens, in sequences of at most `longest`: in `own` every
+    run meets itself, in `ancestors` the runs that it continues.
 
-    The last block's states are `wanted` at these tokens alone (None: at all of them).
+    `predicting` are the tokens that another one is predicted from; the last block's states are
+    needed at these alone (None: at all tokens).
     """
 
     own: list[Part]
     ancestors: list[Part]
-    wanted: Tensor | None
+    predicting: Tensor | None
     size: int
     longest: int
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tensors on `device`."""
         own, ancestors = [p.to(device) for p in self.own], [p.to(device) for p in self.ancestors]
-        wanted = None if self.wanted is None else self.wanted.to(device)
-        return replace(self, own=own, ancestors=ancestors, wanted=wanted)
+        predicting = None if self.predicting is None else self.predicting.to(device)
+        return replace(self, own=own, ancestors=ancestors, predicting=predicting)
 
 
 def plan_of(
     runs: Sequence[Run],
-    shared: Sequence[Link],
-    own: Sequence[Link],
-    wanted: Tensor | None,
+    to_prefixes: Sequence[Link],
+    to_suffixes: Sequence[Link],
+    predicting: Tensor | None,
     longest: int,
     earlier: tuple[bool, bool] = (False, False),
 ) -> Plan:
-    """The plan of a packed row; `wanted` and `longest` as in `Plan`.
+    """The plan of a packed row; `predicting` and `longest` as in `Plan`.
 
     Args:
         runs: of tokens, which together cover the row.
-        shared: from queries to the prefix that they stand behind; a few, each with many queries, so
-            each is a product of its own.
-        own: the same for runs with few queries each, such as a prompt's answers.
-        earlier: whether `shared`, and `own`, lead to tokens of an earlier pass.
+        to_prefixes: from queries to the prefix that they stand behind; few links with many queries,
+            so each is a product of its own.
+        to_suffixes: from a prompt's answers to its suffix; many links with few queries.
+        earlier: whether `to_prefixes`, and `to_suffixes`, lead to tokens of an earlier pass.
     """
     ordered = sorted((run for run in runs if run[1]), key=lambda run: -run[1])
     covered = [Part.of(batch) for batch in _batches(ordered, [length for _, length in ordered])]
-    links = sorted((link for link in own if link[1] and link[3]), key=lambda link: -link[3])
-    batches = [([link], earlier[0]) for link in shared if link[1] and link[3]]
+    links = sorted((link for link in to_suffixes if link[1] and link[3]), key=lambda link: -link[3])
+    batches = [([link], earlier[0]) for link in to_prefixes if link[1] and link[3]]
     batches += [(batch, earlier[1]) for batch in _batches(links, [link[3] for link in links])]
     ancestors = [
         replace(Part.of([x[:2] for x in batch], [x[2:] for x in batch]), earlier=before)
         for batch, before in batches
     ]
-    return Plan(covered, ancestors, wanted, sum(length for _, length in runs), longest)
+    return Plan(
+        own=covered,
+        ancestors=ancestors,
+        predicting=predicting,
+        size=sum(length for _, length in runs),
+        longest=longest,
+    )
 
 
 def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:
-    """Consecutive items of like length; the lengths fall."""
+    """Consecutive items of like length; `lengths` never rises."""
     batch: list[Any] = []
     longest = 0
     for item, length in zip(items, lengths, strict=True):
@@ -131,8 +138,8 @@ def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]
 
 
 def table(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
-    """Indices (rows, longest) of the tokens of these runs, and which are real; padding repeats the
-    last token of its run."""
+    """Indices (rows, longest) of the tokens of these runs, and which of them are real. Padding
+    repeats the last token of its run."""
     starts, lengths = torch.tensor(runs, dtype=torch.long).unbind(1)
     column = torch.arange(int(lengths.max()))
     real = column < lengths[:, None]
@@ -140,7 +147,7 @@ def table(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
 
 
 def _as_slice(tokens: Tensor) -> Index:
-    """The same tokens as a slice, where they follow each other: copies are then plain ones."""
+    """The same tokens as a slice where they are consecutive: a slice is faster to copy."""
     first, count = int(tokens[0]), len(tokens)
     if torch.equal(tokens, torch.arange(first, first + count)):
         return slice(first, first + count)

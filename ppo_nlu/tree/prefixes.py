@@ -1,4 +1,4 @@
-"""The prefixes that prompts share: which they are, and one that is kept for many passes."""
+"""Prefixes that prompts share: how they are found, and one that is kept for many passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PrefixCache:
     layers: list[tuple[Tensor, Tensor]]
 
     def fits(self, prompts: Iterable[Tokens]) -> bool:
-        """Whether all of the prompts begin with it, and go on."""
+        """Whether all of the prompts begin with it and are longer."""
         size = len(self.tokens)
         return all(len(p) > size and list(p[:size]) == self.tokens for p in prompts)
 
@@ -35,8 +35,8 @@ def common(a: Tokens, b: Tokens) -> int:
 
 
 def common_prefix(prompts: Sequence[Tokens], most: int | None = None) -> list[int]:
-    """What all of the prompts begin with, short of a whole prompt, and at most `most` tokens; empty
-    where that is too little to be run by itself."""
+    """What all of the prompts begin with: less than a whole prompt and at most `most` tokens. Empty
+    where that is too few to be run by itself."""
     size = min((common(prompts[0], p) for p in prompts), default=0)
     size = min([size, *(len(p) - 1 for p in prompts)])
     size = size if most is None else min(size, most)
@@ -46,9 +46,9 @@ def common_prefix(prompts: Sequence[Tokens], most: int | None = None) -> list[in
 def shared_prefixes(prompts: Sequence[Tokens]) -> tuple[list[int], list[int]]:
     """How many leading tokens of each prompt are shared, and by which prefix (-1: none).
 
-    Prompts in sorted order are cut into clusters where neighbours share fewer than t tokens; a
-    cluster's prefix is what all its members share, short of a whole prompt. The t that runs the
-    fewest tokens wins.
+    Prompts in sorted order are cut into clusters where neighbours share fewer than t tokens. The
+    prefix of a cluster is what all its members share, less than a whole prompt. The t that saves
+    the most tokens wins.
     """
     count = len(prompts)
     order = sorted(range(count), key=lambda i: list(prompts[i]))
@@ -72,6 +72,6 @@ def shared_prefixes(prompts: Sequence[Tokens]) -> tuple[list[int], list[int]]:
 
 
 def _clusters(near: Sequence[int], threshold: int) -> list[tuple[int, int]]:
-    """(start, stop) of the stretches whose neighbours share at least `threshold` tokens."""
+    """(start, stop) of the clusters: neighbours in them share at least `threshold` tokens."""
     cuts = [i + 1 for i, shared in enumerate(near) if shared < threshold]
     return list(zip([0, *cuts], [*cuts, len(near) + 1], strict=True))

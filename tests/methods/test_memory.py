@@ -215,7 +215,7 @@ def test_the_plan_holds_within_a_factor(
 
     def drawn() -> None:
         most = 10**9 if plan.graph else 0
-        generate(bundled, rows, longest, Sampling(), critic=True, keep_graph=most)
+        generate(bundled, rows, Sampling(longest), critic=True, keep_graph=most)
 
     found = allocated(drawn)
     assert found <= plan.rollout <= 1.3 * found, f"{plan.rollout / found:.2f} of {found / MIB}"

@@ -31,7 +31,7 @@ from ppo_nlu.runtime import optimizer_state
 
 PROMPTS = [[5, 6, 7], [5, 6], [5, 6, 7, 8]]
 ANSWERS = [[3, 4], [3], [3, 4], [9, 9, 4], [3], [3, 4]]
-OWNERS = [0, 0, 0, 1, 1, 2]
+PROMPT_OF = [0, 0, 0, 1, 1, 2]
 
 
 def spied(policy: Policy, patch: pytest.MonkeyPatch) -> list[int]:
@@ -48,7 +48,7 @@ def spied(policy: Policy, patch: pytest.MonkeyPatch) -> list[int]:
 
 def expected(policy: Policy, temperature: float = 1.0) -> Tensor:
     with torch.no_grad(), lora_disabled(policy.model):
-        return policy.score(PROMPTS, ANSWERS, OWNERS, temperature).logprobs
+        return policy.score(PROMPTS, ANSWERS, PROMPT_OF, temperature).logprobs
 
 
 def test_only_what_is_new_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,11 +56,11 @@ def test_only_what_is_new_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, cache = tiny.policy(), ReferenceCache()
     wanted = expected(policy, 0.8)
     run = spied(policy, monkeypatch)
-    first = cache.logprobs(policy, PROMPTS, ANSWERS, OWNERS, 0.8)
+    first = cache.logprobs(policy, PROMPTS, ANSWERS, PROMPT_OF, 0.8)
     tiny.close(first, wanted)
     assert run == [5] and (cache.hits, cache.misses) == (1, 5)
     tiny.shake(policy, 7)  # the policy moves, its reference does not
-    again = cache.logprobs(policy, PROMPTS, [*ANSWERS, [4]], [*OWNERS, 2], 0.8)
+    again = cache.logprobs(policy, PROMPTS, [*ANSWERS, [4]], [*PROMPT_OF, 2], 0.8)
     assert torch.equal(again[:6], first) and run == [5, 1]
     with torch.no_grad(), lora_disabled(policy.model):
         tiny.close(again[6:, :1], policy.score([PROMPTS[2]], [[4]], None, 0.8).logprobs)
@@ -85,20 +85,21 @@ def test_the_oldest_are_given_up() -> None:
         cache.logprobs(policy, [[1, 2]], [[token]], [0], 1.0)
     assert len(cache.kept) == 3
     wanted = expected(policy)
-    tiny.close(cache.logprobs(policy, PROMPTS, ANSWERS, OWNERS, 1.0), wanted)  # more than it holds
+    more = cache.logprobs(policy, PROMPTS, ANSWERS, PROMPT_OF, 1.0)  # than it holds
+    tiny.close(more, wanted)
     assert len(cache.kept) == 3
     cache.hits = 0
-    cache.logprobs(policy, PROMPTS, ANSWERS[3:], OWNERS[3:], 1.0)
+    cache.logprobs(policy, PROMPTS, ANSWERS[3:], PROMPT_OF[3:], 1.0)
     assert cache.hits == 3, "the newest three are there"
 
 
 def test_the_state_comes_back_to_the_last_bit() -> None:
     policy, cache = tiny.policy(), ReferenceCache(limit=5)
-    first = cache.logprobs(policy, PROMPTS, ANSWERS, OWNERS, 1.0)
+    first = cache.logprobs(policy, PROMPTS, ANSWERS, PROMPT_OF, 1.0)
     other = ReferenceCache(limit=5)
     other.set_state(json.loads(json.dumps(cache.state())))
     assert list(other.kept.items()) == list(cache.kept.items()) and len(other.kept) == 5
-    assert torch.equal(other.logprobs(policy, PROMPTS, ANSWERS, OWNERS, 1.0), first)
+    assert torch.equal(other.logprobs(policy, PROMPTS, ANSWERS, PROMPT_OF, 1.0), first)
     assert other.misses == 0
     other.set_state(ReferenceCache().state())
     assert other.kept == {}

@@ -86,7 +86,7 @@ def test_a_batch_is_learnt_by_heart_and_then_answered() -> None:
     # The frozen head of this random model bounds the likelihood.
     assert first["answer/likelihood"] < 0.05 and last["answer/likelihood"] > 0.7
     prompts = [policy.encode(render(tiny.SST2, row.fields)) for row in rows]
-    drawn = generate(policy, prompts, 4, Sampling(greedy=True))
+    drawn = generate(policy, prompts, Sampling(4, greedy=True))
     said = [parse(tiny.SST2, policy.decode(reply)) for reply in drawn.rows]
     assert said == [row.label for row in rows]
 

@@ -17,7 +17,6 @@ from ppo_nlu.model.generate import Sampling, generate, invert
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.value_head import ValueHead
 
-GREEDY = Sampling(greedy=True)
 KINDS = (*tiny.TREE_KINDS, "mpt", "mistral")
 
 
@@ -28,18 +27,22 @@ def policy_of(kind: str, **options: Any) -> Policy:
 
 
 def ragged(seed: int = 0, rows: int = 5, size: int = tiny.VOCAB) -> list[list[int]]:
-    """Prompts of 3 to 30 tokens, three of them with a common opening."""
+    """Prompts of 3 to 30 tokens, three of them with a common prefix."""
     draw = torch.Generator().manual_seed(seed)
 
     def ids(count: int) -> list[int]:
         return torch.randint(3, size, (count,), generator=draw).tolist()
 
-    head = ids(9)
-    return [head + ids(2), ids(3), head + ids(11), ids(30), [*head, 4]][:rows]
+    prefix = ids(9)
+    return [prefix + ids(2), ids(3), prefix + ids(11), ids(30), [*prefix, 4]][:rows]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def greedy(most: int) -> Sampling:
+    return Sampling(most, greedy=True)
 
 
 def endless(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +71,7 @@ def test_greedy_equals_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) 
     policy.model.generation_config.eos_token_id = None
     endless(policy, monkeypatch)
     prompts = ragged()
-    ours = generate(policy, prompts, 20, GREEDY).rows
+    ours = generate(policy, prompts, greedy(20)).rows
     assert ours == [theirs(policy, prompt, 20) for prompt in prompts]
     assert len({tuple(row) for row in ours}) > 1
 
@@ -77,7 +80,7 @@ def test_greedy_equals_transformers_pretrained() -> None:
     policy = tiny.pretrained("stories260K")
     texts = ("Once upon a time", "Lily and Tom went to the park. They saw a big", "The cat")
     prompts = [policy.encode(text) for text in texts]
-    ours = generate(policy, prompts, 20, GREEDY).rows
+    ours = generate(policy, prompts, greedy(20)).rows
     assert ours == [theirs(policy, prompt, 20) for prompt in prompts]
     assert policy.decode(ours[0]).startswith(", there was a little girl named Lily")
 
@@ -87,7 +90,7 @@ def test_logprobs_and_values_are_those_of_the_scoring_pass(kind: str) -> None:
     policy = policy_of(kind)
     prompts, samples, temperature = ragged(1), 3, 0.7
     made = generate(
-        policy, prompts, 6, Sampling(temperature), samples, generator=seeded(), critic=True
+        policy, prompts, Sampling(6, samples, temperature), generator=seeded(), critic=True
     )
     prompt_of = [p for p in range(len(prompts)) for _ in range(samples)]
     with torch.no_grad():
@@ -102,13 +105,13 @@ def test_logprobs_and_values_are_those_of_the_scoring_pass(kind: str) -> None:
     assert len({tuple(row) for row in made.rows}) > 10, "samples differ"
 
 
-def first_tokens(policy: Policy, count: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Frequencies of `count` first tokens, and the softmax of the plain forward."""
+def first_tokens(policy: Policy, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Frequencies of `samples` first tokens, and the softmax of the plain forward."""
     prompt = [5, 9, 3, 7]
-    made = generate(policy, [prompt], 1, sampling, samples=count, generator=seeded(3))
+    made = generate(policy, [prompt], sampling, generator=seeded(3))
     with torch.no_grad():
         logits = policy.model(input_ids=torch.tensor([prompt])).logits[0, -1]
-    frequency = torch.bincount(made.tokens[:, 0], minlength=len(logits)) / count
+    frequency = torch.bincount(made.tokens[:, 0], minlength=len(logits)) / sampling.samples
     return frequency, torch.softmax(logits / sampling.temperature, -1)
 
 
@@ -116,7 +119,7 @@ def first_tokens(policy: Policy, count: int, sampling: Sampling) -> tuple[Tensor
 def test_samples_follow_the_softmax_at_the_temperature(temperature: float) -> None:
     """χ² over 12 words: 11 degrees of freedom, 31.3 at p = 0.001."""
     count = 5000
-    frequency, probs = first_tokens(tiny.policy(few=True), count, Sampling(temperature))
+    frequency, probs = first_tokens(tiny.policy(few=True), Sampling(1, count, temperature))
     chi = (count * (frequency - probs).square() / probs).sum()
     assert float(chi) < 31.3
     spread = (probs * (1 - probs) / count).sqrt()
@@ -124,10 +127,11 @@ def test_samples_follow_the_softmax_at_the_temperature(temperature: float) -> No
     assert float(probs.max()) > 0.12, "a distribution with something to tell"
 
 
-@pytest.mark.parametrize("sampling", [Sampling(top_k=3), Sampling(top_p=0.6)], ids=["k", "p"])
-def test_top_k_and_top_p_leave_out_the_rest(sampling: Sampling) -> None:
+@pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.6}], ids=["k", "p"])
+def test_top_k_and_top_p_leave_out_the_rest(cut: dict[str, Any]) -> None:
     count = 5000
-    frequency, probs = first_tokens(tiny.policy(few=True), count, sampling)
+    sampling = Sampling(1, count, **cut)
+    frequency, probs = first_tokens(tiny.policy(few=True), sampling)
     order = probs.argsort(descending=True).tolist()
     kept: list[int] = []
     for token in order:  # the smallest set of mass top_p, or the k most likely
@@ -143,7 +147,7 @@ def test_top_k_and_top_p_leave_out_the_rest(sampling: Sampling) -> None:
 
 def test_logprobs_are_before_top_k() -> None:
     policy = tiny.policy(few=True)
-    made = generate(policy, [[5, 9]], 1, Sampling(top_k=1))
+    made = generate(policy, [[5, 9]], Sampling(1, top_k=1))
     with torch.no_grad():
         scored = policy.score([[5, 9]], made.rows)
     tiny.close(made.logprobs, scored.logprobs)
@@ -188,10 +192,10 @@ def test_rows_that_leave_change_nothing_for_the_others(
     """The run in which nothing ever stops, cut at each row's first stop, is the same run."""
     policy = policy_of(kind, few=True)
     prompts = ragged(2, size=12)
-    with_stop = generate(policy, prompts, 10, None, samples, seeded(5), critic=True)
+    with_stop = generate(policy, prompts, Sampling(10, samples), seeded(5), critic=True)
     ended = policy.stop.ended
     endless(policy, monkeypatch)
-    whole = generate(policy, prompts, 10, None, samples, seeded(5), critic=True)
+    whole = generate(policy, prompts, Sampling(10, samples), seeded(5), critic=True)
     lengths = []
     for row, full in zip(with_stop.rows, whole.rows, strict=True):
         stops = [t for t in range(10) if ended([full[: t + 1]])[0]]
@@ -210,8 +214,8 @@ def test_rows_that_leave_change_nothing_for_the_others(
 def test_a_row_does_not_depend_on_the_batch() -> None:
     policy = tiny.policy()
     prompts = ragged(4)
-    together = generate(policy, prompts, 8, GREEDY).rows
-    assert together == [generate(policy, [prompt], 8, GREEDY).rows[0] for prompt in prompts]
+    together = generate(policy, prompts, greedy(8)).rows
+    assert together == [generate(policy, [prompt], greedy(8)).rows[0] for prompt in prompts]
 
 
 def test_out_of_memory_behind_a_kept_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,22 +236,22 @@ def test_out_of_memory_behind_a_kept_pass(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(generation, "_prefill", spy)
     monkeypatch.setattr(generation, "_decode", short_of_memory)
-    first = generate(policy, ragged(), 6, None, 2, seeded(), keep_graph=10_000)
-    second = generate(policy, ragged(), 6, None, 2, seeded(), keep_graph=10_000)
+    first = generate(policy, ragged(), Sampling(6, 2), seeded(), keep_graph=10_000)
+    second = generate(policy, ragged(), Sampling(6, 2), seeded(), keep_graph=10_000)
     assert kept == [True, True, False]
     assert first.prompt_pass is not None and second.prompt_pass is None
     assert torch.equal(first.tokens, second.tokens)
     tiny.close(first.logprobs, second.logprobs, 1e-6)
     kept[:] = [False]
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        generate(policy, ragged(), 6, None, 2, seeded())
+        generate(policy, ragged(), Sampling(6, 2), seeded())
 
 
 def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once a quarter of the rows has ended, only those go on that have not."""
     policy = tiny.policy(few=True)
     sizes = tiny.sizes_of_passes(monkeypatch)
-    made = generate(policy, ragged(2, size=12), 10, None, 4, seeded(5))
+    made = generate(policy, ragged(2, size=12), Sampling(10, 4), seeded(5))
     lengths = made.mask.sum(1)
     expected, batch = [], len(lengths)
     for alive in (int((lengths > t).sum()) for t in range(1, 10)):
@@ -288,7 +292,7 @@ def test_nothing_behind_the_stop(words, length, monkeypatch) -> None:
     prompt = policy.encode(tiny.render(tiny.SST2, {"sentence": "good"}))
     assert policy.tokenizer.convert_tokens_to_ids("</Judgement>") in prompt
     ids = says(policy, words, monkeypatch)
-    made = generate(policy, [prompt], 4, GREEDY)
+    made = generate(policy, [prompt], greedy(4))
     assert made.rows == [ids[:length]]
     assert made.mask.tolist() == [[True] * length]
 
@@ -298,7 +302,7 @@ def test_each_of_several_eos_ids_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     model.generation_config.eos_token_id = [7, 2]
     policy = tiny.policy(few=True)
     policy.stop = type(policy.stop)(model, policy.tokenizer)
-    rows = generate(policy, [[5, 9]], 6, None, 200, seeded(1)).rows
+    rows = generate(policy, [[5, 9]], Sampling(6, 200), seeded(1)).rows
     last = {row[-1] for row in rows if len(row) < 6}
     tag = policy.tokenizer.convert_tokens_to_ids("</Judgement>")
     assert last == {2, 7, tag}
@@ -307,11 +311,11 @@ def test_each_of_several_eos_ids_stops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_length_limit_and_seed() -> None:
     policy = tiny.policy()
-    one, two, other = (generate(policy, ragged(), 5, None, 2, seeded(s)) for s in (1, 1, 2))
+    one, two, other = (generate(policy, ragged(), Sampling(5, 2), seeded(s)) for s in (1, 1, 2))
     assert one.rows == two.rows and torch.equal(one.logprobs, two.logprobs)
     assert one.rows != other.rows
     assert one.tokens.shape == (10, 5) and all(1 <= len(row) <= 5 for row in one.rows)
-    assert generate(policy, ragged(), 1, GREEDY).tokens.shape == (5, 1)
+    assert generate(policy, ragged(), greedy(1)).tokens.shape == (5, 1)
 
 
 def test_in_bf16_the_answers_come_from_the_distribution_that_is_scored() -> None:
@@ -320,7 +324,7 @@ def test_in_bf16_the_answers_come_from_the_distribution_that_is_scored() -> None
     model = tiny.causal_lm("llama", scale=0.6).to(torch.bfloat16).requires_grad_(False)
     policy = Policy(model, tiny.tokenizer(), ValueHead(32), ModelConfig())
     prompts = ragged(3)
-    drawn = generate(policy, prompts, 5, None, 40, seeded())
+    drawn = generate(policy, prompts, Sampling(5, 40), seeded())
     assert drawn.hidden is not None
     logits = drawn.hidden.double() @ model.lm_head.weight.double().t()
     tokens = drawn.tokens[drawn.mask]

@@ -99,16 +99,16 @@ def rows(length: int, count: int = 2) -> list[list[int]]:
 
 
 ANSWERS = [[8, 9, 3], [4, 5], [7, 7, 6, 3]]
-OWNERS = [0, 1, 1]
+PROMPT_OF = [0, 1, 1]
 
 
 def assert_right(policy: Policy, model: Any, length: int, temperature: float = 1.0) -> None:
     """Scores are those of each row alone."""
     prompts = rows(length)
     with torch.no_grad():
-        scored = policy.score(prompts, ANSWERS, OWNERS, temperature)
+        scored = policy.score(prompts, ANSWERS, PROMPT_OF, temperature)
     for j, answer in enumerate(ANSWERS):
-        expected = alone(model, prompts[OWNERS[j]], answer, temperature)
+        expected = alone(model, prompts[PROMPT_OF[j]], answer, temperature)
         tiny.close(scored.logprobs[j, : len(answer)], expected, 1e-4)
 
 
@@ -197,7 +197,7 @@ def test_the_width_of_the_value_head_is_the_heads(tmp_path: Path) -> None:
     folder = saved(tmp_path, "opt", word_embed_proj_dim=16, ffn_dim=48, do_layer_norm_before=False)
     policy = loaded(folder)
     assert policy.value_head.out.in_features == 16
-    scored = policy.score(rows(20), ANSWERS, OWNERS, values=True)
+    scored = policy.score(rows(20), ANSWERS, PROMPT_OF, values=True)
     assert scored.values is not None and scored.values.shape == (3, 4)
     assert_right(policy, plain(folder), 40)
 
@@ -215,7 +215,7 @@ def test_rows_longer_than_a_window_take_the_plain_path(tmp_path: Path) -> None:
     assert policy.prefix_cache([[*row, 5] for row in rows(120)]) is not None
     for length in (50, 62, 70, 120):  # the second grows across the window
         prompts = rows(length)
-        drawn = generate(policy, prompts, 6, Sampling(greedy=True))
+        drawn = generate(policy, prompts, Sampling(6, greedy=True))
         for prompt, answer, logprobs in zip(prompts, drawn.rows, drawn.logprobs, strict=True):
             assert answer == greedy(model, prompt, len(answer))
             tiny.close(logprobs[: len(answer)], alone(model, prompt, answer), 1e-4)
@@ -312,7 +312,7 @@ def test_in_bf16_small_mistakes_are_seen_too(monkeypatch: pytest.MonkeyPatch) ->
     policy = tiny.Policy(model, words, tiny.ValueHead(32), ModelConfig())
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert choose_path(policy, "auto", as_loaded) is True
-    for name, parameter in model.named_parameters():  # what was fp32 for the check is so no more
+    for name, parameter in model.named_parameters():  # what was fp32 for the check is so no longer
         assert parameter.dtype == before[name].dtype and torch.equal(parameter, before[name])
     assert len(policy.decoder.layers) == 2
     merge = attention._merge_into
@@ -409,7 +409,7 @@ def test_a_layer_that_is_never_called_gets_no_lora(tmp_path: Path) -> None:
     names = lora.lora_layers(policy.model)
     assert names and not any(name.endswith("dt_proj") for name in names)
     assert any(name.endswith("in_proj") for name in names)
-    policy.score(rows(20), ANSWERS, OWNERS).logprobs.sum().backward()
+    policy.score(rows(20), ANSWERS, PROMPT_OF).logprobs.sum().backward()
     assert all(layer.lora_b.grad is not None for layer in names.values())
     with pytest.raises(UserError, match=r"lora.targets: dt_proj matches no linear layer"):
         loaded(folder, targets=["dt_proj"])
@@ -420,7 +420,7 @@ def test_a_linear_class_of_its_own_is_tried(tmp_path: Path) -> None:
     policy = loaded(saved(tmp_path / "falcon", "falcon", new_decoder_architecture=True))
     assert len(lora.lora_layers(policy.model)) == 8
     tiny.shake(policy)
-    policy.score(rows(20), ANSWERS, OWNERS).logprobs.sum().backward()
+    policy.score(rows(20), ANSWERS, PROMPT_OF).logprobs.sum().backward()
 
     class Router(nn.Linear):
         def forward(self, x: Tensor) -> Any:
@@ -465,7 +465,7 @@ def test_gpt2_does_not_look_for_padding(monkeypatch: pytest.MonkeyPatch) -> None
         raise AssertionError
 
     monkeypatch.setattr(type(policy.decoder), "warn_if_padding_and_no_attention_mask", looks)
-    policy.score(rows(20), ANSWERS, OWNERS)
+    policy.score(rows(20), ANSWERS, PROMPT_OF)
 
 
 def test_only_rows_that_can_be_reached_are_run() -> None:
@@ -477,11 +477,11 @@ def test_only_rows_that_can_be_reached_are_run() -> None:
 
 def test_how_far_logits_may_be_apart_in_low_precision() -> None:
     """A tenth of their spread, which is 1 here: logits of -1 and 1 about their mean of 5."""
-    wanted = torch.tensor([[4.0, 6.0, 4.0, 6.0]]).repeat(3, 1)
+    expected = torch.tensor([[4.0, 6.0, 4.0, 6.0]]).repeat(3, 1)
     sign = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
-    assert path_check._near(wanted + 0.099 * sign, wanted, exact=False)
-    assert not path_check._near(wanted + 0.101 * sign, wanted, exact=False)
-    assert not path_check._near(wanted * float("nan"), wanted, exact=False)
+    assert path_check._near(expected + 0.099 * sign, expected, exact=False)
+    assert not path_check._near(expected + 0.101 * sign, expected, exact=False)
+    assert not path_check._near(expected * float("nan"), expected, exact=False)
 
 
 # ---- models that are odd in other ways -------------------------------------------------------
@@ -540,7 +540,7 @@ def test_a_window_that_no_config_names_is_looked_for(
             out = forward(self, input_ids=input_ids, **named)
             far = named.get("position_ids")
             count = input_ids.shape[1] if far is None else int(far.max()) + 1
-            if count > 100:  # whatever is far, the whole batch comes out otherwise
+            if count > 100:  # with a long row the whole batch comes out differently
                 out.last_hidden_state = out.last_hidden_state * (1 + 0.01 * count)
             return out
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppo_nlu.config import Config, DataConfig, ModelConfig
 from ppo_nlu.data import load_split, normalise
-from ppo_nlu.model.generate import generate
+from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.pretrain import __main__ as pretrain
@@ -261,7 +261,7 @@ def test_smoke_run_makes_a_loadable_model_and_resumes(
     output = tmp_path / "out"
     assert smoke(made_up, output) == 0
     policy = load_policy(Config(task="sst2", model=ModelConfig(str(output / "model"))))
-    reply = generate(policy, [policy.encode(prompt_of("a warm evening"))], max_new_tokens=4)
+    reply = generate(policy, [policy.encode(prompt_of("a warm evening"))], Sampling(4))
     assert parse(SST2, policy.decode(reply.rows[0])) in (None, "Positive", "Negative")
     assert "Zero-shot" in (output / "model" / "README.md").read_text()
     seen = (output / "model" / "seen_labels.txt").read_text().splitlines()

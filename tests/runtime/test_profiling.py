@@ -171,8 +171,8 @@ def test_flops_of_a_tree_are_those_that_torch_counts(kind: str) -> None:
     with torch.no_grad(), flops() as counter:
         policy.score(prompts, [[3, 4, 5], [6, 7]], values=True)
     cost = policy.last_pass
-    assert (cost.tokens_run, cost.wanted) == (25 + 2 + 2 + 3 + 1, 5)
-    assert counter.get_total_flops() == weights.forward(cost.tokens_run, 5, 0, wanted=5)
+    assert (cost.tokens_run, cost.predicting) == (25 + 2 + 2 + 3 + 1, 5)
+    assert counter.get_total_flops() == weights.forward(cost.tokens_run, 5, 0, predicting=5)
 
 
 @pytest.mark.parametrize(

@@ -69,16 +69,16 @@ def by_row(decoder: nn.Module, prompts, answers, prompt_of) -> Tensor:
     return torch.cat([tiny.alone(decoder, prompts[o], answer) for o, answer in rows])
 
 
-def through(decoder: nn.Module, tree: Tree, positions: bool = True) -> Tensor:
-    flat, _ = run(decoder, tree, positions)
-    return flat[tree.positions[tree.mask]]
+def through(decoder: nn.Module, tree: Tree, takes_positions: bool = True) -> Tensor:
+    flat, _ = run(decoder, tree, takes_positions)
+    return flat[tree.predicted_from[tree.mask]]
 
 
 def assert_equal_to_rows(
-    decoder: nn.Module, params, shape, shared: bool = True, positions: bool = True
+    decoder: nn.Module, params, shape, packed: bool = True, takes_positions: bool = True
 ) -> None:
     prompts, answers, prompt_of = shape
-    actual = through(decoder, build(prompts, answers, prompt_of, shared), positions)
+    actual = through(decoder, build(prompts, answers, prompt_of, packed), takes_positions)
     expected = by_row(decoder, prompts, answers, prompt_of)
     tiny.close(actual, expected)
     for mine, theirs in zip(pull(actual, params), pull(expected, params), strict=True):

@@ -78,5 +78,5 @@ def test_a_pass_under_autocast(kind: str, fused: bool, monkeypatch: pytest.Monke
             scored.logprobs.sum().backward()
         assert float((scored.logprobs - expected).detach().abs().max()) < 0.1
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        drawn = generate(policy, prompts, 4, Sampling(greedy=True))
+        drawn = generate(policy, prompts, Sampling(4, greedy=True))
     assert drawn.logprobs.dtype == torch.float32

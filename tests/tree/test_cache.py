@@ -26,8 +26,8 @@ def test_the_static_cache(kind: str, device: str, monkeypatch: pytest.MonkeyPatc
     prompt_of = [0, 0, 1, 2, 3, 4, 4]
     place = torch.tensor([len(prompts[p]) for p in prompt_of])
     with torch.no_grad():
-        state = run(policy.decoder, build(prompts), keep=True)[1]
-        grown, static = state.start(prompt_of, 4), state.start(prompt_of, 4, static=True)
+        prompt_pass = run(policy.decoder, build(prompts), keep=True)[1]
+        grown, static = (prompt_pass.decode_cache(prompt_of, 4, flag) for flag in (False, True))
         assert isinstance(static, TreeCache) and static.prefixes[0]
         before = [k.data_ptr() for k, _ in static.own]
         for step in range(4):

@@ -15,7 +15,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from ppo_nlu.model.generate import Generation, generate
+from ppo_nlu.model.generate import Generation, Sampling, generate
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.tree.decode_graph import CudaRecordings, Recorder
 from tests.model.test_generate import endless, policy_of, ragged, seeded
@@ -68,29 +68,29 @@ def assert_same(found: Generation, expected: Generation) -> None:
 def test_recorded_once_then_replayed(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = made()
     endless(policy, monkeypatch)
-    expected = generate(policy, ragged(), 7, None, 2, seeded(), critic=True)
+    expected = generate(policy, ragged(), Sampling(7, 2), seeded(), critic=True)
     record(policy)
-    assert_same(generate(policy, ragged(), 7, None, 2, seeded(), critic=True), expected)
+    assert_same(generate(policy, ragged(), Sampling(7, 2), seeded(), critic=True), expected)
     # Six steps: two plain ones, then the recording, its comparison with another plain one, and
     # four replays.
     assert log == ["record", "replay", *["replay"] * 4]
     log.clear()
-    assert_same(generate(policy, ragged(), 7, None, 2, seeded(), critic=True), expected)
+    assert_same(generate(policy, ragged(), Sampling(7, 2), seeded(), critic=True), expected)
     assert log == ["record", *["replay"] * 4]  # it has been compared
     log.clear()
-    assert_same(generate(policy, ragged(), 3, None, 2, seeded()),
-                generate(made(), ragged(), 3, None, 2, seeded()))  # fmt: skip
+    assert_same(generate(policy, ragged(), Sampling(3, 2), seeded()),
+                generate(made(), ragged(), Sampling(3, 2), seeded()))  # fmt: skip
     assert log == []  # two steps are not worth it
 
 
 def test_finished_rows_stay_and_count_no_more(log: list[str]) -> None:
     policy = made(few=True)
     prompts = ragged(2, size=12)
-    expected = generate(policy, prompts, 10, None, 4, seeded(5), critic=True)
+    expected = generate(policy, prompts, Sampling(10, 4), seeded(5), critic=True)
     lengths = expected.mask.sum(1)
     assert len(set(lengths.tolist())) > 2
     record(policy)
-    assert_same(generate(policy, prompts, 10, None, 4, seeded(5), critic=True), expected)
+    assert_same(generate(policy, prompts, Sampling(10, 4), seeded(5), critic=True), expected)
     # All rows over: no further step. Two are plain, the third is compared before it is replayed.
     steps = int(lengths.max()) - 1
     assert steps < 9 and log == ["record", "replay", *["replay"] * (steps - 2)]
@@ -99,7 +99,7 @@ def test_finished_rows_stay_and_count_no_more(log: list[str]) -> None:
 def test_a_step_that_cannot_be_recorded(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = made()
     endless(policy, monkeypatch)
-    expected = generate(policy, ragged(), 5, None, 1, seeded())
+    expected = generate(policy, ragged(), Sampling(5), seeded())
     record(policy)
 
     def refuse(self: Again, call: Callable[[], Tensor]) -> Tensor:
@@ -108,11 +108,11 @@ def test_a_step_that_cannot_be_recorded(log: list[str], monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Again, "record", refuse)
     with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted"):
-        found = generate(policy, ragged(), 5, None, 1, seeded())
+        found = generate(policy, ragged(), Sampling(5), seeded())
     assert_same(found, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # told once, tried once
-        assert_same(generate(policy, ragged(), 5, None, 1, seeded()), expected)
+        assert_same(generate(policy, ragged(), Sampling(5), seeded()), expected)
     assert log == []
 
 
@@ -120,7 +120,7 @@ def test_out_of_memory_while_recording(log: list[str], monkeypatch: pytest.Monke
     """It is not the model's doing: plain steps, and the next rollout tries again."""
     policy = made()
     endless(policy, monkeypatch)
-    expected = generate(policy, ragged(), 5, None, 1, seeded())
+    expected = generate(policy, ragged(), Sampling(5), seeded())
     record(policy)
     before = Again.record
 
@@ -130,10 +130,10 @@ def test_out_of_memory_while_recording(log: list[str], monkeypatch: pytest.Monke
     monkeypatch.setattr(Again, "record", full)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_same(generate(policy, ragged(), 5, None, 1, seeded()), expected)
+        assert_same(generate(policy, ragged(), Sampling(5), seeded()), expected)
     assert log == []
     monkeypatch.setattr(Again, "record", before)
-    assert_same(generate(policy, ragged(), 5, None, 1, seeded()), expected)
+    assert_same(generate(policy, ragged(), Sampling(5), seeded()), expected)
     assert log == ["record", "replay", *["replay"] * 2]
 
 
@@ -142,11 +142,11 @@ def test_a_recording_that_holds_nothing(log: list[str], monkeypatch: pytest.Monk
     there, and must not be taken for a result."""
     policy = made()
     endless(policy, monkeypatch)
-    expected = generate(policy, ragged(), 5, None, 1, seeded())
+    expected = generate(policy, ragged(), Sampling(5), seeded())
     record(policy)
     monkeypatch.setattr(Again, "replay", lambda self: self.log.append("nothing"))
     with pytest.warns(UserWarning, match="without a CUDA graph: it comes out nan away"):
-        found = generate(policy, ragged(), 5, None, 1, seeded())
+        found = generate(policy, ragged(), Sampling(5), seeded())
     assert_same(found, expected)
     assert log == ["record", "nothing"]
 
@@ -176,10 +176,10 @@ def test_all_recordings_of_a_model_share_a_pool(monkeypatch: pytest.MonkeyPatch)
 def test_a_replay_that_differs(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = made()
     endless(policy, monkeypatch)
-    expected = generate(policy, ragged(), 5, None, 1, seeded())
+    expected = generate(policy, ragged(), Sampling(5), seeded())
     record(policy)
     monkeypatch.setattr(Again, "off", 1.0)
     with pytest.warns(UserWarning, match="away from a plain step"):
-        found = generate(policy, ragged(), 5, None, 1, seeded())
+        found = generate(policy, ragged(), Sampling(5), seeded())
     assert_same(found, expected)
     assert log == ["record", "replay"]

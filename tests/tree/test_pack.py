@@ -21,10 +21,10 @@ def test_hand_made_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tree.branches == Branches([(0, 8)], [(13, 4), (17, 1), (8, 5)], [0, 0, 0])
     # Causal pairs of 8, 4, 1 and 5 tokens, and 10 tokens that see the 8 shared ones.
     pairs = 36 + 10 + 1 + 15 + 10 * 8
-    assert tree.cost == Cost(18, (10 + 2) + (9 + 0) + (12 + 1), pairs, wanted=6)
+    assert tree.cost == Cost(18, (10 + 2) + (9 + 0) + (12 + 1), pairs, predicting=6)
     assert tree.ends.tolist() == [14, 17, 11]
     assert tree.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
-    assert tree.positions[tree.mask].tolist() == [14, 15, 16, 17, 11, 12]
+    assert tree.predicted_from[tree.mask].tolist() == [14, 15, 16, 17, 11, 12]
     assert tree.lengths == [10, 9, 12]
     monkeypatch.setattr(prefixes, "PREFIX_COST", 16)  # the 2 x 8 tokens saved are not worth it
     few = build(*SHAPES["shared prefix"])
@@ -41,7 +41,7 @@ def test_distinct_tokens_run_once(group: int) -> None:
     tree = build(prompts, answers, [row // group for row in range(16 * group)])
     assert tree.cost.tokens_run == len(tree.ids) == 80 + 16 * 20 + 16 * group * 5
     assert tree.cost.tokens_full == 16 * group * 105
-    plain = build(prompts, answers, [row // group for row in range(16 * group)], shared=False)
+    plain = build(prompts, answers, [row // group for row in range(16 * group)], packed=False)
     full = 16 * group * 105
     assert plain.cost == Cost(full, full, full * 106 // 2)
 

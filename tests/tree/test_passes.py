@@ -62,7 +62,7 @@ def test_a_prefix_cache_is_run_once_for_many_passes(kind: str, name: str) -> Non
     with torch.no_grad():
         for part in (slice(0, 2), slice(1, 3)):
             few = prompts[part]
-            mine = [j for j, owner in enumerate(prompt_of) if owner in range(*part.indices(3))]
+            mine = [j for j, p in enumerate(prompt_of) if p in range(*part.indices(3))]
             tree = build(few, [answers[j] for j in mine], [prompt_of[j] - part.start for j in mine],
                          prefix_cache=found)  # fmt: skip
             assert tree.cost.tokens_run == sum(len(prompt) - 8 for prompt in few) + sum(
@@ -72,14 +72,14 @@ def test_a_prefix_cache_is_run_once_for_many_passes(kind: str, name: str) -> Non
                 decoder, prompts, [answers[j] for j in mine], [prompt_of[j] for j in mine]
             )
             tiny.close(through(decoder, tree), expected)
-        state = run(decoder, build(prompts, prefix_cache=found), keep=True)[1]
+        prompt_pass = run(decoder, build(prompts, prefix_cache=found), keep=True)[1]
         token = torch.tensor([31, 12, 13])
         places = torch.tensor([len(prompt) for prompt in prompts])
         for static in (False, True):
-            hidden = state.start([0, 1, 2], 1, static).step(decoder, token, places)
+            hidden = prompt_pass.decode_cache([0, 1, 2], 1, static).step(decoder, token, places)
             for row, prompt in enumerate(prompts):
                 expected = tiny.alone(decoder, prompt, [int(token[row]), 5])
-                tiny.close(state.ends[row], expected[0])
+                tiny.close(prompt_pass.ends[row], expected[0])
                 tiny.close(hidden[row], expected[1])
 
 
@@ -95,9 +95,11 @@ def test_pretrained_models(model: str) -> None:
     policy = tiny.pretrained(model)
     tiny.shake(policy)
     assert policy.tree
-    head = policy.encode("Once upon a time, there was a little girl named Lily. She loved to play")
+    prefix = policy.encode(
+        "Once upon a time, there was a little girl named Lily. She loved to play"
+    )
     tails = [" outside in the park.", " with her red ball", " and to sing and to dance in the sun."]
-    prompts = [head + policy.encode(tail)[1:] for tail in tails]
+    prompts = [prefix + policy.encode(tail)[1:] for tail in tails]
     answers = [policy.encode("One day, she")[1:], policy.encode("The end")[1:], [400], [7, 9, 11]]
     shape = (prompts, answers, [0, 0, 1, 2])
     assert_equal_to_rows(policy.decoder, lora.lora_parameters(policy.model), shape)
@@ -131,8 +133,8 @@ def test_the_decoder_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prompt_ends_and_lengths_without_answers() -> None:
     decoder = tiny.causal_lm("llama").base_model
     prompts = SHAPES["two clusters"][0]
-    for shared in (True, False):
-        tree = build(prompts, shared=shared)
+    for packed in (True, False):
+        tree = build(prompts, packed=packed)
         flat, _ = run(decoder, tree)
         expected = torch.cat([tiny.alone(decoder, prompt, [0]) for prompt in prompts])
         tiny.close(flat[tree.ends], expected)

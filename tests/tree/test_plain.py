@@ -20,13 +20,13 @@ def test_plain_path_equals_one_row_at_a_time(kind: str, name: str) -> None:
     changes = {"sliding_window": 4} if kind == "mistral" else {}
     decoder = tiny.causal_lm(kind, **changes).base_model
     params = list(decoder.parameters())
-    assert_equal_to_rows(decoder, params, SHAPES[name], shared=False, positions=kind != "mpt")
+    assert_equal_to_rows(decoder, params, SHAPES[name], packed=False, takes_positions=kind != "mpt")
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_padding_changes_nothing(name: str) -> None:
     decoder = tiny.causal_lm("llama").base_model
-    tree = build(*SHAPES[name], shared=False)
+    tree = build(*SHAPES[name], packed=False)
     assert tree.attention_mask is not None
     with torch.no_grad():
         before = through(decoder, tree)

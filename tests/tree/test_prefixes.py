@@ -26,7 +26,7 @@ def test_a_prefix_cache_that_does_not_fit_is_not_taken(monkeypatch: pytest.Monke
     for prompts in ([[*BASE, 20], OTHER], [[*BASE, 20], BASE], [[*BASE[:7], 2, 20]]):
         tree, plain = build(prompts, prefix_cache=found), build(prompts)
         assert torch.equal(tree.ids, plain.ids) and tree.branches.cache is None  # type: ignore[union-attr]
-    assert build([[*BASE, 20]], shared=False, prefix_cache=found).plan is None
+    assert build([[*BASE, 20]], packed=False, prefix_cache=found).plan is None
     assert cache_prefix(policy.decoder, [BASE, BASE]).tokens == BASE[:-1]  # type: ignore[union-attr]
     monkeypatch.setattr(prefixes, "PREFIX_COST", 16)
     assert cache_prefix(policy.decoder, [[*BASE, 20], [*BASE, 21]]) is None

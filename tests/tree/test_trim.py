@@ -1,4 +1,4 @@
-"""The last block runs the tokens alone whose states are asked for."""
+"""The last block runs only the tokens that another one is predicted from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("every_prefix_counts")
 
 
 @pytest.mark.parametrize("kind", tiny.TREE_KINDS)
-def test_the_last_block_runs_the_wanted_tokens_alone(kind: str) -> None:
-    """Of 18 tokens the 6 that predict an answer are wanted; states and gradients agree."""
+def test_the_last_block_runs_the_predicting_tokens_alone(kind: str) -> None:
+    """Of 18 tokens 6 predict an answer's token; states and gradients agree."""
     prompts, answers, prompt_of = SHAPES["shared prefix"]
     model = tiny.causal_lm(kind)
     tree = build(prompts, answers, prompt_of)

@@ -32,6 +32,7 @@ from ppo_nlu.methods.encoder_model import (
 )
 from ppo_nlu.methods.minibatch import OptimizerStep
 from ppo_nlu.methods.report import BadStep, Report, row_for_a_human
+from ppo_nlu.runtime import flops
 from ppo_nlu.tasks import Example, TaskSpec
 
 
@@ -39,6 +40,7 @@ class EncoderTuning(Method):
     """Fine-tuning of an encoder, the baseline."""
 
     model: Encoder
+    title = "Encoder"
 
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Encoder | None = None):
         (spec,) = specs.values()
@@ -82,6 +84,15 @@ class EncoderTuning(Method):
 
     def save(self, folder: Path) -> None:
         save(self.model, folder / FOLDER)
+
+    def path(self) -> str:
+        return ""
+
+    def plan_memory(self, rows: Sequence[Example]) -> list[str]:
+        return []
+
+    def flop_weights(self) -> flops.Weights | None:
+        return None
 
     def base(self) -> AbstractContextManager[Any] | None:
         return None  # its head is new: there is nothing to measure before

@@ -21,7 +21,7 @@ from ppo_nlu.answering.answer import (
     Answerer,
     decodes_of,
     held_out,
-    join,
+    joined,
     shown,
 )
 from ppo_nlu.answering.load_run import load_base, load_trained, run_config
@@ -117,9 +117,7 @@ def _answered(
         written = recorded(folder / f"predictions-{decode}.jsonl", answers)
         title = f"{spec.title}: {decode}"
         found[decode] = list(shown(written, title, len(examples), progress))
-    first = found.get("greedy") or next(iter(found.values()))
-    both = join(first, found["score"]) if "score" in found else first
-    write_predictions(folder / "predictions.jsonl", both)
+    write_predictions(folder / "predictions.jsonl", joined(found))
     return found
 
 

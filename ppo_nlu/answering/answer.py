@@ -7,7 +7,7 @@ word whole behind the prompt (never unparsed).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -103,7 +103,11 @@ def shown(rows: Iterable[T], title: str, total: int | None, progress: bool) -> I
     yield from tqdm(rows, title, total, disable=not progress, leave=False, mininterval=pause)
 
 
-def join(decoded: Sequence[Answer], scored: Sequence[Answer]) -> list[Answer]:
-    """Decoded answers with the label probabilities of scored ones."""
-    pairs = zip(decoded, scored, strict=True)
-    return [replace(row, probabilities=other.probabilities) for row, other in pairs]
+def joined(found: Mapping[str, Sequence[Answer]]) -> list[Answer]:
+    """One answer a row out of those of each decoding: the greedy one, or else the first, with the
+    label probabilities of the scored one."""
+    answers = found.get("greedy") or next(iter(found.values()))
+    if "score" not in found:
+        return list(answers)
+    pairs = zip(answers, found["score"], strict=True)
+    return [replace(row, probabilities=scored.probabilities) for row, scored in pairs]

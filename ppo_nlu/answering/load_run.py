@@ -12,6 +12,7 @@ from ppo_nlu.answering.by_encoder import EncoderAnswerer
 from ppo_nlu.answering.by_policy import PolicyAnswerer
 from ppo_nlu.answering.provenance import resume_command, stored_config
 from ppo_nlu.config import Config
+from ppo_nlu.config.idle_keys import reads
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import encoder_model as encoders
 from ppo_nlu.model import lora, peft_format
@@ -79,7 +80,7 @@ def _trained_policy(cfg: Config, run_dir: Path) -> Policy:
     adapter = run_dir / _POLICY.folder
     policy = load_policy(replace(cfg, init_from=None))  # the run's own adapter is whole
     peft_format.load_adapter(policy.model, adapter)
-    if cfg.method != "ppo":
+    if not reads(cfg, "model.value_head"):
         return policy  # no critic was trained
     path = adapter / VALUE_HEAD
     try:

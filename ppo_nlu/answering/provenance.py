@@ -14,7 +14,7 @@ import platform
 import shlex
 import struct
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +31,20 @@ from ppo_nlu.model.load import adapter_folder
 from ppo_nlu.runtime import run_folder
 from ppo_nlu.tasks import REWARD_KINDS, Example
 
+# What a resumed run may change: how it is shown and kept, not what is computed.
+MAY_CHANGE = (
+    "log",
+    "eval.batch_size",
+    "eval.before",
+    "eval.bootstrap",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "model.device",
+    "data.path",
+    "custom.train",
+    "custom.dev",
+    "custom.test",
+)
 # What must be the same, and how to mend it where it is not.
 REFUSED = {
     "config": "put its config.yaml back as it was",
@@ -61,18 +75,17 @@ def of_run(
     held: Mapping[str, Sequence[Example]],
     device: torch.device,
     rewards: Iterable[str],
-    may_change: Collection[str] = (),
 ) -> dict[str, Any]:
     """The fingerprints of a run's parts, by the names in `REFUSED` and `TOLD`.
 
-    The config is among them, but for what `may_change`: its file in the run folder can be edited.
+    The config is among them, but for `MAY_CHANGE`: its file in the run folder can be edited.
     """
     cuda = device.type == "cuda"
     return {
         "config": {
             key: value
             for key, value in values(cfg).items()
-            if key not in may_change and key.partition(".")[0] not in may_change
+            if key not in MAY_CHANGE and key.partition(".")[0] not in MAY_CHANGE
         },
         "training rows": {name: rows_hash(rows) for name, rows in train_rows.items()},
         "evaluation rows": {name: rows_hash(rows) for name, rows in held.items()},

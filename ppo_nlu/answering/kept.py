@@ -25,8 +25,8 @@ def answered(entries: Sequence[Entry], decode: str) -> Iterator[tuple[Entry, lis
     for entry in entries:
         if entry.run is not holder:
             holder, answerer = entry.run, None
-        # An entity is chosen by P(Yes) - P(No), which only scoring gives.
-        how = "score" if entry.spec.reader == "record" else decode
+        # A query's row is chosen by P(Yes) - P(No), which only scoring gives.
+        how = "score" if entry.by_query else decode
         path = entry.run.answers_folder(entry.spec.name) / f"predictions-{how}.jsonl"
         given = kept(path, entry)
         if given is None:
@@ -67,6 +67,6 @@ def ask(answerer: Answerer, entry: Entry, path: Path, decode: str) -> list[Answe
     make_folder(path.parent)
     answers = answerer.answer(entry.trained, entry.examples, decode)
     rows = shown(
-        recorded(path, answers), entry.file.name, len(entry.examples), entry.run.cfg.log.progress
+        recorded(path, answers), entry.name, len(entry.examples), entry.run.cfg.log.progress
     )
     return list(rows)

@@ -26,7 +26,7 @@ from ppo_nlu.answering.answer import (
 )
 from ppo_nlu.answering.load_run import load_base, load_trained, run_config
 from ppo_nlu.answering.predictions import recorded, write_predictions
-from ppo_nlu.answering.provenance import read_config
+from ppo_nlu.answering.stored_config import read_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import cli

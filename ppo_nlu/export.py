@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
-from ppo_nlu.answering.provenance import stored_config
+from ppo_nlu.answering.stored_config import stored_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora, peft_format

@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ppo_nlu import data
-from ppo_nlu.answering import provenance
+from ppo_nlu.answering.stored_config import read_config
 from ppo_nlu.config import Config
 from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_intermixed_args(argv)
-    cfg = provenance.read_config(args.config, args.overrides)
+    cfg = read_config(args.config, args.overrides)
     folder: Path = cli.require_place("--output", args.output)
     _require_new(folder)
     specs = specs_of(cfg)

@@ -13,8 +13,9 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from ppo_nlu.answering import aggregate, answer, provenance
+from ppo_nlu.answering import aggregate, answer
 from ppo_nlu.answering.load_run import answerer_of
+from ppo_nlu.answering.stored_config import read_config, resume_command
 from ppo_nlu.config import Config, strict_config, to_dict
 from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
@@ -153,14 +154,12 @@ def main(argv: list[str] | None = None) -> int:
         help="measure where the time goes: profile.json, trace.json",
     )
     args = parser.parse_intermixed_args(argv)
-    cfg = provenance.read_config(args.config, args.overrides, training=True)
+    cfg = read_config(args.config, args.overrides, training=True)
     with ExitStack() as work:
         if args.resume:
             run_folder.require_run_dir(args.resume)
             work.enter_context(FolderLock(args.resume))
-            work.enter_context(
-                cli.works_in(args.resume, provenance.resume_command(args.resume, cfg))
-            )
+            work.enter_context(cli.works_in(args.resume, resume_command(args.resume, cfg)))
             check_same(cfg, args.resume)
         elif args.output:
             # Before minutes of loading; `start` makes it.
@@ -185,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"\nstopped after step {run.step} of {cfg.train.steps}, everything is saved; go on with"
         )
-        print(f"  {provenance.resume_command(run.folder, cfg)}")
+        print(f"  {resume_command(run.folder, cfg)}")
     return stop.exit_code
 
 

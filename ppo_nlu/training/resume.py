@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ppo_nlu.answering import provenance
 from ppo_nlu.config import Config, diff, load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import checkpoint, optimizer_state, profiling, runlog
 from ppo_nlu.storage import files, sealed
+from ppo_nlu.training import provenance
 from ppo_nlu.training.run import Run
 
 

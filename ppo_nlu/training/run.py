@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ppo_nlu import data
-from ppo_nlu.answering import answer, provenance
+from ppo_nlu.answering import answer
 from ppo_nlu.answering.load_run import answerer_of
+from ppo_nlu.answering.stored_config import resume_command
 from ppo_nlu.config import Config, dump
 from ppo_nlu.config.idle_keys import idle_keys, reads
 from ppo_nlu.data import mixture
@@ -21,6 +22,7 @@ from ppo_nlu.methods.registry import METHODS
 from ppo_nlu.runtime import cli, run_folder
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec, rewards
 from ppo_nlu.tasks.custom import specs_of
+from ppo_nlu.training import provenance
 
 PLANNED_BY = 16  # rows of the first step by which the memory plan judges the prompts
 
@@ -76,7 +78,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None, work: ExitStack
     if folder is None:
         lock = run_folder.claim(output or run_folder.new_run_dir(), dump(cfg))
         folder = work.enter_context(lock).folder
-        work.enter_context(cli.works_in(folder, provenance.resume_command(folder, cfg)))
+        work.enter_context(cli.works_in(folder, resume_command(folder, cfg)))
     print(f"run folder: {folder}", flush=True)
     return Run(
         cfg=cfg,

@@ -91,7 +91,7 @@ def _measured(
     decode: str | None,
     output: Path,
 ) -> Iterator[Measured]:
-    """Each task answered, written down and told."""
+    """Answer each task, write the answers to files and print its report."""
     for name, spec in specs.items():
         folder = make_folder(output / name.replace("/", "-") if len(specs) > 1 else output)
         decodes = (decode,) if decode else decodes_of(spec)
@@ -110,7 +110,7 @@ def _answered(
     folder: Path,
     progress: bool,
 ) -> dict[str, list[Answer]]:
-    """The answers of one task, written down as they come."""
+    """The answers of one task, written to files as they come."""
     found = {}
     for decode in decodes:
         answers = answerer.answer(spec, examples, decode)

@@ -5,9 +5,9 @@
 Each run answers the test rows of its own tasks; a run of MNLI also those of MNLI-mm and AX, one of
 SuperGLUE's RTE also those of AX-b and AX-g. Answers are kept in the run folder, so a second call
 is quick. A test file needs an answer in every row: where the model gave none, the most frequent
-training label stands in (`--fallback majority`), or a random one. Label scoring always gives one
-(`--decode score`); ReCoRD is always scored, since its entity is chosen by P(Yes) - P(No). A set
-that is not whole is refused. The same answers give the same zip to the byte.
+training label stands in (`--fallback majority`), or a random one (`--fallback random`). Label
+scoring always gives one (`--decode score`); ReCoRD is always scored, since its entity is chosen by
+P(Yes) - P(No). A set that is not whole is refused. The same answers give the same zip to the byte.
 """
 
 from __future__ import annotations

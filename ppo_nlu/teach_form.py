@@ -42,7 +42,7 @@ from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
 
-PROBED = 64  # rows of a task that tell whether the base knows its form
+PROBED = 64  # rows of a task on which the base is asked whether it knows the form
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, spec in specs.items():
         try:
             rows[name] = data.train_examples(spec, cfg.data, seen).examples
-        except UserError as error:  # its own runs say so; the others' need not wait for it
+        except UserError as error:  # its own runs will say so; the other tasks need not wait
             absent[name] = error
             print(f"warning: {name} is left out: {error}", file=sys.stderr)
     if not rows:
@@ -99,7 +99,7 @@ def _taught(
     folder: Path,
     seen: bool,
 ) -> dict[str, Any]:
-    """Teach, save the model, and say what that changed: a summary.json but for two keys."""
+    """Teach, save the model and measure what that changed; the summary.json, less two keys."""
     probes = {name: found[:PROBED] for name, found in rows.items()}
     before = unparsed(policy, specs, cfg, probes)
     teach(policy, specs, cfg, rows, [name for name in specs if before[name] < 0.5])
@@ -138,7 +138,7 @@ def teach(
     rows: Mapping[str, list[Example]],
     known: Sequence[str],
 ) -> None:
-    """Train all weights on answers in form; those of the `known` tasks are the base's own."""
+    """Train all weights on answers in the right form; for `known` tasks on the base's own."""
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     # The answer's form and nothing else: no worked examples, whose answers are labels.
     bare = replace(
@@ -204,7 +204,7 @@ def unparsed(
 
 def _save(policy: Policy, folder: Path, seen: bool) -> None:
     """A Hugging Face folder, whole or not at all; with the list of rows whose labels the base has
-    seen, if it has. That of a call that was cut short is replaced."""
+    seen, if it has. What an interrupted call left is replaced."""
     with folders.atomic_folder(folder) as new, access.write_errors(folder):
         policy.model.save_pretrained(new)
         policy.tokenizer.save_pretrained(new)

@@ -1,8 +1,8 @@
 """Training: `python -m ppo_nlu.train CONFIG [section.key=value ...] [--resume|--output RUN_DIR]`.
 
-Teaches a model a task, or several, from labels: by PPO or GRPO, by supervised fine-tuning, or as an
-encoder with a head. Says at the end what that gained: the untuned base and the tuned model on the
-evaluation split under three ways of decoding.
+Trains a model on the labels of a task, or of several: by PPO or GRPO, by supervised fine-tuning, or
+as an encoder with a head. At the end it measures what that gained: the untuned base and the tuned
+model on the evaluation split, under three ways of decoding.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def train(run: Run, stop: StopRequest) -> None:
             every = cfg.train.checkpoint_every
             if run.step == cfg.train.steps or (every and run.step % every == 0):
                 save(run)
-        if run.saved < run.step:  # a stop, at whatever moment of the loop it came
+        if run.saved < run.step:  # after a stop, wherever in the loop it came
             save(run)
 
 
 def _told(run: Run, report: Report, progress: Progress) -> dict[str, Any]:
-    """Say what a step found; its metrics."""
+    """Print the messages of a step, and return its metrics."""
     if report.bad is not None:
         _write_bad(run, report.bad, progress)
     for line in report.messages:
@@ -87,7 +87,8 @@ def _told(run: Run, report: Report, progress: Progress) -> dict[str, Any]:
 
 
 def _write_bad(run: Run, bad: BadStep, progress: Progress) -> None:
-    """Count a step that is not finite, and write its batch down; too many in a row end the run."""
+    """Count a step that is not finite, and write its batch to a file; too many in a row end the
+    run."""
     run.bad_in_a_row += 1
     run.totals["bad_steps"] += 1
     dumped = run.folder / "bad_steps" / f"step_{run.step + 1:06d}.json"
@@ -107,7 +108,7 @@ def _write_bad(run: Run, bad: BadStep, progress: Progress) -> None:
 
 
 def _count(run: Run, samples: int, truncated: int, elapsed: float) -> dict[str, float]:
-    """Add a step to the run's totals; its times."""
+    """Add a step to the run's totals, and return its times."""
     if run.step == 1:
         run.totals["first_step_s"] = time.perf_counter() - run.started
     run.totals["samples"] += samples
@@ -117,8 +118,8 @@ def _count(run: Run, samples: int, truncated: int, elapsed: float) -> dict[str, 
 
 
 def _evaluated(run: Run, metrics: dict[str, Any], stop: StopRequest) -> bool:
-    """Where it is due, put each task's greedy metrics on the evaluation split into the metrics, and
-    keep the best weights so far beside the last; False where a stop cut this short."""
+    """Where an evaluation is due, add each task's greedy metrics on the evaluation split to
+    `metrics`, and save the weights if they are the best so far; False where a stop cut it short."""
     every = run.cfg.train.eval_every
     if not every or run.step % every:
         return True
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
             work.enter_context(cli.works_in(args.resume, resume_command(args.resume, cfg)))
             check_same(cfg, args.resume)
         elif args.output:
-            # Before minutes of loading; `start` makes it.
+            # Checked before minutes of loading; `start` makes the folder.
             run_folder.require_free(cli.require_place("--output", args.output))
         with StopRequest() as stop:
             run = start(cfg, args.resume, args.output, work)
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
                 train(run, stop)
                 done = not stop and finish(run, stop)
     if done:
-        with suppress(OSError):  # of an earlier process, whose run is whole now
+        with suppress(OSError):  # left by an earlier process; now the run is whole
             (run.folder / cli.CRASH).unlink(missing_ok=True)
         return 0
     if stop:

@@ -70,12 +70,12 @@ class Answerer(Protocol):
 
 
 def decodes_of(spec: TaskSpec) -> tuple[str, ...]:
-    """The ways of decoding that the task has: free text cannot be scored."""
+    """The ways of decoding that a task allows: free text cannot be scored."""
     return DECODES if spec.words else DECODES[:2]
 
 
 def held_out(spec: TaskSpec, cfg: Config, split: str | None = None) -> data.Dataset:
-    """The rows to evaluate on: at most `eval.limit`, no group of rows cut in two."""
+    """The rows to evaluate on: at most `eval.limit`, and no group of rows cut in two."""
     found = data.load_split(spec, split or cfg.eval.split, cfg.data)
     return replace(found, examples=data.first(found.examples, cfg.eval.limit))
 
@@ -98,7 +98,7 @@ def ask(
 
 
 def shown(rows: Iterable[T], title: str, total: int | None, progress: bool) -> Iterator[T]:
-    """The rows as they come, with a bar on stderr; in a file or a pipe it is renewed rarely."""
+    """The rows as they come, with a bar on stderr; in a file or a pipe it is redrawn rarely."""
     pause = 0.1 if sys.stderr.isatty() else 60.0
     yield from tqdm(rows, title, total, disable=not progress, leave=False, mininterval=pause)
 

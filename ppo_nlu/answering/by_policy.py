@@ -35,8 +35,8 @@ class PolicyAnswerer:
         return self.policy.device
 
     def require_fit(self, spec: TaskSpec) -> None:
-        """A UserError where the tokenizer does not keep the answers, or where the form of the
-        prompt leaves no room for one."""
+        """A UserError where the tokenizer changes the answers, or where the form of the prompt
+        leaves no room for one."""
         check_words(self.policy, spec, self.cfg.prompt)
         empty = Example("", dict.fromkeys(spec.fields, ""), None)
         fit_prompt(self.policy, spec, empty, self._longest(spec), self.cfg.prompt)
@@ -148,15 +148,15 @@ def label_probabilities(
     last tokens, scoring starts at the first token that differs. In the analysis form the label
     stands behind an empty reason.
     """
-    heads, answers, prompt_of = [], [], []
+    beginnings, answers, prompt_of = [], [], []
     replies = _replies(policy, spec, form)
     for number, prompt in enumerate(prompts):
         whole = [policy.encode(prompt.text + reply) for reply in replies]
         cut = min(common(prompt.ids, row) for row in whole)
-        heads.append(prompt.ids[:cut])
+        beginnings.append(prompt.ids[:cut])
         answers += [row[cut:] for row in whole]
         prompt_of += [number] * len(whole)
-    scored = policy.score(heads, answers, prompt_of, prefix_cache=prefix_cache)
+    scored = policy.score(beginnings, answers, prompt_of, prefix_cache=prefix_cache)
     _require_numbers(scored.logprobs)
     return scored.logprobs.sum(1).view(len(prompts), -1).softmax(-1)
 
@@ -167,7 +167,7 @@ def _replies(policy: Policy, spec: TaskSpec, form: str) -> list[str]:
 
 
 def _require_numbers(logprobs: torch.Tensor) -> None:
-    """Weights can be finite and their logits not: then nothing is known of the answers."""
+    """A UserError where log-probs are NaN: finite weights can have logits that are not."""
     if bool(logprobs.isnan().any()):
         raise UserError(
             "the model's log-probabilities are no numbers: its weights or the adapter's are "

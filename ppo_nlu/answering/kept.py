@@ -16,7 +16,7 @@ from ppo_nlu.tasks import TaskSpec
 
 
 def answered(entries: Sequence[Entry], decode: str) -> Iterator[tuple[Entry, list[Answer]]]:
-    """The answers to each entry, those kept in the run folder or else the model's now.
+    """The answers to each entry: those kept in the run folder, or else the model's, asked now.
 
     A run's entries must be neighbours: its model is loaded once, and only if it is needed.
     """
@@ -36,8 +36,8 @@ def answered(entries: Sequence[Entry], decode: str) -> Iterator[tuple[Entry, lis
 
 
 def kept(path: Path, entry: Entry) -> list[Answer] | None:
-    """The answers of an earlier call; None where they are not there, are not to these very rows,
-    or are older than the trained weights."""
+    """The answers of an earlier call; None where there are none, where they answer other rows, or
+    where they are older than the trained weights."""
     if not path.is_file() or path.stat().st_mtime < entry.run.trained_at:
         return None
     try:
@@ -60,8 +60,8 @@ def _allowed(spec: TaskSpec, prediction: Any) -> bool:
 def ask(answerer: Answerer, entry: Entry, path: Path, decode: str) -> list[Answer]:
     """The model's answers to an entry's test rows, written to `path` as they come.
 
-    They are asked as the task that the run was trained on, whose prompt is the same and which has
-    the rows for worked examples.
+    The model is asked as for the task that the run was trained on: its prompt is the same, and it
+    has the rows for worked examples.
     """
     answerer.require_fit(entry.trained)
     make_folder(path.parent)

@@ -15,7 +15,12 @@ from ppo_nlu.tasks import TASKS, Example, TaskSpec, benchmark_tasks
 from ppo_nlu.tasks.custom import specs_of
 
 BENCHMARKS = ("glue", "superglue")  # those with a server
-SAME_ANSWERS = ("data.path", "data.cache", "log.", "eval.batch_size")  # overrides without a say
+SAME_ANSWERS = (
+    "data.path",
+    "data.cache",
+    "log.",
+    "eval.batch_size",
+)  # overrides that change no answer
 
 
 def submitted(benchmark: str) -> list[TaskSpec]:
@@ -40,7 +45,7 @@ class FinishedRun:
         return cls(Path(folder), cfg, specs_of(cfg), tuple(overrides))
 
     def answers_folder(self, task: str) -> Path:
-        """Where its answers to a task's test rows are kept: other overrides, another folder."""
+        """Where its answers to a task's test rows are kept; other overrides have another folder."""
         asked = sorted(text for text in self.overrides if not text.startswith(SAME_ANSWERS))
         digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
         folder = self.folder / (f"submit-{digest}" if asked else "submit")
@@ -82,7 +87,7 @@ class Entry:
 
 
 def collect(benchmark: str, runs: Sequence[FinishedRun]) -> tuple[list[Entry], list[str]]:
-    """What can be written, a run's files together, and what the submission lacks, a line each.
+    """The files that can be written, those of a run together; a line for each thing missing.
 
     Raises UserError where two runs answer one task, or a run none of the benchmark.
     """
@@ -112,9 +117,10 @@ def collect(benchmark: str, runs: Sequence[FinishedRun]) -> tuple[list[Entry], l
 
 
 def assign(tasks: set[str], runs: Sequence[FinishedRun]) -> dict[str, tuple[FinishedRun, TaskSpec]]:
-    """For each task the run that answers it, and which of the run's own tasks it learned it from.
+    """For each task the run that answers it, and the run's own task that serves it.
 
-    A run answers first what it was trained on, then what goes with that and no other run learned.
+    A run answers the tasks that it was trained on, and those that are `trained_with` one of them,
+    unless another run was trained on these.
     """
     found: dict[str, tuple[FinishedRun, TaskSpec]] = {}
     for run in runs:

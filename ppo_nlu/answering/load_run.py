@@ -25,7 +25,7 @@ from ppo_nlu.tasks.custom import specs_of
 
 
 def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a finished run; a UserError where the run is none or has not finished."""
+    """The config of a finished run; a UserError where it is none or has not finished."""
     folder = require_run_dir(run_dir)
     cfg = stored_config(folder, overrides)
     kept = trained_folder(folder, cfg)
@@ -70,7 +70,7 @@ class Kind:
     """How a kind of model is loaded, and what a run that trained one leaves."""
 
     folder: str  # in the run folder
-    mark: str  # the file in it by which the run has finished
+    mark: str  # a file in it that is there once the run has finished
     answerer: Callable[[Any, Config], Answerer]
     load: Callable[[Config, Path], Any]
     base: Callable[[Config], Any]

@@ -14,7 +14,7 @@ from ppo_nlu.tasks import REWARD_KINDS
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = (), training: bool = False) -> Config:
-    """The config of a file that the user names; where it lies in a run folder, `stored_config`."""
+    """The config in a file that the user names; one in a run folder is read by `stored_config`."""
     for place in _through_links(Path(path)):
         if place.name == "config.yaml" and run_folder.is_run_dir(place.parent):
             return stored_config(place.parent, overrides, training)
@@ -22,7 +22,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), training: bool 
 
 
 def _through_links(path: Path) -> Iterator[Path]:
-    """The path, and if it is a link every further one that it leads to."""
+    """The path, and where it is a link, each path that it leads to."""
     yield path
     for _ in range(40):  # as many as Linux follows
         if not os.path.islink(path):
@@ -34,9 +34,9 @@ def _through_links(path: Path) -> Iterator[Path]:
 def stored_config(
     run_dir: str | Path, overrides: Sequence[str] = (), training: bool = False
 ) -> Config:
-    """The config of a run folder, whoever made it: it may name no code to run.
+    """The config of a run folder, which may come from anybody: it alone runs no code.
 
-    What it asks for of this kind has to be said again on the command line.
+    Code that it names must be named again on the command line.
     """
     path = Path(run_dir) / "config.yaml"
     cfg, said = load_config(path, overrides), parse_overrides(overrides, Config)

@@ -64,7 +64,7 @@ _WHOLE = 16 * 2**20  # files up to so many bytes are hashed whole
 _BLOCK = 1024  # of longer ones, so many bytes at the start, middle and end of each tensor
 
 
-# --- what is noted --------------------------------------------------------------------------------
+# --- what is recorded -----------------------------------------------------------------------------
 
 
 def of_run(
@@ -120,7 +120,7 @@ def _version(package: str) -> str:
 
 @lru_cache(maxsize=1)
 def own_source() -> str:
-    """A hash of this package's own source: a checkout changes without another version."""
+    """A hash of this package's own source, which changes in a checkout while the version stays."""
     own = set(Path(ppo_nlu.__file__).parent.rglob("*.py"))
     kernels = {path for place in ppo_nlu.__path__ for path in Path(place, "kernels").glob("*.py")}
     return _hash_of(sorted(own | kernels))[:12]
@@ -195,8 +195,8 @@ def _file_hash(path: Path) -> str:
 
 
 def _sample(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
-    """(place, bytes) of what is read of a large file: the header and a part of every tensor, or, of
-    what is no safetensors file, of each of 256 parts."""
+    """(place, bytes) to read of a large file: its header and samples of every tensor; where it is
+    no safetensors file, samples of each of 256 parts."""
     try:
         header = struct.unpack("<Q", file.read(8))[0]
         table = json.loads(file.read(min(header, 100 * 2**20)))
@@ -210,11 +210,11 @@ def _sample(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
             yield start + place, min(_BLOCK, end - place)
 
 
-# --- what is said of it ---------------------------------------------------------------------------
+# --- what is compared -----------------------------------------------------------------------------
 
 
 def compare(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a resumed run is told of what has changed; a UserError where it must not have."""
+    """Warnings about what has changed since a checkpoint; a UserError where it must not have."""
     for name, mend in REFUSED.items():
         if before.get(name) != now[name]:
             raise UserError(

@@ -24,7 +24,7 @@ from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec, rewards
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.training import provenance
 
-PLANNED_BY = 16  # rows of the first step by which the memory plan judges the prompts
+PLANNED_BY = 16  # rows of the first step from which the memory plan judges the prompts
 
 
 @dataclass
@@ -65,7 +65,7 @@ def rows_of(found: Mapping[str, data.Dataset]) -> dict[str, list[Example]]:
 
 def start(cfg: Config, folder: Path | None, output: Path | None, work: ExitStack) -> Run:
     """Read the data, load the model, make the run folder (or take that of a resumed run); `work`
-    gives a new folder back."""
+    keeps the lock of a new one."""
     specs = specs_of(cfg)
     learned_from, held = read_rows(cfg, specs)
     own = _own_rewards(cfg, specs)

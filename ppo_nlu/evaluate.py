@@ -21,12 +21,12 @@ from ppo_nlu.answering.answer import (
     Answerer,
     decodes_of,
     held_out,
-    join,
+    joined,
     shown,
 )
 from ppo_nlu.answering.load_run import load_base, load_trained, run_config
 from ppo_nlu.answering.predictions import recorded, write_predictions
-from ppo_nlu.answering.provenance import read_config
+from ppo_nlu.answering.stored_config import read_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import arguments, cli
@@ -91,7 +91,7 @@ def _measured(
     decode: str | None,
     output: Path,
 ) -> Iterator[Measured]:
-    """Each task answered, written down and told."""
+    """Answer each task, write the answers to files and print its report."""
     for name, spec in specs.items():
         folder = make_folder(output / name.replace("/", "-") if len(specs) > 1 else output)
         decodes = (decode,) if decode else decodes_of(spec)
@@ -110,16 +110,14 @@ def _answered(
     folder: Path,
     progress: bool,
 ) -> dict[str, list[Answer]]:
-    """The answers of one task, written down as they come."""
+    """The answers of one task, written to files as they come."""
     found = {}
     for decode in decodes:
         answers = answerer.answer(spec, examples, decode)
         written = recorded(folder / f"predictions-{decode}.jsonl", answers)
         title = f"{spec.title}: {decode}"
         found[decode] = list(shown(written, title, len(examples), progress))
-    first = found.get("greedy") or next(iter(found.values()))
-    both = join(first, found["score"]) if "score" in found else first
-    write_predictions(folder / "predictions.jsonl", both)
+    write_predictions(folder / "predictions.jsonl", joined(found))
     return found
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
-from ppo_nlu.answering.provenance import stored_config
+from ppo_nlu.answering.stored_config import stored_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import lora, peft_format
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export_adapter(run: Path, cfg: Config, which: str | None, folder: Path) -> str:
-    """Write the PEFT adapter, its value head and a README; what to tell the user."""
+    """Write the PEFT adapter, its value head and a README; returns a line for the user."""
     base = base_name(cfg)
     if which is None:
         _copy_adapter(_final_adapter(run), base, folder)
@@ -71,7 +71,7 @@ def export_adapter(run: Path, cfg: Config, which: str | None, folder: Path) -> s
 
 
 def export_merged(run: Path, cfg: Config, which: str | None, folder: Path) -> str:
-    """Write the merged model with its tokenizer, load it again and compare; what to tell the user.
+    """Write the merged model with its tokenizer, load it and compare; returns a line for the user.
 
     At most two models are in memory at a time.
     """
@@ -98,7 +98,7 @@ def export_merged(run: Path, cfg: Config, which: str | None, folder: Path) -> st
 
 
 def base_name(cfg: Config) -> str:
-    """What the base model is called: as the user named it, of a full path the last part."""
+    """The base model's name as the user gave it; of a full path the last part."""
     return peft_format.portable_name(cfg.model.name_or_path)
 
 
@@ -136,10 +136,10 @@ def _policy(run: Path, cfg: Config, which: str | None) -> tuple[nn.Module, Any]:
 def _checkpoint(run: Path, which: str) -> tuple[checkpoint.Tensors, Path]:
     path = checkpoint.best(run) if which == "best" else checkpoint.latest(run)
     if path is None:
-        raise UserError(f"{run} has no {which} checkpoint; leave --checkpoint away for adapter/")
+        raise UserError(f"{run} has no {which} checkpoint; without --checkpoint adapter/ is taken")
     groups, _ = checkpoint.load(path)
     if "adapter" not in groups:
-        raise UserError(f"{path} holds no LoRA weights; leave --checkpoint away for adapter/")
+        raise UserError(f"{path} holds no LoRA weights; without --checkpoint adapter/ is taken")
     return groups, path
 
 
@@ -210,8 +210,8 @@ ADAPTER_README = """\
 # LoRA adapter for {task} ({method})
 
 Base model: `{base}`. Trained with ppo_nlu; `value_head.safetensors`, if there, is its critic and is
-not needed for answers. From within this folder, with the base's place on your machine where it is
-no name of the Hugging Face hub:
+not needed for answers. From within this folder (if the Hugging Face hub has no model of the base's
+name, give the path to it on your machine):
 
 ```python
 from transformers import AutoModelForCausalLM; from peft import PeftModel{more}

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _started(rows: Iterator[Example]) -> Iterator[Example]:
-    """The same rows, the first read now: a wrong file is told before the model is loaded."""
+    """The same rows, the first read now: a wrong file is found before the model is loaded."""
     return chain([next(rows)], rows)
 
 
@@ -93,7 +93,7 @@ def _stdin(spec: TaskSpec) -> Iterator[Example]:
         raise UserError(f"--input: {spec.name} needs {fields}; give a .csv, .tsv or .jsonl file")
     if sys.stdin is None:
         raise UserError("--input: stdin is closed; give one sentence a line there, or --input FILE")
-    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the terminal's letters are
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the terminal's encoding is
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     number = 0
     try:

@@ -5,9 +5,9 @@
 Each run answers the test rows of its own tasks; a run of MNLI also those of MNLI-mm and AX, one of
 SuperGLUE's RTE also those of AX-b and AX-g. Answers are kept in the run folder, so a second call
 is quick. A test file needs an answer in every row: where the model gave none, the most frequent
-training label stands in (`--fallback majority`), or a random one. Label scoring always gives one
-(`--decode score`); ReCoRD is always scored, since its entity is chosen by P(Yes) - P(No). A set
-that is not whole is refused. The same answers give the same zip to the byte.
+training label stands in (`--fallback majority`), or a random one (`--fallback random`). Label
+scoring always gives one (`--decode score`); ReCoRD is always scored, since its entity is chosen by
+P(Yes) - P(No). A set that is not whole is refused. The same answers give the same zip to the byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from ppo_nlu.answering.kept import answered
-from ppo_nlu.answering.leaderboard import BENCHMARKS, Entry, FinishedRun, collect, queries_of
+from ppo_nlu.answering.leaderboard import BENCHMARKS, Entry, FinishedRun, collect
 from ppo_nlu.answering.leaderboard_files import Fallback, packed, write
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import arguments, cli
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     contents = {}
     for entry, given in answered(entries, args.decode):
         content, filled = write(entry, given, fallback)
-        contents[entry.file.name] = content
+        contents[entry.name] = content
         print(_line(entry, filled, args.fallback), flush=True)
     for line in missing:
         print(f"not whole: {line}")
@@ -95,10 +95,8 @@ def _new_file(output: Path) -> Path:
 
 
 def _line(entry: Entry, filled: int, kind: str) -> str:
-    record = entry.file.task == "record"
-    count = len(queries_of(entry.examples)) if record else len(entry.examples)
-    line = f"{entry.file.name}: {count:,} rows"
-    what = "unanswered queries" if record else "unparsed answers"
+    line = f"{entry.name}: {entry.rows:,} rows"
+    what = "unanswered queries" if entry.by_query else "unparsed answers"
     return f"{line}, {filled:,} {what} filled ({kind})" if filled else line
 
 

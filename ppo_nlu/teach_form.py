@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ppo_nlu import data
-from ppo_nlu.answering import provenance
+from ppo_nlu.answering.stored_config import read_config
 from ppo_nlu.config import Config
 from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
@@ -43,7 +43,7 @@ from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.answers import parse
 from ppo_nlu.tasks.custom import specs_of
 
-PROBED = 64  # rows of a task that tell whether the base knows its form
+PROBED = 64  # rows of a task on which the base is asked whether it knows the form
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_intermixed_args(argv)
-    cfg = provenance.read_config(args.config, args.overrides)
+    cfg = read_config(args.config, args.overrides)
     folder: Path = arguments.require_place("--output", args.output)
     _require_new(folder)
     specs = specs_of(cfg)
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, spec in specs.items():
         try:
             rows[name] = data.train_examples(spec, cfg.data, seen).examples
-        except UserError as error:  # its own runs say so; the others' need not wait for it
+        except UserError as error:  # its own runs will say so; the other tasks need not wait
             absent[name] = error
             print(f"warning: {name} is left out: {error}", file=sys.stderr)
     if not rows:
@@ -100,7 +100,7 @@ def _taught(
     folder: Path,
     seen: bool,
 ) -> dict[str, Any]:
-    """Teach, save the model, and say what that changed: a summary.json but for two keys."""
+    """Teach, save the model and measure what that changed; the summary.json, less two keys."""
     probes = {name: found[:PROBED] for name, found in rows.items()}
     before = unparsed(policy, specs, cfg, probes)
     teach(policy, specs, cfg, rows, [name for name in specs if before[name] < 0.5])
@@ -139,7 +139,7 @@ def teach(
     rows: Mapping[str, list[Example]],
     known: Sequence[str],
 ) -> None:
-    """Train all weights on answers in form; those of the `known` tasks are the base's own."""
+    """Train all weights on answers in the right form; for `known` tasks on the base's own."""
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     # The answer's form and nothing else: no worked examples, whose answers are labels.
     bare = replace(
@@ -205,7 +205,7 @@ def unparsed(
 
 def _save(policy: Policy, folder: Path, seen: bool) -> None:
     """A Hugging Face folder, whole or not at all; with the list of rows whose labels the base has
-    seen, if it has. That of a call that was cut short is replaced."""
+    seen, if it has. What an interrupted call left is replaced."""
     with atomic_folder(folder) as new, access.write_errors(folder):
         policy.model.save_pretrained(new)
         policy.tokenizer.save_pretrained(new)

@@ -65,3 +65,24 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(policy.value_head.state_dict(), folder / "adapter" / "value_head.safetensors")
     peft_format.save_adapter(policy.model, folder / "adapter", cfg.lora, "bundled")
     return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The config of a short run; see `short_run`."""
+    from short_run import CONFIG
+
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of that config that nothing disturbed."""
+    from short_run import CONFIG, QUICK, run
+
+    root = tmp_path_factory.mktemp("whole")
+    (root / "tiny.yaml").write_text(CONFIG)
+    assert run(root / "tiny.yaml", *QUICK, "--output", root / "run") == 0
+    return root / "run"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import time
@@ -16,63 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from short_run import QUICK, adapter, run, steps
 
 from ppo_nlu import train
 from ppo_nlu.answering import answer, by_policy, predictions
-from ppo_nlu.methods import memory, ppo
+from ppo_nlu.methods import ppo
 from ppo_nlu.model import BUNDLED, peft_format
 from ppo_nlu.runtime import checkpoint, cli
-from ppo_nlu.storage import files, sealed
 
 pytestmark = pytest.mark.skipif(
     not (BUNDLED / "config.json").is_file(), reason="the bundled model is not in ppo_nlu/assets"
 )
-
-CONFIG = """
-task: sst2
-data: {fallback: bundled, url: "http://127.0.0.1:9", limit: 64}
-rollout: {batch_size: 8, max_new_tokens: 4}
-ppo: {minibatch_size: 4, epochs: 2}
-optim: {name: adamw, lr: 1.0e-3}
-train: {steps: 4, eval_every: 2, checkpoint_every: 1}
-eval: {limit: 16, batch_size: 8, bootstrap: 50}
-"""
-QUICK = ("eval.before=false", "log.plot=false", "log.progress=false")
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG)
-    return path
-
-
-def run(*arguments: object) -> int:
-    return cli.run(train.main, [str(a) for a in arguments])
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the test's config that nothing disturbed."""
-    root = tmp_path_factory.mktemp("whole")
-    (root / "tiny.yaml").write_text(CONFIG)
-    assert run(root / "tiny.yaml", *QUICK, "--output", root / "run") == 0
-    return root / "run"
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    found = load_file(folder / "adapter" / "adapter_model.safetensors")
-    head = load_file(folder / "adapter" / "value_head.safetensors")
-    return found | {f"value.{name}": value for name, value in head.items()}
-
-
-def steps(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the times."""
-    log = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
 
 # Processes of their own, forked from one that has done the imports, so each starts in no time.
 _FORK = multiprocessing.get_context("forkserver")
@@ -189,65 +141,6 @@ def test_a_run_leaves_what_it_promises(config: Path, tmp_path: Path, capsys) -> 
     assert (folder / "summary.json").is_file()
 
 
-def test_a_profile_tells_the_phases_and_changes_nothing(
-    config: Path, tmp_path: Path, capsys, whole: Path
-) -> None:
-    folder = tmp_path / "run"
-    assert run(config, *QUICK, "--profile", "--output", folder) == 0
-    out = capsys.readouterr().out
-    report = json.loads((folder / "profile.json").read_text())
-    phases = report["phases"]
-    assert {"prefill", "decode", "update", "evaluation", "io", "other"} <= phases.keys()
-    assert report["steps"] == 4 and report["traced_steps"] == [3, 4]
-    assert sum(row["share"] for row in phases.values()) == pytest.approx(1)
-    assert all(row["seconds"] > 0 for row in phases.values())
-    # Two of four steps are timed. Each runs 8 prompts, up to three more tokens behind each, and the
-    # answers in two epochs.
-    assert phases["prefill"]["tokens_saved"] > phases["prefill"]["tokens_run"] > 0
-    assert phases["update"]["tokens_run"] > phases["prefill"]["tokens_run"]
-    assert 2 * 8 * 3 >= phases["decode"]["tokens_run"] > 0
-    assert all(0 < phases[name]["gemm_share"] < 1 for name in ("prefill", "decode", "update"))
-    table = out[out.index("phase ") :].splitlines()
-    assert table[-1] == f"profile: {folder}/profile.json and trace.json"
-    names = {
-        event.get("name")
-        for event in json.loads((folder / "trace.json").read_text())["traceEvents"]
-    }
-    assert {"prefill", "decode", "update", "aten::mm"} <= names
-    wanted, found = adapter(whole), adapter(folder)
-    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
-    assert steps(folder) == steps(whole)
-
-
-def test_the_memory_plan_comes_before_the_first_step(config: Path, tmp_path: Path, capsys) -> None:
-    assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
-    out, err = capsys.readouterr()
-    plan = out.index("memory plan: ")
-    assert out.index("model: ") < plan < out.index("run folder: ")
-    assert "weights 14 MiB" in out and "micro-batch: no limit of tokens" in out
-    # nor is any other word that is no warning on stderr
-    assert out.index("run folder: ") < out.index("old log-probs are taken") and err == ""
-
-
-def test_a_gpus_limit_reaches_the_method(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The plan's number of tokens, while the run's own config stays as it was given."""
-    seen = []
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 40 * 2**20)
-    original = train.train
-
-    def spy(at: train.Run, stop: Any) -> None:
-        assert at.method.budget is not None
-        seen.append(at.method.budget.tokens)
-        original(at, stop)
-
-    monkeypatch.setattr(train, "train", spy)
-    assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
-    assert 100 < seen[0] < 40 * 2**20 / (20 * 2**10)  # at least 20 KiB a token and layer
-    assert "micro_batch_tokens: 0\n" in (tmp_path / "run" / "config.yaml").read_text()
-
-
 def test_the_first_step_comes_soon(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,16 +241,6 @@ def test_a_stop_at_any_moment_loses_nothing(
     assert steps(folder) == steps(whole)
 
 
-def test_resume_from_another_config_is_refused(config: Path, tmp_path: Path, capsys) -> None:
-    folder = tmp_path / "run"
-    assert run(config, *QUICK, "--output", folder) == 0
-    capsys.readouterr()
-    assert run(config, "ppo.clip=0.1", "--resume", folder) == 2
-    error = capsys.readouterr().err
-    assert "ppo.clip" in error and error.count("\n") == 1
-    assert run(config, "--resume", tmp_path / "nowhere") == 2
-
-
 def test_bad_steps_are_skipped_dumped_and_stop_the_run(
     config: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -387,192 +270,3 @@ def test_bad_steps_are_skipped_dumped_and_stop_the_run(
     assert "5 steps in a row" in error and "optim.lr" in error
     dumped = json.loads(next((folder / "bad_steps").glob("*.json")).read_text())
     assert dumped["rows"][0]["response"] is not None
-
-
-def damaged(file: Path) -> None:
-    whole = bytearray(file.read_bytes())
-    whole[len(whole) // 2] ^= 4
-    file.write_bytes(whole)
-
-
-@pytest.fixture(scope="module")
-def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `whole`, interrupted behind step 3: with checkpoints of steps 2 and 3."""
-    root = tmp_path_factory.mktemp("unfinished")
-    (root / "tiny.yaml").write_text(CONFIG)
-    told = train._told
-
-    def interrupted(at: train.Run, *rest: Any) -> dict[str, Any]:
-        if at.step == 3:
-            raise KeyboardInterrupt
-        return told(at, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_told", interrupted)
-        assert run(root / "tiny.yaml", *QUICK, "--output", root / "run") == 130
-    return root / "run"
-
-
-@pytest.mark.parametrize(
-    "name", ["step_000003/adapter.safetensors", "step_000003/state.json", "best/state.json"]
-)
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
-    unfinished: Path, tmp_path: Path, whole: Path, capsys, name: str
-) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
-    damaged(folder / "checkpoints" / name)
-    capsys.readouterr()
-    assert run(folder / "config.yaml", "--resume", folder) == 0
-    out, err = capsys.readouterr()
-    assert str(folder / "checkpoints" / name) in err and err.count("\n") == 1
-    assert f"resumed after step {3 if 'best' in name else 2} of 4" in out
-    wanted, found = adapter(whole), adapter(folder)
-    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
-    assert steps(folder) == steps(whole)
-    kept = [p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith("damaged-")]
-    assert kept == [f"damaged-{name.partition('/')[0]}-1"]
-
-
-@pytest.mark.parametrize("what", ["a file", "a dead link", "an empty folder", "another step"])
-def test_what_is_no_checkpoint_is_told(
-    unfinished: Path, tmp_path: Path, whole: Path, capsys, what: str
-) -> None:
-    """In the place of the newest: the one before it is taken."""
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
-    newest = folder / "checkpoints" / "step_000003"
-    shutil.rmtree(newest)
-    {
-        "a file": lambda: newest.write_text("mine"),
-        "a dead link": lambda: newest.symlink_to("nowhere"),
-        "an empty folder": lambda: newest.mkdir(),
-        "another step": lambda: newest.symlink_to("step_000002"),
-    }[what]()
-    capsys.readouterr()
-    assert run(folder / "config.yaml", "--resume", folder) == 0
-    out, err = capsys.readouterr()
-    assert str(newest) in err and err.count("\n") == 1 and "resumed after step 2 of 4" in out
-    assert steps(folder) == steps(whole)
-
-
-def test_without_a_whole_checkpoint_nothing_is_changed(
-    unfinished: Path, tmp_path: Path, capsys
-) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
-    for path in (folder / "checkpoints").glob("step_*"):
-        damaged(path / "optimizer.safetensors")
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert run(folder / "config.yaml", "--resume", folder) == 2
-    err = capsys.readouterr().err
-    assert "none of its 2 checkpoint(s)" in err and "--output" in err and err.count("\n") == 1
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-
-
-def test_without_checkpoints_what_is_dropped_is_told(
-    unfinished: Path, tmp_path: Path, whole: Path, capsys
-) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
-    shutil.rmtree(folder / "checkpoints")
-    capsys.readouterr()
-    assert run(folder / "config.yaml", "--resume", folder) == 0
-    out, err = capsys.readouterr()
-    assert f"{folder}: no checkpoint is there; 3 line(s) of metrics are dropped" in err
-    assert err.count("\n") == 1 and "begins at the start" in out and "resumed" not in out
-    assert steps(folder) == steps(whole)
-
-
-@pytest.mark.parametrize("what", ["a file", "a dead link", "a pipe"])
-def test_what_is_no_folder_of_checkpoints_is_refused_first(
-    unfinished: Path, tmp_path: Path, capsys, what: str
-) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
-    place = folder / "checkpoints"
-    shutil.rmtree(place)
-    {
-        "a file": lambda: place.write_text("mine"),
-        "a dead link": lambda: place.symlink_to("nowhere"),
-        "a pipe": lambda: os.mkfifo(place),
-    }[what]()
-    before = (folder / "metrics.jsonl").read_bytes()
-    capsys.readouterr()
-    assert run(folder / "config.yaml", "--resume", folder) == 2
-    out, err = capsys.readouterr()
-    assert f"{place}: the checkpoints cannot be read" in err and err.count("\n") == 1
-    assert (folder / "metrics.jsonl").read_bytes() == before and "step" not in out
-
-
-ALL = {"samples": 4, "train_s": 1.0, "truncated": 0, "bad_steps": 0, "wall_s": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("learner", None), ("learner", []), ("optimizer", {}), ("totals", 3), ("totals", {}),
-        ("totals", {"wall_s": "long"}), ("pending", None), ("bad_in_a_row", None),
-        ("totals", {"wall_s": 1.0}), ("totals", dict(ALL, samples="4")),
-        ("totals", dict(ALL, train_s=True)), ("totals", dict(ALL, bad_steps=math.nan)),
-        ("made_of", 5), ("made_of", []), ("pending", 7), ("pending", []), ("bad_in_a_row", "1"),
-    ],
-)  # fmt: skip
-def test_an_odd_state_is_one_line(
-    unfinished: Path, tmp_path: Path, capsys, key: str, value: Any
-) -> None:
-    """Sealed, so that its checksum holds, and yet not what this version writes."""
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
-    for path in (folder / "checkpoints").glob("step_*"):
-        head = sealed.unseal((path / "state.json").read_text())
-        head["state"][key] = value
-        if value is None:
-            del head["state"][key]
-        (path / "state.json").write_text(sealed.seal(head))
-    capsys.readouterr()
-    assert run(folder / "config.yaml", "--resume", folder) == 2
-    err = capsys.readouterr().err
-    assert "does not hold what a checkpoint" in err or "optimizer state is not whole" in err
-    assert err.count("\n") == 1
-
-
-def test_what_metrics_jsonl_lacks_is_told(
-    unfinished: Path, tmp_path: Path, whole: Path, capsys
-) -> None:
-    """A line lost with the power, a torn one, and one that a second process wrote."""
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
-    log = folder / "metrics.jsonl"
-    first, _second, third = log.read_bytes().splitlines(True)
-    log.write_bytes(first + third + third + b'{"step": 4, "rew')
-    capsys.readouterr()
-    assert run(folder / "config.yaml", "--resume", folder) == 0
-    err = capsys.readouterr().err
-    assert "no line of step 2," in err and "1 torn line" in err and "1 line(s) of a step" in err
-    assert [row["step"] for row in steps(folder)] == [1, 3, 4]
-    assert steps(folder)[1:] == steps(whole)[2:]
-
-
-def test_metrics_are_on_the_disk_before_their_checkpoint(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """When a checkpoint gets its name, its steps' lines have been forced to the disk."""
-    folder, synced, seen = tmp_path / "run", [0], []
-    sync, name = files.sync_file, checkpoint._replace_folder
-
-    def synced_file(path: Path) -> None:
-        sync(path)
-        synced[0] = path.stat().st_size
-
-    def named(temp: Path, final: Path) -> None:
-        if final.name.startswith("step_"):
-            log = (folder / "metrics.jsonl").read_bytes()[: synced[0]]
-            seen.append((int(final.name[5:]), log.count(b"\n")))
-        name(temp, final)
-
-    monkeypatch.setattr(files, "sync_file", synced_file)
-    monkeypatch.setattr(checkpoint, "_replace_folder", named)
-    assert run(config, *QUICK, "--output", folder) == 0
-    assert seen == [(step, step) for step in (1, 2, 3, 4)]

@@ -1,1 +1,1 @@
-"""A trained run answers: loading it, asking it, and what it was made of."""
+"""A trained run answers: loading it, asking it, and measuring its answers."""

@@ -50,7 +50,7 @@ def mean_headline(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float
 
 @dataclass
 class Measured:
-    """One task's rows and how they were answered, by way of decoding; `before`: by the base."""
+    """One task's rows, and the answers to them by way of decoding; `before`: those of the base."""
 
     spec: TaskSpec
     rows: data.Dataset

@@ -7,7 +7,7 @@ word whole behind the prompt (never unparsed).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -70,12 +70,12 @@ class Answerer(Protocol):
 
 
 def decodes_of(spec: TaskSpec) -> tuple[str, ...]:
-    """The ways of decoding that the task has: free text cannot be scored."""
+    """The ways of decoding that a task allows: free text cannot be scored."""
     return DECODES if spec.words else DECODES[:2]
 
 
 def held_out(spec: TaskSpec, cfg: Config, split: str | None = None) -> data.Dataset:
-    """The rows to evaluate on: at most `eval.limit`, no group of rows cut in two."""
+    """The rows to evaluate on: at most `eval.limit`, and no group of rows cut in two."""
     found = data.load_split(spec, split or cfg.eval.split, cfg.data)
     return replace(found, examples=data.first(found.examples, cfg.eval.limit))
 
@@ -98,12 +98,16 @@ def ask(
 
 
 def shown(rows: Iterable[T], title: str, total: int | None, progress: bool) -> Iterator[T]:
-    """The rows as they come, with a bar on stderr; in a file or a pipe it is renewed rarely."""
+    """The rows as they come, with a bar on stderr; in a file or a pipe it is redrawn rarely."""
     pause = 0.1 if sys.stderr.isatty() else 60.0
     yield from tqdm(rows, title, total, disable=not progress, leave=False, mininterval=pause)
 
 
-def join(decoded: Sequence[Answer], scored: Sequence[Answer]) -> list[Answer]:
-    """Decoded answers with the label probabilities of scored ones."""
-    pairs = zip(decoded, scored, strict=True)
-    return [replace(row, probabilities=other.probabilities) for row, other in pairs]
+def joined(found: Mapping[str, Sequence[Answer]]) -> list[Answer]:
+    """One answer a row out of those of each decoding: the greedy one, or else the first, with the
+    label probabilities of the scored one."""
+    answers = found.get("greedy") or next(iter(found.values()))
+    if "score" not in found:
+        return list(answers)
+    pairs = zip(answers, found["score"], strict=True)
+    return [replace(row, probabilities=scored.probabilities) for row, scored in pairs]

@@ -35,8 +35,8 @@ class PolicyAnswerer:
         return self.policy.device
 
     def require_fit(self, spec: TaskSpec) -> None:
-        """A UserError where the tokenizer does not keep the answers, or where the form of the
-        prompt leaves no room for one."""
+        """A UserError where the tokenizer changes the answers, or where the form of the prompt
+        leaves no room for one."""
         check_words(self.policy, spec, self.cfg.prompt)
         empty = Example("", dict.fromkeys(spec.fields, ""), None)
         fit_prompt(self.policy, spec, empty, self._longest(spec), self.cfg.prompt)
@@ -167,7 +167,7 @@ def _replies(policy: Policy, spec: TaskSpec, form: str) -> list[str]:
 
 
 def _require_numbers(logprobs: torch.Tensor) -> None:
-    """Weights can be finite and their logits not: then nothing is known of the answers."""
+    """A UserError where log-probs are NaN: finite weights can have logits that are not."""
     if bool(logprobs.isnan().any()):
         raise UserError(
             "the model's log-probabilities are no numbers: its weights or the adapter's are "

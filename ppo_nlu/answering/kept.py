@@ -16,7 +16,7 @@ from ppo_nlu.tasks import TaskSpec
 
 
 def answered(entries: Sequence[Entry], decode: str) -> Iterator[tuple[Entry, list[Answer]]]:
-    """The answers to each entry, those kept in the run folder or else the model's now.
+    """The answers to each entry: those kept in the run folder, or else the model's, asked now.
 
     A run's entries must be neighbours: its model is loaded once, and only if it is needed.
     """
@@ -25,8 +25,8 @@ def answered(entries: Sequence[Entry], decode: str) -> Iterator[tuple[Entry, lis
     for entry in entries:
         if entry.run is not holder:
             holder, answerer = entry.run, None
-        # An entity is chosen by P(Yes) - P(No), which only scoring gives.
-        how = "score" if entry.spec.reader == "record" else decode
+        # A query's row is chosen by P(Yes) - P(No), which only scoring gives.
+        how = "score" if entry.by_query else decode
         path = entry.run.answers_folder(entry.spec.name) / f"predictions-{how}.jsonl"
         given = kept(path, entry)
         if given is None:
@@ -36,8 +36,8 @@ def answered(entries: Sequence[Entry], decode: str) -> Iterator[tuple[Entry, lis
 
 
 def kept(path: Path, entry: Entry) -> list[Answer] | None:
-    """The answers of an earlier call; None where they are not there, are not to these very rows,
-    or are older than the trained weights."""
+    """The answers of an earlier call; None where there are none, where they answer other rows, or
+    where they are older than the trained weights."""
     if not path.is_file() or path.stat().st_mtime < entry.run.trained_at:
         return None
     try:
@@ -60,13 +60,13 @@ def _allowed(spec: TaskSpec, prediction: Any) -> bool:
 def ask(answerer: Answerer, entry: Entry, path: Path, decode: str) -> list[Answer]:
     """The model's answers to an entry's test rows, written to `path` as they come.
 
-    They are asked as the task that the run was trained on, whose prompt is the same and which has
-    the rows for worked examples.
+    The model is asked as for the task that the run was trained on: its prompt is the same, and it
+    has the rows for worked examples.
     """
     answerer.require_fit(entry.trained)
     make_folder(path.parent)
     answers = answerer.answer(entry.trained, entry.examples, decode)
     rows = shown(
-        recorded(path, answers), entry.file.name, len(entry.examples), entry.run.cfg.log.progress
+        recorded(path, answers), entry.name, len(entry.examples), entry.run.cfg.log.progress
     )
     return list(rows)

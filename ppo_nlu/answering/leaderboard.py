@@ -15,23 +15,18 @@ from ppo_nlu.tasks import TASKS, Example, TaskSpec, benchmark_tasks
 from ppo_nlu.tasks.custom import specs_of
 
 BENCHMARKS = ("glue", "superglue")  # those with a server
-SAME_ANSWERS = ("data.path", "data.cache", "log.", "eval.batch_size")  # overrides without a say
+SAME_ANSWERS = (
+    "data.path",
+    "data.cache",
+    "log.",
+    "eval.batch_size",
+)  # overrides that change no answer
 
 
-@dataclass(frozen=True)
-class File:
-    """A file of the zip: the task whose answers it holds, and how many rows (ReCoRD: queries)."""
-
-    name: str
-    task: str
-    rows: int
-
-
-def files_of(benchmark: str) -> list[File]:
-    """The files that a benchmark's server takes, by their names."""
+def submitted(benchmark: str) -> list[TaskSpec]:
+    """The tasks that a benchmark's server takes a file of, in the order of the files' names."""
     specs = [spec for spec in benchmark_tasks(benchmark) if spec.leaderboard_file]
-    files = [File(spec.leaderboard_file, spec.name, spec.leaderboard_rows) for spec in specs]
-    return sorted(files, key=lambda file: file.name)
+    return sorted(specs, key=lambda spec: spec.leaderboard_file)
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class FinishedRun:
         return cls(Path(folder), cfg, specs_of(cfg), tuple(overrides))
 
     def answers_folder(self, task: str) -> Path:
-        """Where its answers to a task's test rows are kept: other overrides, another folder."""
+        """Where its answers to a task's test rows are kept; other overrides have another folder."""
         asked = sorted(text for text in self.overrides if not text.startswith(SAME_ANSWERS))
         digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
         folder = self.folder / (f"submit-{digest}" if asked else "submit")
@@ -65,52 +60,67 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file to write: the run that answers it, the task it was trained on, and the test rows."""
+    """A file to write: its task, the run that answers it, and the test rows.
 
-    file: File
+    `trained` is the run's own task, which is another where the answered one has no training rows.
+    """
+
+    spec: TaskSpec
     run: FinishedRun
     trained: TaskSpec
     examples: list[Example]
 
     @property
-    def spec(self) -> TaskSpec:
-        """The task that is answered."""
-        return TASKS[self.file.task]
+    def name(self) -> str:
+        """The file's name."""
+        return self.spec.leaderboard_file
+
+    @property
+    def by_query(self) -> bool:
+        """Whether the rows of each query become one row of the file, as in ReCoRD."""
+        return self.spec.leaderboard_layout == "queries"
+
+    @property
+    def rows(self) -> int:
+        """How many rows the file will have."""
+        return len(queries_of(self.examples) if self.by_query else self.examples)
 
 
 def collect(benchmark: str, runs: Sequence[FinishedRun]) -> tuple[list[Entry], list[str]]:
-    """What can be written, a run's files together, and what the submission lacks, a line each.
+    """The files that can be written, those of a run together; a line for each thing missing.
 
     Raises UserError where two runs answer one task, or a run none of the benchmark.
     """
-    files = files_of(benchmark)
-    sources = assign({file.task for file in files}, runs)
+    specs = submitted(benchmark)
+    sources = assign({spec.name for spec in specs}, runs)
     for run in runs:
         if not any(owner is run for owner, _ in sources.values()):
             raise UserError(
                 f"{run.folder}: was trained on {', '.join(run.specs)}, "
-                f"and the {benchmark} submission needs none of that; leave the run away"
+                f"and the {benchmark} submission needs none of that; leave this run out"
             )
     entries, missing = [], []
-    for file in files:
-        if file.task not in sources:
-            missing.append(f"{file.name}: no run was trained on {_teacher(file.task)}")
+    for spec in specs:
+        if spec.name not in sources:
+            teacher = spec.trained_with or spec.name
+            missing.append(f"{spec.leaderboard_file}: no run was trained on {teacher}")
             continue
-        run, trained = sources[file.task]
+        run, trained = sources[spec.name]
         try:
-            examples = data.load_split(TASKS[file.task], "test", run.cfg.data).examples
+            examples = data.load_split(spec, "test", run.cfg.data).examples
         except UserError as error:
-            missing.append(f"{file.name}: {error}")
+            missing.append(f"{spec.leaderboard_file}: {error}")
             continue
-        entries.append(Entry(file, run, trained, examples))
+        entries.append(Entry(spec, run, trained, examples))
         missing += lacking(entries[-1])
     return sorted(entries, key=lambda entry: runs.index(entry.run)), missing
 
 
 def assign(tasks: set[str], runs: Sequence[FinishedRun]) -> dict[str, tuple[FinishedRun, TaskSpec]]:
-    """For each task the run that answers it, and which of the run's own tasks it learned it from.
+    """For each task the run that answers it, and the run's own task that serves it.
 
-    A run answers first what it was trained on, then what goes with that and no other run learned.
+    A run answers the tasks that it was trained on, and those that are `trained_with` one of them,
+    unless another run was trained on these.
     """
     found: dict[str, tuple[FinishedRun, TaskSpec]] = {}
     for run in runs:
@@ -129,20 +139,16 @@ def assign(tasks: set[str], runs: Sequence[FinishedRun]) -> dict[str, tuple[Fini
     return found
 
 
-def _teacher(task: str) -> str:
-    return TASKS[task].trained_with or task
-
-
 def lacking(entry: Entry) -> Iterator[str]:
     """What is wrong with the test rows, if anything."""
-    file, examples = entry.file, entry.examples
-    count = len(queries_of(examples)) if file.task == "record" else len(examples)
-    if count != file.rows:
-        yield f"{file.name}: {count:,} test rows, the official file has {file.rows:,}"
-    elif entry.spec.benchmark == "glue" and [index_of(e) for e in examples] != list(range(count)):
-        yield f"{file.name}: the test rows are not numbered 0 to {count - 1:,} in order"
+    examples, count, official = entry.examples, entry.rows, entry.spec.leaderboard_rows
+    numbered = entry.spec.benchmark == "glue"
+    if count != official:
+        yield f"{entry.name}: {count:,} test rows, the official file has {official:,}"
+    elif numbered and [index_of(e) for e in examples] != list(range(count)):
+        yield f"{entry.name}: the test rows are not numbered 0 to {count - 1:,} in order"
     elif len({example.id for example in examples}) < len(examples):
-        yield f"{file.name}: some test rows come twice, so others are missing"
+        yield f"{entry.name}: some test rows come twice, so others are missing"
 
 
 def index_of(example: Example) -> int:
@@ -151,7 +157,7 @@ def index_of(example: Example) -> int:
 
 
 def queries_of(examples: Sequence[Example]) -> dict[str, list[int]]:
-    """The rows of each of ReCoRD's queries, in order."""
+    """The rows of each query, in order."""
     found: dict[str, list[int]] = {}
     for row, example in enumerate(examples):
         found.setdefault(example.group, []).append(row)

@@ -8,7 +8,7 @@ import math
 import random
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,12 +20,7 @@ from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import TaskSpec
 from ppo_nlu.tasks.metrics import chosen_row
 
-# SuperGLUE labels that are not the data's value as a string.
-JSON_LABELS: dict[str, Callable[[str], Any]] = {
-    "copa": int,
-    "multirc": int,
-    "wsc": str.capitalize,  # "True" and "False"
-}
+Lines = tuple[list[str], int]  # of a file, and how many of its answers are stand-ins
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Fallback:
 
     def draw(self, entry: Entry) -> random.Random:
         """A generator of its own for each file."""
-        return random.Random(f"{self.seed} {entry.file.name}")
+        return random.Random(f"{self.seed} {entry.name}")
 
 
 def usual(entry: Entry) -> str:
@@ -61,7 +56,7 @@ def usual(entry: Entry) -> str:
     try:
         rows = data.load_split(spec, "train", entry.run.cfg.data).examples
     except UserError as error:
-        raise UserError(f"{entry.file.name}: {error}; or use --fallback random") from error
+        raise UserError(f"{entry.name}: {error}; or use --fallback random") from error
     labels = [str(row.label) for row in rows]
     if spec.rating:
         return str(math.fsum(map(float, labels)) / len(labels))
@@ -71,53 +66,52 @@ def usual(entry: Entry) -> str:
 
 def write(entry: Entry, given: Sequence[Answer], fallback: Fallback) -> tuple[bytes, int]:
     """The content of a file, and how many of its answers are stand-ins."""
-    if entry.file.task == "record":
-        rows, filled = _record_lines(entry, given, fallback)
-    else:
-        source = fallback.source(entry)
-        answers = [source() if row.prediction is None else row.prediction for row in given]
-        filled = sum(row.prediction is None for row in given)
-        rows = list(_lines(entry, [_value(entry.spec, answer) for answer in answers]))
-    return "".join(f"{line}\n" for line in rows).encode(), filled
+    lines, filled = LAYOUTS[entry.spec.leaderboard_layout](entry, given, fallback)
+    return "".join(f"{line}\n" for line in lines).encode(), filled
 
 
-def _value(spec: TaskSpec, answer: str) -> str:
-    """An answer as the data files write it: a label's value, a rating within its range."""
+def _rows(entry: Entry, given: Sequence[Answer], fallback: Fallback) -> Lines:
+    """A line for each test row: of a table in a .tsv file, else a JSON object."""
+    values, filled = _values(entry, given, fallback)
+    pairs = [(index_of(row), value) for row, value in zip(entry.examples, values, strict=True)]
+    if entry.name.endswith(".tsv"):
+        return ["index\tprediction", *(f"{index}\t{value}" for index, value in pairs)], filled
+    return [json.dumps({"idx": index, "label": value}) for index, value in pairs], filled
+
+
+def _values(entry: Entry, given: Sequence[Answer], fallback: Fallback) -> tuple[list[Any], int]:
+    """The answers as the server takes them; how many are stand-ins."""
+    source = fallback.source(entry)
+    answers = [source() if row.prediction is None else row.prediction for row in given]
+    filled = sum(row.prediction is None for row in given)
+    return [_value(entry.spec, answer) for answer in answers], filled
+
+
+def _value(spec: TaskSpec, answer: str) -> str | int:
     if spec.rating:
         bounded = min(max(float(answer), spec.rating.low), spec.rating.high)
         return f"{bounded + 0.0:.3f}"
-    return spec.value_of(answer)
+    return spec.submitted_as(answer)
 
 
-def _lines(entry: Entry, values: Sequence[str]) -> Iterator[str]:
-    pairs = list(zip(entry.examples, values, strict=True))
-    label = JSON_LABELS.get(entry.file.task, str)
-    if entry.spec.benchmark == "glue":
-        yield "index\tprediction"
-        yield from (f"{index_of(example)}\t{value}" for example, value in pairs)
-    elif entry.file.task == "multirc":
-        yield from _paragraphs([(example.extra["idx"], label(value)) for example, value in pairs])
-    else:
-        rows = ({"idx": index_of(example), "label": label(value)} for example, value in pairs)
-        yield from map(json.dumps, rows)
-
-
-def _paragraphs(rows: Sequence[tuple[tuple[int, int, int], int]]) -> Iterator[str]:
-    """MultiRC: an object for each paragraph, with its questions and their answers inside."""
-    paragraphs: dict[int, dict[int, list[dict[str, int]]]] = {}
-    for (paragraph, question, answer), label in rows:
+def _paragraphs(entry: Entry, given: Sequence[Answer], fallback: Fallback) -> Lines:
+    """As in MultiRC: an object for each paragraph, with its questions and their answers inside."""
+    values, filled = _values(entry, given, fallback)
+    paragraphs: dict[int, dict[int, list[dict[str, Any]]]] = {}
+    for row, value in zip(entry.examples, values, strict=True):
+        paragraph, question, answer = row.extra["idx"]
         questions = paragraphs.setdefault(paragraph, {})
-        questions.setdefault(question, []).append({"idx": answer, "label": label})
+        questions.setdefault(question, []).append({"idx": answer, "label": value})
+    lines = []
     for paragraph, questions in paragraphs.items():
         nested = [{"idx": number, "answers": answers} for number, answers in questions.items()]
-        yield json.dumps({"idx": paragraph, "passage": {"questions": nested}})
+        lines.append(json.dumps({"idx": paragraph, "passage": {"questions": nested}}))
+    return lines, filled
 
 
-def _record_lines(
-    entry: Entry, given: Sequence[Answer], fallback: Fallback
-) -> tuple[list[str], int]:
-    """ReCoRD: an object for each query, with the entity that was chosen. For a query without one
-    an entity stands in: the one that the passage names most often, or a random one."""
+def _queries(entry: Entry, given: Sequence[Answer], fallback: Fallback) -> Lines:
+    """As in ReCoRD: an object for each query, with the entity that was chosen. For a query without
+    one an entity stands in: the one that the passage names most often, or a random one."""
     draw, filled = fallback.draw(entry), 0
     lines = []
     for rows in queries_of(entry.examples).values():
@@ -135,6 +129,9 @@ def _record_lines(
             entity = often if fallback.kind == "majority" else draw.choice(entities)
         lines.append(json.dumps({"idx": index_of(entry.examples[rows[0]]), "label": entity}))
     return lines, filled
+
+
+LAYOUTS = {"rows": _rows, "paragraphs": _paragraphs, "queries": _queries}
 
 
 def packed(contents: dict[str, bytes]) -> bytes:

@@ -10,13 +10,14 @@ from typing import Any
 from ppo_nlu.answering.answer import Answerer
 from ppo_nlu.answering.by_encoder import EncoderAnswerer
 from ppo_nlu.answering.by_policy import PolicyAnswerer
-from ppo_nlu.answering.provenance import resume_command, stored_config
+from ppo_nlu.answering.stored_config import resume_command, stored_config
 from ppo_nlu.config import Config
+from ppo_nlu.config.idle_keys import reads
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import encoder_load, encoder_save
 from ppo_nlu.methods.encoder_model import Encoder
 from ppo_nlu.model import lora, peft_format
-from ppo_nlu.model.load import load_policy
+from ppo_nlu.model.load import adapter_folder, load_policy
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.value_head import VALUE_HEAD
 from ppo_nlu.runtime.run_folder import require_run_dir
@@ -25,7 +26,7 @@ from ppo_nlu.tasks.custom import specs_of
 
 
 def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a finished run; a UserError where the run is none or has not finished."""
+    """The config of a finished run; a UserError where it is none or has not finished."""
     folder = require_run_dir(run_dir)
     cfg = stored_config(folder, overrides)
     kept = trained_folder(folder, cfg)
@@ -42,6 +43,11 @@ def trained_folder(run_dir: str | Path, cfg: Config) -> Path:
     return Path(run_dir) / _kind(cfg).folder
 
 
+def start_folder(cfg: Config) -> Path:
+    """Where the weights of `init_from` are."""
+    return _kind(cfg).start(str(cfg.init_from))
+
+
 def load_trained(cfg: Config, run_dir: str | Path) -> Answerer:
     """The model of a finished run, as it was trained."""
     return answerer_of(_kind(cfg).load(cfg, Path(run_dir)), cfg)
@@ -53,7 +59,7 @@ def load_base(cfg: Config) -> Answerer:
 
 
 def answerer_of(model: Any, cfg: Config) -> Answerer:
-    """A model that `cfg.method` trains, as one that answers."""
+    """The model that `cfg.method` trains, as an `Answerer`."""
     return _kind(cfg).answerer(model, cfg)
 
 
@@ -65,10 +71,11 @@ class Kind:
     """How a kind of model is loaded, and what a run that trained one leaves."""
 
     folder: str  # in the run folder
-    mark: str  # the file in it by which the run has finished
+    mark: str  # a file in it that is there once the run has finished
     answerer: Callable[[Any, Config], Answerer]
     load: Callable[[Config, Path], Any]
     base: Callable[[Config], Any]
+    start: Callable[[str], Path]  # finds the weights that `init_from` names
 
 
 def _kind(cfg: Config) -> Kind:
@@ -80,7 +87,7 @@ def _trained_policy(cfg: Config, run_dir: Path) -> Policy:
     adapter = run_dir / _POLICY.folder
     policy = load_policy(replace(cfg, init_from=None))  # the run's own adapter is whole
     peft_format.load_adapter(policy.model, adapter)
-    if cfg.method != "ppo":
+    if not reads(cfg, "model.value_head"):
         return policy  # no critic was trained
     path = adapter / VALUE_HEAD
     try:
@@ -102,5 +109,19 @@ def _no_encoder(cfg: Config) -> None:
     raise UserError("method: an encoder answers only after training; give its run folder")
 
 
-_POLICY = Kind("adapter", peft_format.CONFIG_FILE, PolicyAnswerer, _trained_policy, load_policy)
-_ENCODER = Kind(encoder_save.FOLDER, "config.json", EncoderAnswerer, _trained_encoder, _no_encoder)
+_POLICY = Kind(
+    folder="adapter",
+    mark=peft_format.CONFIG_FILE,
+    answerer=PolicyAnswerer,
+    load=_trained_policy,
+    base=load_policy,
+    start=adapter_folder,
+)
+_ENCODER = Kind(
+    folder=encoder_save.FOLDER,
+    mark="config.json",
+    answerer=EncoderAnswerer,
+    load=_trained_encoder,
+    base=_no_encoder,
+    start=encoder_load.saved_folder,
+)

@@ -42,6 +42,11 @@ READ_BY: dict[str, tuple[str, ...]] = {
 }
 
 
+def reads(cfg: Config, key: str) -> bool:
+    """Whether the method of a config reads this key or section."""
+    return cfg.method in READ_BY.get(key, READ_BY.get(key.partition(".")[0], (cfg.method,)))
+
+
 def idle_keys(cfg: Config, said: Collection[str], saw_labels: bool) -> Iterator[tuple[str, str]]:
     """(key, why it has no effect) of the keys that the user gave, in their order."""
     default, mine = values(Config(task="x")), values(cfg)
@@ -52,8 +57,7 @@ def idle_keys(cfg: Config, said: Collection[str], saw_labels: bool) -> Iterator[
 
 
 def _why(cfg: Config, key: str, saw_labels: bool) -> str:
-    readers = READ_BY.get(key, READ_BY.get(key.partition(".")[0], (cfg.method,)))
-    if cfg.method not in readers:
+    if not reads(cfg, key):
         return f"with method {cfg.method}"
     conditions = {
         "mixture": (len(cfg.names) > 1, "with one task"),

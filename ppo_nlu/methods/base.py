@@ -17,13 +17,13 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from ppo_nlu.config import Config
-from ppo_nlu.methods.encoder_model import Encoder
+from ppo_nlu.methods import memory
 from ppo_nlu.methods.minibatch import Budget
 from ppo_nlu.methods.report import Report
 from ppo_nlu.methods.workload import Workload
 from ppo_nlu.model import lora, peft_format
-from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.value_head import VALUE_HEAD
+from ppo_nlu.runtime import flops
 from ppo_nlu.runtime.optim import build_optimizer
 from ppo_nlu.tasks import Example, TaskSpec
 
@@ -33,13 +33,14 @@ Groups = dict[str, dict[str, Tensor]]
 class Method(ABC):
     """One method at work on one model."""
 
-    model: Policy | Encoder  # what training changes and evaluation asks
+    model: Any  # a `Policy` or an `Encoder`: what an `Answerer` asks
+    title: str  # the method's name for a reader
     batch_size: int  # rows of a step
     samples: int = 1  # answers that a step trains on, for each row
     unit: str = "rows"  # what a trained row is called in the summary line
     budget: Budget | None = None  # the limit of one forward of an update, where there is one
 
-    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | Encoder):
+    def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Any):
         self.cfg, self.specs, self.model = cfg, specs, model
         self.optimizer = build_optimizer(cfg.optim, *self.parameters())
 
@@ -84,8 +85,31 @@ class Method(ABC):
         return {}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Load that again."""
+        """Take back what `state` returned."""
         return
+
+    def path(self) -> str:
+        """How the model is run, for the user; empty where there is one way only."""
+        policy = self.model
+        if not policy.tree:
+            return "plain path (one padded row a prompt)"
+        if policy.window is None or policy.window >= policy.context:
+            return "prefix tree"
+        rows = f"rows of up to {policy.window:,} tokens"
+        return f"prefix tree for {rows}, else one padded row a prompt"
+
+    def plan_memory(self, rows: Sequence[Example]) -> list[str]:
+        """What a run on such rows will need, a line each; on a GPU the budget keeps to the plan."""
+        prompts = memory.prompts_of(self.model, self.specs, self.cfg, rows)
+        trained = [parameter for group in self.parameters() for parameter in group]
+        plan = memory.plan(self.model, self.cfg, self.workload(), trained, prompts)
+        if self.budget is not None:
+            self.budget.tokens = plan.micro_batch_tokens
+        return plan.lines()
+
+    def flop_weights(self) -> flops.Weights | None:
+        """The weights by which a profile counts FLOPs; None where it counts none."""
+        return flops.weights_of(self.model)
 
     def base(self) -> AbstractContextManager[Any] | None:
         """A context in which the model is the untrained one; None where there is no such model."""

@@ -24,6 +24,7 @@ from ppo_nlu.methods.encoder_model import SPAN, Encoder, drawing_from, rating_of
 from ppo_nlu.methods.encoder_save import FOLDER, load_weights, save, weights
 from ppo_nlu.methods.minibatch import OptimizerStep
 from ppo_nlu.methods.report import BadStep, Report, row_for_a_human
+from ppo_nlu.runtime import flops
 from ppo_nlu.tasks import Example, TaskSpec
 
 
@@ -31,6 +32,7 @@ class EncoderTuning(Method):
     """Fine-tuning of an encoder."""
 
     model: Encoder
+    title = "Encoder"
 
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Encoder | None = None):
         (spec,) = specs.values()
@@ -74,6 +76,15 @@ class EncoderTuning(Method):
 
     def save(self, folder: Path) -> None:
         save(self.model, folder / FOLDER)
+
+    def path(self) -> str:
+        return ""
+
+    def plan_memory(self, rows: Sequence[Example]) -> list[str]:
+        return []
+
+    def flop_weights(self) -> flops.Weights | None:
+        return None
 
     def base(self) -> AbstractContextManager[Any] | None:
         return None  # the head is new, so an untrained encoder has nothing to measure

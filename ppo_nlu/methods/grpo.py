@@ -48,6 +48,7 @@ class GRPO(Method):
 
     model: Policy
     budget: Budget
+    title = "GRPO"
     unit = "answers"
 
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | None = None):

@@ -49,6 +49,7 @@ class PPO(Method):
 
     model: Policy
     budget: Budget
+    title = "PPO"
     unit = "answers"
 
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | None = None):

@@ -47,6 +47,7 @@ class SFT(Method):
 
     model: Policy
     budget: Budget
+    title = "SFT"
 
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | None = None):
         super().__init__(cfg, specs, model or load_policy(cfg))

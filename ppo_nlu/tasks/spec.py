@@ -16,10 +16,11 @@ AVERAGES = ("official", "paper")  # a benchmark's one number: the leaderboard's,
 
 @dataclass(frozen=True)
 class Label:
-    """A label word as the model writes it, and the value that stands for it in the data files."""
+    """A label word as the model writes it, and what stands for it in files."""
 
     word: str
-    value: str
+    value: str  # in the data files
+    submitted: str | int | None = None  # in a file for the leaderboard; None: the value too
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class TaskSpec:
     paper_metrics: tuple[str, ...] = ()  # what the paper's tables show, where not all `metrics`
     leaderboard_file: str = ""  # its name in the zip that the benchmark's server takes
     leaderboard_rows: int = 0  # in that file (ReCoRD: queries)
+    leaderboard_layout: str = "rows"  # of that file: a name in `leaderboard_files.LAYOUTS`
 
     @property
     def kind(self) -> str:
@@ -133,9 +135,10 @@ class TaskSpec:
         """The label word for a value of the data files; None where the task has no such value."""
         return next((label.word for label in self.labels if label.value == value), None)
 
-    def value_of(self, word: str) -> str:
-        """The (first) value of the data files for a label word."""
-        return next(label.value for label in self.labels if label.word == word)
+    def submitted_as(self, word: str) -> str | int:
+        """What stands for a label word in a file for the leaderboard (of several, the first)."""
+        label = next(label for label in self.labels if label.word == word)
+        return label.value if label.submitted is None else label.submitted
 
     def written(self, label: str) -> str:
         """The gold label as the model should write it."""

@@ -57,7 +57,7 @@ COPA = TaskSpec(
         "Now choose the {question}."
     ),
     fields=("premise", "choice1", "choice2", "question"),
-    labels=(Label("First", "0"), Label("Second", "1")),
+    labels=(Label("First", "0", submitted=0), Label("Second", "1", submitted=1)),
     reader="jsonl",
     files=JSONL,
     leaderboard_file="COPA.jsonl",
@@ -77,12 +77,13 @@ MULTIRC = TaskSpec(
         'Passage: "{passage}". Question: "{question}". Proposed answer: "{answer}". Now judge it.'
     ),
     fields=("passage", "question", "answer"),
-    labels=(Label("True", "1"), Label("False", "0")),
+    labels=(Label("True", "1", submitted=1), Label("False", "0", submitted=0)),
     reader="multirc",
     files=JSONL,
     metrics=("f1a", "em"),
     leaderboard_file="MultiRC.jsonl",
     leaderboard_rows=9693,  # in 166 objects
+    leaderboard_layout="paragraphs",
 )
 
 RECORD = TaskSpec(
@@ -103,6 +104,7 @@ RECORD = TaskSpec(
     metrics=("record_f1", "record_em"),
     leaderboard_file="ReCoRD.jsonl",
     leaderboard_rows=10000,
+    leaderboard_layout="queries",
 )
 
 RTE = TaskSpec(
@@ -145,7 +147,10 @@ WSC = TaskSpec(
     description=("You resolve a pronoun. The task is to decide if it stands for the given phrase."),
     query='Text: "{text}". Now judge if *{span2_text}* means "{span1_text}".',
     fields=("text", "span2_text", "span1_text"),
-    labels=(Label("Yes", "true"), Label("No", "false")),
+    labels=(
+        Label("Yes", "true", submitted="True"),
+        Label("No", "false", submitted="False"),
+    ),
     reader="wsc",
     files=JSONL,
     leaderboard_file="WSC.jsonl",

@@ -34,6 +34,7 @@ from ppo_nlu.pretrain import __main__ as pretrain
 from ppo_nlu.reproduce import __main__ as reproduce
 from ppo_nlu.reproduce import report
 from ppo_nlu.runtime import cli, run_folder
+from ppo_nlu.training import run as training
 
 LONGEST, SECONDS, CHUNK = 600, 20, 400
 PROGRAMS: dict[str, Any] = {
@@ -416,7 +417,7 @@ def _child(chunk: list[Case], results: Any) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     signal.signal(signal.SIGALRM, _too_long)
     for module, name in (
-        (train, "plan_memory"),
+        (training, "plan_memory"),
         (evaluate, "load_base"),
         (evaluate, "load_trained"),
         (predict, "load_trained"),

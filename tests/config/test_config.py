@@ -29,7 +29,7 @@ from ppo_nlu.config import (
     to_dict,
 )
 from ppo_nlu.config.fields import schema
-from ppo_nlu.config.idle_keys import idle_keys
+from ppo_nlu.config.idle_keys import idle_keys, reads
 from ppo_nlu.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -615,6 +615,14 @@ def test_keys_without_effect_are_found(write: Write, text: str, keys: list[str])
     found = dict(idle_keys(cfg, said, cfg.model.name_or_path == "bundled"))
     assert list(found) == keys
     assert all(found.values())
+
+
+def test_which_method_reads_a_key() -> None:
+    """Its own line counts, then its section's; else every method reads it."""
+    ppo, sft = (Config(task="sst2", method=name) for name in ("ppo", "sft"))
+    assert reads(ppo, "reward") and not reads(sft, "reward")
+    assert reads(sft, "rollout.max_new_tokens") and not reads(sft, "rollout.batch_size")
+    assert reads(sft, "data.path") and reads(sft, "optim")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -34,7 +34,7 @@ CFG = DataConfig()
 def test_labels_may_be_a_map_or_a_list() -> None:
     spec = spec_of(MOOD)
     assert spec.words == ("Positive", "Negative") and spec.kind == "choice"
-    assert spec.word_of("Anxiety") == "Negative" and spec.value_of("Negative") == "Depression"
+    assert spec.word_of("Anxiety") == "Negative" and spec.submitted_as("Negative") == "Depression"
     assert (spec.metrics, spec.reward, spec.description) == (("accuracy",), "label", DESCRIPTION)
     assert spec_of(replace(MOOD, labels=["Up", "Down"])).labels == (
         Label("Up", "Up"),

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ppo_nlu.answering import leaderboard
-from ppo_nlu.config import dump, load_config
+from ppo_nlu.answering import leaderboard, leaderboard_files
+from ppo_nlu.answering.answer import Answer
+from ppo_nlu.config import Config, dump, load_config
 from ppo_nlu.data.__main__ import main as data_program
 from ppo_nlu.errors import UserError
 from ppo_nlu.model import peft_format
@@ -17,7 +18,7 @@ from ppo_nlu.reproduce import comparisons
 from ppo_nlu.reproduce.__main__ import main as reproduce
 from ppo_nlu.reproduce.grid import GRIDS, Backbone, Cell, plan
 from ppo_nlu.runtime import run_folder
-from ppo_nlu.tasks import TASKS, get_task
+from ppo_nlu.tasks import TASKS, Example, Label, get_task
 from ppo_nlu.tasks.metrics import average
 
 TONE = replace(
@@ -112,9 +113,38 @@ def test_the_submission_holds_both_files(folder: Path, tmp_path: Path) -> None:
     (run / "adapter").mkdir()
     (run / "adapter" / peft_format.CONFIG_FILE).write_text("{}")
     parts, missing = leaderboard.collect("glue", [leaderboard.FinishedRun.read(str(run), [])])
-    assert [(part.file.name, part.file.rows, part.trained.name) for part in parts] == [
+    assert [(part.name, part.rows, part.trained.name) for part in parts] == [
         ("Tone-X.tsv", 2, "tone"),
         ("Tone.tsv", 2, "tone"),
     ]
     assert any(line.startswith("CoLA.tsv: no run") for line in missing)
     assert json.dumps(missing).count("Tone") == 0
+
+
+def test_its_file_for_the_leaderboard_is_laid_out_as_it_says() -> None:
+    spec = replace(
+        TONE,
+        labels=(Label("Negative", "0", submitted=7), Label("Positive", "1", submitted="yes")),
+        leaderboard_file="Tone.jsonl",
+    )
+    run = leaderboard.FinishedRun(Path("run"), Config(task="tone"), {"tone": spec})
+    rows = [Example(str(i), {}, None, extra={"idx": i}) for i in range(2)]
+    given = [Answer(rows[0], "Positive", ""), Answer(rows[1], "Negative", "")]
+    fallback = leaderboard_files.Fallback("majority", 0)
+    entry = leaderboard.Entry(spec, run, spec, rows)
+    lines = b'{"idx": 0, "label": "yes"}\n{"idx": 1, "label": 7}\n'
+    assert leaderboard_files.write(entry, given, fallback) == (lines, 0)
+    table = replace(entry, spec=replace(spec, leaderboard_file="Tone.tsv"))
+    lines = b"index\tprediction\n0\tyes\n1\t7\n"
+    assert leaderboard_files.write(table, given, fallback) == (lines, 0)
+    rows = [replace(row, extra={"idx": (3, 5, i)}) for i, row in enumerate(rows)]
+    nested = replace(entry, spec=replace(spec, leaderboard_layout="paragraphs"), examples=rows)
+    content, _ = leaderboard_files.write(nested, given, fallback)
+    answers = [{"idx": 0, "label": "yes"}, {"idx": 1, "label": 7}]
+    questions = [{"idx": 5, "answers": answers}]
+    assert json.loads(content) == {"idx": 3, "passage": {"questions": questions}}
+
+
+def test_every_layout_that_a_row_names_is_known() -> None:
+    known = leaderboard_files.LAYOUTS
+    assert all(spec.leaderboard_layout in known for spec in TASKS.values())

@@ -1,8 +1,8 @@
 """What decides a run besides its config: where it comes from is noted, and compared on --resume.
 
-Rows, base weights, the start and a reward of the user's own must be the same: on others the run
-would become a mixture of two. Another machine, thread count or version only rounds otherwise: it
-is told. And a run folder that is read runs no code of its own: see `stored_config`.
+Rows, base weights, the start and a reward of the user's own must be the same: with others the run
+would become a mixture of two. Another machine, thread count or version only rounds differently: it
+is told.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import struct
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,14 +22,27 @@ from typing import Any, BinaryIO
 import torch
 
 import ppo_nlu
-from ppo_nlu.config import Config, load_config, parse_overrides
+from ppo_nlu.answering.load_run import start_folder
+from ppo_nlu.config import Config
 from ppo_nlu.config.strict_config import values
 from ppo_nlu.errors import UserError
 from ppo_nlu.model.base_model import resolve
-from ppo_nlu.model.load import adapter_folder
-from ppo_nlu.runtime import run_folder
-from ppo_nlu.tasks import REWARD_KINDS, Example
+from ppo_nlu.tasks import Example
 
+# What a resumed run may change: how it is shown and kept, not what is computed.
+MAY_CHANGE = (
+    "log",
+    "eval.batch_size",
+    "eval.before",
+    "eval.bootstrap",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "model.device",
+    "data.path",
+    "custom.train",
+    "custom.dev",
+    "custom.test",
+)
 # What must be the same, and how to mend it where it is not.
 REFUSED = {
     "config": "put its config.yaml back as it was",
@@ -52,7 +64,7 @@ _WHOLE = 16 * 2**20  # files up to so many bytes are hashed whole
 _BLOCK = 1024  # of longer ones, so many bytes at the start, middle and end of each tensor
 
 
-# --- what is noted --------------------------------------------------------------------------------
+# --- what is recorded -----------------------------------------------------------------------------
 
 
 def of_run(
@@ -61,23 +73,22 @@ def of_run(
     held: Mapping[str, Sequence[Example]],
     device: torch.device,
     rewards: Iterable[str],
-    may_change: Collection[str] = (),
 ) -> dict[str, Any]:
     """The fingerprints of a run's parts, by the names in `REFUSED` and `TOLD`.
 
-    The config is among them, but for what `may_change`: its file in the run folder can be edited.
+    The config is among them, but for `MAY_CHANGE`: its file in the run folder can be edited.
     """
     cuda = device.type == "cuda"
     return {
         "config": {
             key: value
             for key, value in values(cfg).items()
-            if key not in may_change and key.partition(".")[0] not in may_change
+            if key not in MAY_CHANGE and key.partition(".")[0] not in MAY_CHANGE
         },
         "training rows": {name: rows_hash(rows) for name, rows in train_rows.items()},
         "evaluation rows": {name: rows_hash(rows) for name, rows in held.items()},
         "base model": stamp(model_folder(cfg.model.name_or_path)),
-        "init_from": stamp(_start_folder(cfg)) if cfg.init_from else {},
+        "init_from": stamp(start_folder(cfg)) if cfg.init_from else {},
         "reward": {path: source_hash(path) for path in rewards},
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
@@ -109,7 +120,7 @@ def _version(package: str) -> str:
 
 @lru_cache(maxsize=1)
 def own_source() -> str:
-    """A hash of this package's own source: a checkout changes without another version."""
+    """A hash of this package's own source, which changes in a checkout while the version stays."""
     own = set(Path(ppo_nlu.__file__).parent.rglob("*.py"))
     kernels = {path for place in ppo_nlu.__path__ for path in Path(place, "kernels").glob("*.py")}
     return _hash_of(sorted(own | kernels))[:12]
@@ -157,14 +168,6 @@ def model_folder(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _start_folder(cfg: Config) -> Path:
-    if cfg.method == "encoder":
-        from ppo_nlu.methods.encoder_load import saved_folder
-
-        return saved_folder(str(cfg.init_from))
-    return adapter_folder(str(cfg.init_from))
-
-
 def stamp(folder: Path | None) -> dict[str, str]:
     """A hash of each file that decides what a model or an adapter computes.
 
@@ -192,8 +195,8 @@ def _file_hash(path: Path) -> str:
 
 
 def _sample(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
-    """(place, bytes) of what is read of a large file: the header and a part of every tensor, or, of
-    what is no safetensors file, of each of 256 parts."""
+    """(place, bytes) to read of a large file: its header and samples of every tensor; where it is
+    no safetensors file, samples of each of 256 parts."""
     try:
         header = struct.unpack("<Q", file.read(8))[0]
         table = json.loads(file.read(min(header, 100 * 2**20)))
@@ -207,11 +210,11 @@ def _sample(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
             yield start + place, min(_BLOCK, end - place)
 
 
-# --- what is said of it ---------------------------------------------------------------------------
+# --- what is compared -----------------------------------------------------------------------------
 
 
 def compare(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a resumed run is told of what has changed; a UserError where it must not have."""
+    """Warnings about what has changed since a checkpoint; a UserError where it must not have."""
     for name, mend in REFUSED.items():
         if before.get(name) != now[name]:
             raise UserError(
@@ -235,58 +238,3 @@ def _changed(before: Any, now: Mapping[str, Any]) -> str:
         return "nothing is noted of it"
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-# --- the config of a run that is read -------------------------------------------------------------
-
-
-def read_config(path: str | Path, overrides: Sequence[str] = (), training: bool = False) -> Config:
-    """The config of a file that the user names; where it lies in a run folder, `stored_config`."""
-    for place in _through_links(Path(path)):
-        if place.name == "config.yaml" and run_folder.is_run_dir(place.parent):
-            return stored_config(place.parent, overrides, training)
-    return load_config(path, overrides)
-
-
-def _through_links(path: Path) -> Iterator[Path]:
-    """The path, and if it is a link every further one that it leads to."""
-    yield path
-    for _ in range(40):  # as many as Linux follows
-        if not os.path.islink(path):
-            return
-        path = path.parent / os.readlink(path)
-        yield path
-
-
-def stored_config(
-    run_dir: str | Path, overrides: Sequence[str] = (), training: bool = False
-) -> Config:
-    """The config of a run folder, whoever made it: it may name no code to run.
-
-    What it asks for of this kind has to be said again on the command line.
-    """
-    path = Path(run_dir) / "config.yaml"
-    cfg, said = load_config(path, overrides), parse_overrides(overrides, Config)
-    for text in _code(cfg, training):
-        key, _, value = text.partition("=")
-        if key not in said:
-            raise UserError(
-                f"{path}: {key}: {value} would run Python code, which a run folder alone may not "
-                f"ask for; if you trust it, add {shlex.quote(text)}"
-            )
-    return cfg
-
-
-def _code(cfg: Config, training: bool) -> Iterator[str]:
-    """`key=value` of what a config names that is Python code."""
-    if cfg.model.trust_remote_code:
-        yield "model.trust_remote_code=true"
-    if training and cfg.custom.reward not in ("auto", *REWARD_KINDS):
-        yield f"custom.reward={cfg.custom.reward}"
-
-
-def resume_command(run_dir: str | Path, cfg: Config | None = None) -> str:
-    """What to type to go on with a run."""
-    folder = Path(run_dir)
-    words = [str(folder / "config.yaml"), *(_code(cfg, True) if cfg else ()), "--resume"]
-    return f"python -m ppo_nlu.train {shlex.join([*words, str(folder)])}"

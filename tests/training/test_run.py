@@ -1,0 +1,47 @@
+"""How a run begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from short_run import QUICK, run
+
+from ppo_nlu import train
+from ppo_nlu.methods import memory
+from ppo_nlu.model import BUNDLED
+from ppo_nlu.training.run import Run
+
+pytestmark = pytest.mark.skipif(
+    not (BUNDLED / "config.json").is_file(), reason="the bundled model is not in ppo_nlu/assets"
+)
+
+
+def test_the_memory_plan_comes_before_the_first_step(config: Path, tmp_path: Path, capsys) -> None:
+    assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
+    out, err = capsys.readouterr()
+    plan = out.index("memory plan: ")
+    assert out.index("model: ") < plan < out.index("run folder: ")
+    assert "weights 14 MiB" in out and "micro-batch: no limit of tokens" in out
+    # nor is any other word that is no warning on stderr
+    assert out.index("run folder: ") < out.index("old log-probs are taken") and err == ""
+
+
+def test_a_gpus_limit_reaches_the_method(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan's number of tokens, while the run's own config stays as it was given."""
+    seen = []
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 40 * 2**20)
+    original = train.train
+
+    def spy(at: Run, stop: Any) -> None:
+        assert at.method.budget is not None
+        seen.append(at.method.budget.tokens)
+        original(at, stop)
+
+    monkeypatch.setattr(train, "train", spy)
+    assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
+    assert 100 < seen[0] < 40 * 2**20 / (20 * 2**10)  # at least 20 KiB a token and layer
+    assert "micro_batch_tokens: 0\n" in (tmp_path / "run" / "config.yaml").read_text()

@@ -28,7 +28,8 @@ from ppo_nlu.data import mixture
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import sft
 from ppo_nlu.methods.minibatch import OptimizerStep
-from ppo_nlu.methods.rollout import fit_prompt, longest_prompt, seeded
+from ppo_nlu.methods.prompts import fit_prompt, longest_prompt
+from ppo_nlu.methods.rollout import seeded
 from ppo_nlu.model.base_model import load_base
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.load import check_words, measure, path_and_limit

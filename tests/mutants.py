@@ -234,7 +234,7 @@ ROLLOUT = of(
         "each step draws anew",
     ),
     reward_scale_ignored=(
-        "rewards.reward(specs[row.task], row, guess, response, cfg.reward.scale)",
+        "rewards.reward(specs[row.task], row, guess, response, self.cfg.reward.scale)",
         "rewards.reward(specs[row.task], row, guess, response)",
         "reward.scale counts",
     ),
@@ -249,8 +249,8 @@ ROLLOUT = of(
         "the reference is the model without LoRA",
     ),
     exact_kl_temperature=(
-        "policy.logits(then) / self.temperature)",
-        "policy.logits(then))",
+        "policy.logits(theirs) / temperature)",
+        "policy.logits(theirs))",
         "both distributions are those at the temperature",
     ),
     equal_answers_of_other_prompts=(
@@ -269,11 +269,6 @@ ROLLOUT = of(
         "[place[self.prompt_of[j]] for j in index]",
         "[self.prompt_of[j] for j in index]",
         "prompt_of are numbers in the prompts given back",
-    ),
-    room_for_the_answer=(
-        "limit = policy.context - room",
-        "limit = policy.context",
-        "the answer needs room too",
     ),
     prompt_pass_given_twice=(
         "prompt_pass, self.prompt_pass = self.prompt_pass, None",
@@ -389,8 +384,8 @@ PPO = of(
         "ppo.value_clip has an effect",
     ),
     ppo_scale_ignored=(
-        "scores = self.sampler.scores(rollout)",
-        "scores = rollout.scores",
+        "scores = self.sampler.score(rollout)",
+        "self.sampler.score(rollout)\n        scores = rollout.scores",
         "reward.normalise has an effect",
     ),
 )
@@ -533,6 +528,15 @@ REPORT = of(
     ),
 )
 
+PROMPTS = of(
+    "methods/prompts",
+    "methods/prompts",
+    room_for_the_answer=(
+        "limit = policy.context - room",
+        "limit = policy.context",
+        "the answer needs room too",
+    ),
+)
 REFERENCE = of(
     "methods/reference_cache",
     "methods/reference_cache::test_only_what_is_new_is_run",
@@ -1114,7 +1118,8 @@ CHECKPOINT = of(
 )
 
 MUTANTS = [
-    *LOSSES, *ADVANTAGES, *ROLLOUT, *PPO, *GRPO, *SFT, *UPDATES, *REPORT, *REFERENCE, *GENERATE,
+    *LOSSES, *ADVANTAGES, *ROLLOUT, *PROMPTS, *PPO, *GRPO, *SFT, *UPDATES, *REPORT, *REFERENCE,
+    *GENERATE,
     *KEPT_GRAPH, *PACK, *ROW, *PREFIXES, *PLAIN, *PLAN, *ATTENTION, *PASSES, *TORCH_LORA, *SOFTMAX,
     *LOGPROBS,
     *LORA, *OPS, *MODEL, *STOP, *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,

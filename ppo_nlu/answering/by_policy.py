@@ -11,7 +11,8 @@ from ppo_nlu.answering.answer import Answer, never
 from ppo_nlu.config import Config
 from ppo_nlu.data.shots import Shots
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods.rollout import Fitted, fit_prompt, longest_prompt, seeded
+from ppo_nlu.methods.prompts import Fitted, fit_prompt, longest_prompt
+from ppo_nlu.methods.rollout import seeded
 from ppo_nlu.model.generate import Sampling, generate
 from ppo_nlu.model.load import check_words
 from ppo_nlu.model.policy import Policy

@@ -8,37 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from ppo_nlu.config import Config
+from ppo_nlu.config import METHODS, Config
 from ppo_nlu.config.strict_config import values
 
 BY_REWARD = ("ppo", "grpo")  # the methods that learn from what their answers earn
+WRITING = tuple(name for name in METHODS if name != "encoder")  # by a language model
 # {key or section: the methods that read it}; a key wins over its section.
 READ_BY: dict[str, tuple[str, ...]] = {
-    "ppo": ("ppo",),
-    "ppo.preset": ("ppo", "grpo", "sft", "encoder"),  # it sets keys of other sections too
-    "grpo": ("grpo",),
-    "sft": ("sft",),
-    "encoder": ("encoder",),
+    **{name: (name,) for name in METHODS},  # a method's own section
+    "ppo.preset": METHODS,  # it sets keys of other sections too
     "rollout": BY_REWARD,
-    "rollout.max_new_tokens": ("ppo", "grpo", "sft"),  # of the answers in the evaluation too
-    "rollout.cuda_graph": ("ppo", "grpo", "sft"),
+    "rollout.max_new_tokens": WRITING,  # of the answers in the evaluation too
+    "rollout.cuda_graph": WRITING,
     "reward": BY_REWARD,
     "custom.reward": BY_REWARD,
-    "lora": ("ppo", "grpo", "sft"),
+    "lora": WRITING,
     "lora.dropout": ("sft",),
-    "prompt": ("ppo", "grpo", "sft"),
-    "model.path": ("ppo", "grpo", "sft"),
-    "model.checkpointing": ("ppo", "grpo", "sft"),
+    "prompt": WRITING,
+    "model.path": WRITING,
+    "model.checkpointing": WRITING,
     "model.value_head": ("ppo",),
     "model.value_hidden": ("ppo",),
     "model.detach_value": ("ppo",),
-    "data.exclude_pretraining_labels": ("ppo", "grpo", "sft"),
-    "data.max_prompt_tokens": ("ppo", "grpo", "sft"),
+    "data.exclude_pretraining_labels": WRITING,
+    "data.max_prompt_tokens": WRITING,
     "optim.value_lr": ("ppo",),
-    "train.micro_batch_tokens": ("ppo", "grpo", "sft"),
-    "eval.before": ("ppo", "grpo", "sft"),
-    "eval.top_k": ("ppo", "grpo", "sft"),
-    "eval.top_p": ("ppo", "grpo", "sft"),
+    "train.micro_batch_tokens": WRITING,
+    "eval.before": WRITING,
+    "eval.top_k": WRITING,
+    "eval.top_p": WRITING,
 }
 
 

@@ -54,14 +54,31 @@ class EncoderTuning(Method):
         minibatch = OptimizerStep(self.optimizer, cfg.optim.max_grad_norm)
         encoder.train()
         with drawing_from(encoder.device, "encoder", cfg.seed, step):
+            # 1. the head's outputs, (B, K)
             outputs = encoder(encoder.read(batch, cfg.encoder.max_length))
-            loss, right = loss_of(encoder.spec, outputs, batch)
+            # 2. their distance to the labels
+            loss, right = self.loss(outputs, batch)
             minibatch.backward(loss, {})
         encoder.eval()
         minibatch.metrics["answer/accuracy"] = right
         if minibatch.take():
             return Report(minibatch.metrics)
         return Report({}, bad=BadStep([row_for_a_human(row) for row in batch], minibatch.metrics))
+
+    def loss(self, outputs: Tensor, examples: Sequence[Example]) -> tuple[Tensor, float]:
+        """Mean cross-entropy, or mean squared error in fifths of the range; and the share of right
+        rows."""
+        spec, labels = self.model.spec, [_label(row) for row in examples]
+        if spec.rating is None:
+            gold = torch.tensor([spec.words.index(word) for word in labels], device=outputs.device)
+            right = (outputs.detach().argmax(-1) == gold).float().mean()
+            return F.cross_entropy(outputs, gold), float(right)
+        low, width = spec.rating.low, spec.rating.high - spec.rating.low
+        targets = [(float(label) - low) / width * SPAN for label in labels]
+        loss = F.mse_loss(outputs.squeeze(-1), torch.tensor(targets, device=outputs.device))
+        pairs = zip(outputs.detach().flatten().tolist(), labels, strict=True)
+        hits = [spec.rating.write(rating_of(spec, x)) == spec.written(label) for x, label in pairs]
+        return loss, sum(hits) / len(hits)
 
     # --- what a run keeps -------------------------------------------------------------------------
 
@@ -88,22 +105,6 @@ class EncoderTuning(Method):
 
     def base(self) -> AbstractContextManager[Any] | None:
         return None  # the head is new, so an untrained encoder has nothing to measure
-
-
-def loss_of(spec: TaskSpec, outputs: Tensor, examples: Sequence[Example]) -> tuple[Tensor, float]:
-    """Mean cross-entropy, or mean squared error in fifths of the range; and the share of right
-    rows."""
-    labels = [_label(row) for row in examples]
-    if spec.rating is None:
-        gold = torch.tensor([spec.words.index(word) for word in labels], device=outputs.device)
-        right = (outputs.detach().argmax(-1) == gold).float().mean()
-        return F.cross_entropy(outputs, gold), float(right)
-    low, width = spec.rating.low, spec.rating.high - spec.rating.low
-    wanted = [(float(label) - low) / width * SPAN for label in labels]
-    loss = F.mse_loss(outputs.squeeze(-1), torch.tensor(wanted, device=outputs.device))
-    pairs = zip(outputs.detach().flatten().tolist(), labels, strict=True)
-    hits = [spec.rating.write(rating_of(spec, x)) == spec.written(label) for x, label in pairs]
-    return loss, sum(hits) / len(hits)
 
 
 def _label(example: Example) -> str:

@@ -55,26 +55,27 @@ class GRPO(Method):
         super().__init__(cfg, specs, model or load_policy(cfg))
         self.batch_size, self.samples = cfg.rollout.batch_size, cfg.rollout.samples_per_prompt
         self.section = cfg.grpo
-        kl: Divergence | None = "k3" if cfg.grpo.kl_coef else None
-        self.sampler = Sampler(self.model, specs, cfg, critic=False, kl=kl)
+        estimator: Divergence | None = "k3" if cfg.grpo.kl_coef else None
+        self.sampler = Sampler(self.model, specs, cfg, critic=False, estimator=estimator)
         self.budget = Budget(cfg.grpo.micro_batch_size, cfg.train.micro_batch_tokens)
         self.first_ratio = FirstRatio(exact=cfg.model.dtype == "float32")
 
     def collect(self, rows: Sequence[Example], step: int) -> Batch:
-        """Steps 1 to 4: a group of answers to each row, compared within the group."""
+        """Steps 1 to 5: a group of answers to each row, compared within the group."""
         grpo, size = self.section, self.samples
-        # 1. Sample answers, with the log-probs of their tokens before the update (and the
-        #    reference's log-probs, where the loss has a KL).
+        # 1. Sample answers, with the log-probs of their tokens before the update.
         keep_graph = self.sampler.graph_room(grpo, self.budget)  # for the first pass of `update`
         rollout = self.sampler.sample(rows, step, keep_graph)
         # 2. Scores: each parsed answer against its label.
-        scores = self.sampler.scores(rollout)
-        # 3. Advantages: how much better an answer is than its group.
+        scores = self.sampler.score(rollout)
+        # 3. The reference's log-probs, where the loss has a KL.
+        self.sampler.kl(rollout)
+        # 4. Advantages: how much better an answer is than its group.
         if grpo.advantage == "rloo":
             advantages = losses.rloo_advantages(scores, size)
         else:
             advantages = losses.group_advantages(scores, size, grpo.scale)
-        # 4. Keep the groups that teach something: their answers did not all earn the same.
+        # 5. Keep the groups that teach something: their answers did not all earn the same.
         earned = rollout.scores.view(-1, size)
         even = (earned.amax(1) == earned.amin(1)).tolist()
         groups = [
@@ -88,7 +89,7 @@ class GRPO(Method):
         return Batch(rollout, advantages, groups, metrics)
 
     def update(self, batch: Batch, step: int) -> Report:
-        """Step 5: epochs over the groups, each in a fresh order, with one optimizer step a
+        """Step 6: epochs over the groups, each in a fresh order, with one optimizer step a
         minibatch."""
         rollout, epochs = batch.rollout, Epochs(self.section)
         with profiling.phase("update"):

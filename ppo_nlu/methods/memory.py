@@ -43,7 +43,7 @@ from ppo_nlu.methods.memory_sizes import (
     resident_bytes,
 )
 from ppo_nlu.methods.minibatch import Budget, graph_tokens
-from ppo_nlu.methods.rollout import fit_prompt, longest_prompt
+from ppo_nlu.methods.prompts import fit_prompt, longest_prompt
 from ppo_nlu.methods.workload import Workload
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.tasks import Example, TaskSpec

@@ -59,7 +59,7 @@ class PPO(Method):
         self.section, self.kl = ppo, AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         # A coefficient of 0 stays 0, so the reference is not run.
         divergence = cast(Divergence, ppo.kl_estimator) if ppo.kl_coef else None
-        self.sampler = Sampler(self.model, specs, cfg, critic=True, kl=divergence)
+        self.sampler = Sampler(self.model, specs, cfg, critic=True, estimator=divergence)
         self.budget = Budget(ppo.micro_batch_size, cfg.train.micro_batch_tokens)
         self.first_ratio = FirstRatio(exact=cfg.model.dtype == "float32")
 
@@ -72,9 +72,9 @@ class PPO(Method):
         mask, values = rollout.mask, rollout.values
         assert values is not None
         # 2. Scores: each parsed answer against its label.
-        scores = self.sampler.scores(rollout)
-        # 3. KL to the reference on each token, as the sampler measured it; 0 where it is off.
-        divergence = torch.zeros_like(rollout.logprobs) if rollout.kl is None else rollout.kl
+        scores = self.sampler.score(rollout)
+        # 3. KL to the reference on each token; 0 where it is off.
+        divergence = self.sampler.kl(rollout)
         # 4. Rewards: the score on the last token, minus the KL on each.
         rewards = losses.shaped_rewards(scores, None, None, mask, kl.coef, kl=divergence)
         if ppo.whiten_rewards:

@@ -1,22 +1,16 @@
-"""A rollout as a table: prompts that fit, the answers to them, and their log-probs and scores."""
+"""A rollout: prompts, the answers to them, their log-probs and scores, and metrics of all this."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ppo_nlu.config import Config, PromptConfig
-from ppo_nlu.data.shots import shown_to
-from ppo_nlu.errors import UserError
 from ppo_nlu.methods.minibatch import Metrics
-from ppo_nlu.model.policy import Policy
-from ppo_nlu.model.tokens import TextError
 from ppo_nlu.tasks import Example, TaskSpec, rewards
-from ppo_nlu.tasks.prompts import OPENING, render, turns
 from ppo_nlu.tree.passes import PromptPass
 
 MOST = 0.75  # a pass with answers to this share of the prompts reuses their kept pass
@@ -27,10 +21,11 @@ class Rollout:
     """A batch of answers and all that was known when they were given.
 
     Answer j belongs to prompt `prompt_of[j]`. Tensors are (B, R), right-padded, column t for action
-    a_t; `scores` is (B,). The mask counts the token that ends the answer and nothing behind it. A
-    tensor that was not asked for is None. `reused`: `logprobs` are those of the decode pass. `gap`
-    is their largest distance from those of a training pass, where both passes were run.
-    `prompt_pass` is the kept pass over all prompts, with its graph. `messages` are for the user.
+    a_t. The mask counts the token that ends the answer and nothing behind it. A tensor that was not
+    asked for is None. `hidden` (N, H) are the states that the counted tokens were drawn from, for
+    an exact KL. `reused`: `logprobs` are those of the decode pass. `gap` is their largest distance
+    from those of a training pass, where both passes were run. `prompt_pass` is the kept pass over
+    all prompts, with its graph. `messages` are for the user.
     """
 
     prompts: list[list[int]]
@@ -38,15 +33,16 @@ class Rollout:
     prompt_of: list[int]
     examples: list[Example]
     responses: list[str]
-    predictions: list[str | None]
     mask: Tensor
     logprobs: Tensor
     values: Tensor | None
-    ref_logprobs: Tensor | None
-    kl: Tensor | None
-    scores: Tensor
+    hidden: Tensor | None
     truncated: int
-    dropped: int  # worked examples left out of the prompts
+    dropped: int  # shots left out of the prompts
+    predictions: list[str | None] = field(init=False)  # set by `Sampler.score`
+    scores: Tensor = field(init=False)  # (B,), as earned; set by `Sampler.score`
+    ref_logprobs: Tensor | None = None  # set by `Sampler.kl`
+    kl: Tensor | None = None  # set by `Sampler.kl`
     reused: bool = True
     gap: float | None = None
     prompt_pass: PromptPass | None = None
@@ -80,103 +76,6 @@ class Rollout:
             [self.answers[j] for j in index],
             [place[self.prompt_of[j]] for j in index],
         )
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A prompt that fits into the context."""
-
-    text: str  # with the marks of `model.tokens`, as `Policy.encode` reads it
-    ids: list[int]
-    cut: bool = False  # a field was cut
-    dropped: int = 0  # worked examples left out
-
-
-def fit_prompt(
-    policy: Policy,
-    spec: TaskSpec,
-    example: Example,
-    longest: int,
-    style: PromptConfig | None = None,
-    shots: Sequence[Example] = (),
-) -> Fitted:
-    """The prompt of a row with at most `longest` tokens.
-
-    Where it is too long, whole worked examples are left out, the last one first. Then the end of
-    the longest text field is cut, never the form around it.
-    """
-    try:
-        return _fitted(policy, spec, example, longest, style or PromptConfig(), shots)
-    except TextError as error:
-        raise UserError(f"{spec.name} {example.id or 'probe'}: {error}") from error
-
-
-def _fitted(
-    policy: Policy,
-    spec: TaskSpec,
-    example: Example,
-    longest: int,
-    style: PromptConfig,
-    shots: Sequence[Example],
-) -> Fitted:
-    kept = shown_to(spec, example, shots, style.shots)
-    wanted, fields = len(kept), dict(example.fields)
-    text, ids = _encoded(policy, spec, fields, kept, style)
-    while len(ids) > longest and kept:
-        kept = kept[:-1]
-        text, ids = _encoded(policy, spec, fields, kept, style)
-    cut = len(ids) > longest
-    while len(ids) > longest:
-        name = max(spec.fields, key=lambda key: len(fields[key]))
-        body = fields[name]
-        if not body:
-            raise UserError(
-                f"data.max_prompt_tokens: the prompt of {spec.name} alone needs {len(ids)} tokens, "
-                f"but {longest} are allowed; raise it or take a model with a longer context"
-            )
-        share = len(policy.encode(policy.seal(body))) or 1
-        keep = int(len(body) * max(share - (len(ids) - longest), 0) / share)
-        fields[name] = body[: min(keep, len(body) - 1)].rstrip()
-        text, ids = _encoded(policy, spec, fields, kept, style)
-    return Fitted(text, ids, cut, wanted - len(kept))
-
-
-def _encoded(
-    policy: Policy,
-    spec: TaskSpec,
-    fields: dict[str, str],
-    shots: Sequence[Example],
-    style: PromptConfig,
-) -> tuple[str, list[int]]:
-    fields = {name: policy.seal(text) for name, text in fields.items()}
-    shots = [sealed(policy, shot) for shot in shots]
-    if style.chat_template:
-        messages = turns(spec, fields, shots, style.form)
-        text = policy.chat(messages, style.shots > 0) + OPENING[style.form]
-    else:
-        text = render(spec, fields, shots, style.form)
-    return text, policy.encode(text)
-
-
-def sealed(policy: Policy, example: Example) -> Example:
-    """The row with its texts marked as plain text: nothing in them is a control token."""
-    label = None if example.label is None else policy.seal(example.label)
-    extra = dict(example.extra)
-    if "rationale" in extra:
-        extra["rationale"] = policy.seal(extra["rationale"])
-    fields = {name: policy.seal(text) for name, text in example.fields.items()}
-    return replace(example, fields=fields, label=label, extra=extra)
-
-
-def longest_prompt(policy: Policy, cfg: Config, room: int) -> int:
-    """How many tokens a prompt may have so that `room` more fit behind it."""
-    limit = policy.context - room
-    if limit < 1:
-        raise UserError(
-            f"rollout.max_new_tokens: {room} leaves no room for a prompt in this model's context "
-            f"of {policy.context} tokens; lower it"
-        )
-    return min(cfg.data.max_prompt_tokens or limit, limit)
 
 
 def seeded(*parts: object) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""From rows to scored answers: samples them, and measures their KL to the reference."""
+"""Steps 1 to 3 of a rollout: answers are sampled, scored, and compared with the reference."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from ppo_nlu.config import Config, GRPOConfig, PPOConfig
 from ppo_nlu.data.shots import Shots
 from ppo_nlu.losses import exact_kl, kl_penalty
 from ppo_nlu.methods.minibatch import Budget, graph_tokens
+from ppo_nlu.methods.prompts import Fitted, fit_prompt, longest_prompt
 from ppo_nlu.methods.reference_cache import ReferenceCache
-from ppo_nlu.methods.rollout import (
-    Fitted,
-    Rollout,
-    fit_prompt,
-    longest_prompt,
-    normalised,
-    seeded,
-)
+from ppo_nlu.methods.rollout import Rollout, normalised, seeded
 from ppo_nlu.model.generate import Generation, Sampling, generate
 from ppo_nlu.model.lora import lora_disabled
 from ppo_nlu.model.policy import Policy, Scored, unflatten
@@ -37,8 +31,8 @@ Divergence = Literal["k1", "k2", "k3", "exact"]
 class Sampler:
     """Samples answers of a policy, with what it remembers from step to step.
 
-    `critic`: values are computed too. `kl`: how to measure the KL to the reference; None: not at
-    all, and the reference is not run. `reference` keeps the reference's log-probs of earlier
+    `critic`: values are computed too. `estimator`: how to measure the KL to the reference; None:
+    not at all, and the reference is not run. `reference` keeps the reference's log-probs of earlier
     answers (`exact` does not use them). `reuse`: the log-probs of the decode pass are exact enough
     to be the old log-probs; None: the next step compares them with those of a training pass.
     `scale` puts the scores of all tasks on one scale (`reward.normalise`).
@@ -50,9 +44,10 @@ class Sampler:
         specs: Mapping[str, TaskSpec],
         cfg: Config,
         critic: bool = True,
-        kl: Divergence | None = None,
+        estimator: Divergence | None = None,
     ):
-        self.policy, self.specs, self.cfg, self.critic, self.kl = policy, specs, cfg, critic, kl
+        self.policy, self.specs, self.cfg = policy, specs, cfg
+        self.critic, self.estimator = critic, estimator
         self.temperature = cfg.rollout.temperature
         self.shots = Shots(cfg)
         self.reference = ReferenceCache() if cfg.rollout.reference_cache else None
@@ -60,8 +55,8 @@ class Sampler:
         self.scale = RunningScale() if cfg.reward.normalise else None
 
     def sample(self, rows: Sequence[Example], step: int, keep_graph: int = 0) -> Rollout:
-        """Answers to these rows, parsed and scored by the rules of their tasks, with old log-probs
-        and, where asked for, values and KL.
+        """Answers to these rows, with the log-probs of their tokens before the update and, where
+        asked for, the values.
 
         Args:
             keep_graph: keep the prompt pass with its graph, where prompts and longest answers are
@@ -69,17 +64,51 @@ class Sampler:
         """
         fitted = self._fit(rows)
         drawn = self._draw([fit.ids for fit in fitted], step, keep_graph)
-        rollout = self._parsed(rows, fitted, drawn)
+        rollout = self._rollout(rows, fitted, drawn)
         if not self.reuse:
             with profiling.phase("score"):
-                self._rescore(rollout, drawn)
-        if self.kl is not None:
-            with profiling.phase("reference"):
-                self._diverge(rollout, drawn)
+                self._rescore(rollout)
         if self.reuse is None:
             self.reuse = rollout.reused
             rollout.messages.append(tell_reuse(rollout))
+        if self.estimator != "exact":
+            rollout.hidden = None
         return rollout
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """Parse the answers and score each against the label of its row: (B,), on one scale for all
+        tasks where that is asked for. The rollout keeps the scores as they were earned."""
+        specs, answered = self.specs, zip(rollout.examples, rollout.responses, strict=True)
+        rollout.predictions = [
+            parse(specs[row.task], response, self.cfg.prompt.form) for row, response in answered
+        ]
+        parsed = zip(rollout.examples, rollout.predictions, rollout.responses, strict=True)
+        earned = [
+            rewards.reward(specs[row.task], row, guess, response, self.cfg.reward.scale)
+            for row, guess, response in parsed
+        ]
+        rollout.scores = torch.tensor(earned, device=self.policy.device)
+        return rollout.scores if self.scale is None else normalised(self.scale, rollout)
+
+    def kl(self, rollout: Rollout) -> Tensor:
+        """The KL to the reference on each token (B, R) before the update, as `estimator` has it; 0
+        where it is off. The rollout keeps it, and the reference's log-probs."""
+        if self.estimator is None:
+            return torch.zeros_like(rollout.logprobs)
+        with profiling.phase("reference"), torch.no_grad():
+            if self.estimator == "exact":
+                rollout.kl = self._exact_kl(rollout)
+            else:
+                cache = ReferenceCache() if self.reference is None else self.reference
+                rollout.ref_logprobs = cache.logprobs(
+                    self.policy,
+                    rollout.prompts,
+                    rollout.answers,
+                    rollout.prompt_of,
+                    self.temperature,
+                )
+                rollout.kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, self.estimator)
+        return rollout.kl
 
     def graph_room(self, section: PPOConfig | GRPOConfig, budget: Budget) -> int:
         """How many tokens a prompt pass and its answers may have to be kept for the update; 0: it
@@ -93,10 +122,6 @@ class Sampler:
             return 0
         answers = roll.batch_size * roll.samples_per_prompt
         return graph_tokens(section.minibatch_size, budget, answers, policy.device)
-
-    def scores(self, rollout: Rollout) -> Tensor:
-        """What the answers earned (B,), on one scale where that is asked for."""
-        return rollout.scores if self.scale is None else normalised(self.scale, rollout)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -134,41 +159,28 @@ class Sampler:
             keep_graph=keep_graph,
         )
 
-    def _parsed(
+    def _rollout(
         self, rows: Sequence[Example], fitted: Sequence[Fitted], drawn: Generation
     ) -> Rollout:
-        cfg, specs = self.cfg, self.specs
-        prompt_of = [p for p in range(len(rows)) for _ in range(cfg.rollout.samples_per_prompt)]
-        owned = [rows[p] for p in prompt_of]
-        responses = [self.policy.decode(answer) for answer in drawn.rows]
-        predictions = [
-            parse(specs[row.task], response, cfg.prompt.form)
-            for row, response in zip(owned, responses, strict=True)
-        ]
-        scores = [
-            rewards.reward(specs[row.task], row, guess, response, cfg.reward.scale)
-            for row, guess, response in zip(owned, predictions, responses, strict=True)
-        ]
+        samples = self.cfg.rollout.samples_per_prompt
+        prompt_of = [p for p in range(len(rows)) for _ in range(samples)]
         return Rollout(
             prompts=[fit.ids for fit in fitted],
             answers=drawn.rows,
             prompt_of=prompt_of,
-            examples=owned,
-            responses=responses,
-            predictions=predictions,
+            examples=[rows[p] for p in prompt_of],
+            responses=[self.policy.decode(answer) for answer in drawn.rows],
             mask=drawn.mask,
             logprobs=drawn.logprobs,
             values=drawn.values,
-            ref_logprobs=None,
-            kl=None,
-            scores=torch.tensor(scores, device=self.policy.device),
+            hidden=drawn.hidden,
             truncated=sum(fit.cut for fit in fitted),
             dropped=sum(fit.dropped for fit in fitted),
             prompt_pass=drawn.prompt_pass,
         )
 
     @torch.no_grad()
-    def _rescore(self, rollout: Rollout, drawn: Generation) -> None:
+    def _rescore(self, rollout: Rollout) -> None:
         """Replace the old log-probs, values and hidden states of the decode pass by those of a
         training pass; where the two are compared, only if they are further apart than `EXACT`."""
         again = score_rows(
@@ -178,29 +190,20 @@ class Sampler:
         rollout.reused = self.reuse is None and rollout.gap <= EXACT
         if not rollout.reused:
             rollout.logprobs, rollout.values = again.logprobs, again.values
-            drawn.hidden = again.hidden
+            rollout.hidden = again.hidden
 
-    @torch.no_grad()
-    def _diverge(self, rollout: Rollout, drawn: Generation) -> None:
-        """The reference's log-probs of the answers, and the KL per token (B, R) to it."""
-        policy = self.policy
-        if self.kl is not None and self.kl != "exact":
-            cache = ReferenceCache() if self.reference is None else self.reference
-            rollout.ref_logprobs = cache.logprobs(
-                policy, rollout.prompts, rollout.answers, rollout.prompt_of, self.temperature
-            )
-            rollout.kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, self.kl)
-            return
+    def _exact_kl(self, rollout: Rollout) -> Tensor:
+        """The KL over the whole vocabulary; the reference's log-probs come with it."""
+        policy, temperature, now = self.policy, self.temperature, rollout.hidden
+        assert now is not None
         with lora_disabled(policy.model):
-            then = score_rows(policy, rollout, range(rollout.size), self.temperature)
-        rollout.ref_logprobs = then.logprobs
-        assert drawn.hidden is not None
-        chunks = zip(drawn.hidden.split(128), then.hidden.split(128), strict=True)
-        exact = [
-            exact_kl(policy.logits(now) / self.temperature, policy.logits(then) / self.temperature)
-            for now, then in chunks
+            then = score_rows(policy, rollout, range(rollout.size), temperature)
+        rollout.ref_logprobs, rollout.hidden = then.logprobs, None
+        found = [
+            exact_kl(policy.logits(ours) / temperature, policy.logits(theirs) / temperature)
+            for ours, theirs in zip(now.split(128), then.hidden.split(128), strict=True)
         ]
-        rollout.kl = unflatten(torch.cat(exact), rollout.mask)
+        return unflatten(torch.cat(found), rollout.mask)
 
 
 def score_rows(

@@ -19,8 +19,9 @@ from ppo_nlu.data.shots import Shots
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods.base import Method
 from ppo_nlu.methods.minibatch import Budget, OptimizerStep
+from ppo_nlu.methods.prompts import fit_prompt, longest_prompt, sealed
 from ppo_nlu.methods.report import BadStep, Report, row_for_a_human
-from ppo_nlu.methods.rollout import fit_prompt, longest_prompt, sealed, seeded
+from ppo_nlu.methods.rollout import seeded
 from ppo_nlu.model import lora
 from ppo_nlu.model.load import load_policy
 from ppo_nlu.model.policy import Policy
@@ -56,7 +57,7 @@ class SFT(Method):
         self.budget = Budget(cfg.sft.micro_batch_size, cfg.train.micro_batch_tokens)
 
     def collect(self, rows: Sequence[Example], step: int) -> Batch:
-        """The right answers to these rows, as token ids behind their prompts."""
+        """Step 1: the right answers to these rows, as token ids behind their prompts."""
         shots = {name: self.shots.pool(spec) for name, spec in self.specs.items()}
         found = [
             targets(self.model, self.specs[row.task], self.cfg, row, shots[row.task])
@@ -72,7 +73,7 @@ class SFT(Method):
         )
 
     def update(self, batch: Batch, step: int) -> Report:
-        """One optimizer step on these rows."""
+        """Step 2: one optimizer step on the log-probs of these answers."""
         rows, count = range(len(batch.examples)), float(sum(map(len, batch.answers)))
         minibatch = OptimizerStep(self.optimizer, self.cfg.optim.max_grad_norm)
         # Dropout masks have a seed of their own, so a resumed run draws the same.

@@ -9,7 +9,7 @@ import tiny
 
 from ppo_nlu.config import Config, DataConfig, PromptConfig
 from ppo_nlu.data.shots import SPARE, Shots, choose, shown_to
-from ppo_nlu.methods.rollout import fit_prompt
+from ppo_nlu.methods.prompts import fit_prompt
 from ppo_nlu.tasks import Example, get_task
 from ppo_nlu.tasks.prompts import render
 

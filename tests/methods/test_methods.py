@@ -21,8 +21,8 @@ from ppo_nlu.answering.answer import DECODES
 from ppo_nlu.config import PromptConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import grpo, ppo, sft
+from ppo_nlu.methods.prompts import fit_prompt
 from ppo_nlu.methods.report import check_form
-from ppo_nlu.methods.rollout import fit_prompt
 from ppo_nlu.model import BUNDLED
 from ppo_nlu.runtime import checkpoint, cli
 from ppo_nlu.tasks import Example, get_task

@@ -1,4 +1,4 @@
-"""Prompts that fit, answers that are parsed and scored, and KL to the reference."""
+"""Answers that are sampled, parsed and scored, and their KL to the reference."""
 
 from __future__ import annotations
 
@@ -11,22 +11,13 @@ import torch
 from torch import Tensor
 
 from ppo_nlu.config import Config, DataConfig, PPOConfig, RewardConfig, RolloutConfig
-from ppo_nlu.errors import UserError
 from ppo_nlu.losses import kl_penalty
 from ppo_nlu.methods import sampler
-from ppo_nlu.methods.rollout import (
-    Rollout,
-    fit_prompt,
-    longest_prompt,
-    seeded,
-)
+from ppo_nlu.methods.rollout import Rollout, seeded
 from ppo_nlu.methods.sampler import Sampler, score_rows
 from ppo_nlu.model.lora import lora_disabled, lora_parameters
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.tasks import Example
 from ppo_nlu.tasks.prompts import render
-
-TWO_FIELDS = replace(tiny.SST2, name="pair", query="{short} # {long}", fields=("short", "long"))
 
 
 def config(estimator: str = "k1", temperature: float = 1.0, **changes) -> Config:
@@ -35,8 +26,16 @@ def config(estimator: str = "k1", temperature: float = 1.0, **changes) -> Config
 
 
 def collected(policy: Policy, cfg: Config, step: int = 0) -> Rollout:
-    kl: Any = cfg.ppo.kl_estimator
-    return Sampler(policy, tiny.SPECS, cfg, kl=kl).sample(tiny.examples(4), step)
+    estimator: Any = cfg.ppo.kl_estimator
+    return steps_1_to_3(Sampler(policy, tiny.SPECS, cfg, estimator=estimator), step=step)
+
+
+def steps_1_to_3(made: Sampler, label: str | None = None, step: int = 0) -> Rollout:
+    rows = tiny.examples(4, label) if label else tiny.examples(4)
+    rollout = made.sample(rows, step)
+    made.score(rollout)
+    made.kl(rollout)
+    return rollout
 
 
 def there(tensor: Tensor | None) -> Tensor:
@@ -44,72 +43,11 @@ def there(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-# ---- prompts --------------------------------------------------------------------------------
+# ---- answers --------------------------------------------------------------------------------
 
 
 def length(policy: Policy, sentence: str) -> int:
     return len(policy.encode(render(tiny.SST2, {"sentence": sentence})))
-
-
-def test_a_prompt_that_fits_stays_as_it_is() -> None:
-    policy = tiny.policy(shaken=False)
-    text = "the film was long and slow"
-    fit = fit_prompt(
-        policy, tiny.SST2, Example("1", {"sentence": text}, None), length(policy, text)
-    )
-    assert fit.text == render(tiny.SST2, {"sentence": text}) and not fit.cut
-    assert fit.ids == policy.encode(fit.text)
-
-
-@pytest.mark.parametrize("model", ["tiny", "stories260K"])
-def test_a_long_prompt_loses_the_end_of_its_sentence_only(model: str) -> None:
-    policy = tiny.policy(shaken=False) if model == "tiny" else tiny.pretrained(model)
-    sentence = " ".join(["it was a good film and the best of the long"] * 6)
-    form = render(tiny.SST2, {"sentence": "@"}).split("@")
-    empty, whole = length(policy, ""), length(policy, sentence)
-    kept = set()
-    for longest in (*range(empty + 1, whole, 7), whole - 1):
-        example = Example("1", {"sentence": sentence}, "Positive")
-        fit = fit_prompt(policy, tiny.SST2, example, longest)
-        text, ids = fit.text, fit.ids
-        assert fit.cut and len(ids) <= longest and ids == policy.encode(text)
-        assert text.startswith(form[0]) and text.endswith(form[1])
-        body = text.removeprefix(form[0]).removesuffix(form[1])
-        assert sentence.startswith(body)
-        assert longest - len(ids) <= 12, "no more is cut than needed"
-        kept.add(body)
-        assert example.fields == {"sentence": sentence}, "the row itself is untouched"
-    assert len(kept) > 4
-
-
-def test_the_longest_field_is_cut() -> None:
-    policy = tiny.policy(shaken=False)
-    fields = {"short": "good film", "long": "the film was long and slow " * 5}
-    whole = len(policy.encode(render(TWO_FIELDS, fields)))
-    fit = fit_prompt(policy, TWO_FIELDS, Example("1", fields, None), whole - 12)
-    assert fit.cut and len(fit.ids) <= whole - 12
-    assert "\ngood film # the film was long and slow the film" in fit.text
-    text = fit_prompt(policy, TWO_FIELDS, Example("1", fields, None), whole - 29).text
-    first, second = text.split("Prompt:\n")[1].split("\nAssistant")[0].split(" # ")
-    assert 0 < len(first) < 10 and 0 < len(second) < 10, "then both in turn"
-
-
-def test_a_form_that_does_not_fit_is_the_users_mistake() -> None:
-    policy = tiny.policy(shaken=False)
-    empty = length(policy, "")
-    example = Example("1", {"sentence": "good film " * 40}, None)
-    assert len(fit_prompt(policy, tiny.SST2, example, empty).ids) == empty
-    with pytest.raises(UserError, match=f"data.max_prompt_tokens.*needs {empty} .*{empty - 1} are"):
-        fit_prompt(policy, tiny.SST2, example, empty - 1)
-
-
-def test_longest_prompt_leaves_room_for_the_answer() -> None:
-    policy = tiny.policy(shaken=False)
-    assert longest_prompt(policy, config(), 16) == 240
-    assert longest_prompt(policy, config(data=DataConfig(max_prompt_tokens=100)), 16) == 100
-    assert longest_prompt(policy, config(data=DataConfig(max_prompt_tokens=999)), 16) == 240
-    with pytest.raises(UserError, match=r"rollout.max_new_tokens: 256 leaves no room"):
-        longest_prompt(policy, config(), 256)
 
 
 def test_cut_prompts_are_counted() -> None:
@@ -120,9 +58,6 @@ def test_cut_prompts_are_counted() -> None:
     assert rollout.truncated == len(longer) == 2
     assert max(map(len, rollout.prompts)) <= limit
     assert collected(policy, config()).truncated == 0
-
-
-# ---- answers --------------------------------------------------------------------------------
 
 
 def test_a_rollout_says_what_was_known_when_the_answers_were_given() -> None:
@@ -154,7 +89,7 @@ def test_scores(scale, expected, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.force(monkeypatch, policy, answers)
     cfg = config(reward=RewardConfig(scale))
     made = Sampler(policy, tiny.SPECS, replace(cfg, rollout=RolloutConfig(4, 1, 4)))
-    rollout = made.sample(tiny.examples(4, "Positive"), 0)
+    rollout = steps_1_to_3(made, "Positive")
     assert rollout.predictions == ["Positive", "Negative", None, None]
     assert rollout.scores.tolist() == expected and rollout.scores.dtype == torch.float32
     assert rollout.mask.sum(1).tolist() == [2, 2, 4, 2], "eos counts, though it is the pad too"
@@ -265,7 +200,7 @@ def test_old_logprobs_come_from_the_decode_pass_where_it_is_exact(
 def test_nothing_is_asked_of_the_reference_without_kl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "lora_disabled", lambda model: pytest.fail("asked"))
     policy, cfg = tiny.policy(), config()
-    found = Sampler(policy, tiny.SPECS, cfg, critic=False).sample(tiny.examples(4), 0)
+    found = steps_1_to_3(Sampler(policy, tiny.SPECS, cfg, critic=False))
     assert found.kl is None and found.ref_logprobs is None and found.values is None
 
 

@@ -17,7 +17,7 @@ from ppo_nlu.answering.by_policy import PolicyAnswerer, label_probabilities
 from ppo_nlu.config import Config, ModelConfig, PromptConfig
 from ppo_nlu.data import __main__ as data_program
 from ppo_nlu.errors import UserError
-from ppo_nlu.methods.rollout import fit_prompt, sealed
+from ppo_nlu.methods.prompts import fit_prompt, sealed
 from ppo_nlu.methods.sft import targets
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.tokens import SEAL, Codec

@@ -21,7 +21,7 @@ from ppo_nlu.answering.by_policy import PolicyAnswerer, label_probabilities
 from ppo_nlu.config import Config, DataConfig, LoraConfig, ModelConfig
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import memory
-from ppo_nlu.methods.rollout import fit_prompt
+from ppo_nlu.methods.prompts import fit_prompt
 from ppo_nlu.methods.workload import Workload
 from ppo_nlu.model import lora, norms, path_check, shape
 from ppo_nlu.model.as_loaded import AsLoaded

@@ -36,7 +36,7 @@ UNPACKED = 4  # no file is larger than so many times the bound on its archive
 
 
 class DownloadError(Exception):
-    """Why an archive could not be had, in a few words; the search goes on."""
+    """Why an archive could not be fetched; the search for the data goes on."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _take(archive: Archive, folder: str, address: str, scratch: Path, target: Pa
 
 
 def _name(folder: Path, target: Path, spec: TaskSpec) -> None:
-    """Give the folder its name, unless another process has put the data there first."""
+    """Rename the folder, unless another process has put the data there first."""
     try:
         folder.rename(target)
     except OSError as error:
@@ -243,7 +243,7 @@ def _count(path: Path, spec: TaskSpec) -> int:
 
 
 def _units(line: bytes, spec: TaskSpec) -> int:
-    """A line of JSON counts once, but in ReCoRD once for each of its queries."""
+    """Count queries in ReCoRD, lines elsewhere."""
     return len(json.loads(line)["qas"]) if spec.reader == "record" else 1
 
 

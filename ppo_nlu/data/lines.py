@@ -1,4 +1,4 @@
-"""Text files as numbered lines, cells and objects; a mistake in one is told with its line."""
+"""Text files as numbered lines, cells and objects; errors name the line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Row = tuple[int, dict[str, str]]  # line number and cells by column
 
 
 def unreadable(path: Path) -> str | None:
-    """Why a path that the user names is no file to read; None where it is one.
+    """Why a path is not a file that can be read; None where it is.
 
-    Asked before it is opened: a pipe might wait, and a device never end.
+    This is asked before opening: a pipe may block, and a device may never end.
     """
     try:
         kind = irregular(path.stat().st_mode)
@@ -62,7 +62,7 @@ def without_end(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 
 
 def bare(line: str) -> str:
-    """The line without its end."""
+    """The line without its line end."""
     return line.removesuffix("\n").removesuffix("\r")
 
 

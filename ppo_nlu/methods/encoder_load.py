@@ -87,7 +87,7 @@ def _stored_answers(config: Any) -> list[str]:
 
 
 def _answers_in(folder: Path) -> list[str]:
-    """The same of a saved encoder. Its config is read as data, so no code of it is run."""
+    """The stored answers of a saved encoder. Its config is read as data; none of its code runs."""
     path = folder / "config.json"
     try:
         table = parse_object(read_checked(path).decode()).get("id2label") or {}

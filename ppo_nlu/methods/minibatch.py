@@ -171,7 +171,7 @@ class Epochs:
         self.bad: tuple[list[int], Metrics] | None = None
 
     def minibatches(self, order: Callable[[int], Sequence[int]]) -> Iterator[list[int]]:
-        """The rows of each minibatch; `order(epoch)` gives all rows in the order of the cuts."""
+        """The rows of each minibatch; `order(epoch)` is the row order."""
         for epoch in range(self.section.epochs):
             rows = order(epoch)
             for index in chunks(rows, self.section.minibatch_size or len(rows)):

@@ -67,7 +67,7 @@ def save_best(
 
 
 def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
-    """Read a checkpoint folder; if a kill interrupted its replacement, the one before it.
+    """Read a checkpoint; after an interrupted replacement, read the previous one.
 
     `Damaged` where any byte of it is not what was written.
     """

@@ -1,4 +1,4 @@
-"""What decides a run besides its config: where it comes from is noted, and compared on --resume.
+"""Fingerprints of a run's inputs, compared on --resume.
 
 Rows, base weights, the start and a reward of the user's own must be the same: with others the run
 would become a mixture of two. Another machine, thread count or version only rounds differently: it

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     if cut := sum(row.cut for one in measured for row in next(iter(one.after.values()))):
         print(f"{cut:,} prompts were cut to fit the model's context")
     if lost := sum(row.dropped for one in measured for row in next(iter(one.after.values()))):
-        print(f"{lost:,} worked examples were left out, whole, where a prompt did not fit")
+        print(f"{lost:,} shots were left out, whole, where a prompt did not fit")
     print(f"written: {output}")
     return 0
 

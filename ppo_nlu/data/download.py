@@ -108,8 +108,8 @@ def _require_web(url: str) -> None:
         return
     if ":" in url:
         shown = without_password(url, url)
-        raise UserError(f"data.url: {shown} is no address of the web; give http:// or https://")
-    raise DownloadError(without_password(f"{url}: no address of the web", url))
+        raise UserError(f"data.url: {shown} is not a web address; give http:// or https://")
+    raise DownloadError(without_password(f"{url}: not a web address", url))
 
 
 def without_password(message: str, url: str) -> str:

@@ -31,7 +31,7 @@ def unreadable(path: Path) -> str | None:
         return "no such file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return f"is no regular file, but {kind}" if kind else None
+    return f"is not a regular file, but {kind}" if kind else None
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -74,7 +74,7 @@ def check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> 
     if [name for name in wanted if name not in columns]:
         raise UserError(
             f"{path}:1: the header has the columns {', '.join(columns) or '(none)'}; "
-            f"wanted are {', '.join(wanted)}"
+            f"expected columns: {', '.join(wanted)}"
         )
 
 
@@ -136,5 +136,5 @@ def json_text(value: Any, where: str) -> str:
         return ""
     text = value if isinstance(value, str) else json.dumps(value)
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f"{where}: half of a surrogate pair, which is no character")
+        raise UserError(f"{where}: half of a surrogate pair, which is not a character")
     return text

@@ -31,7 +31,7 @@ def load(cfg: Config, spec: TaskSpec) -> Encoder:
     wanted, device = answers_of(spec), pick_device(cfg.model.device)
     if cfg.model.dtype == "float16":
         raise UserError(
-            "model.dtype: float16 is too coarse for an encoder; use bfloat16 or float32"
+            "model.dtype: float16 lacks the range for an encoder; use bfloat16 or float32"
         )
     bundled = cfg.model.name_or_path == "bundled"
     with drawing_from(torch.device("cpu"), "encoder start", cfg.seed):

@@ -60,7 +60,9 @@ def restore_optimizer(
         index, key = _owner(name, params)
         param = params[index]
         if tuple(tensor.shape) not in _state_shapes(tuple(param.shape)):
-            raise Damaged(f"the checkpoint's optimizer state {name} has no shape of its tensor")
+            raise Damaged(
+                f"optimizer state {name} of the checkpoint does not fit its tensor's shape"
+            )
         device = param.device if key != "step" or on_device[index] else "cpu"
         optimizer.state[param][key] = tensor.to(device, copy=True)
     for name, values in scalars.items():

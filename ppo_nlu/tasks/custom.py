@@ -121,7 +121,7 @@ def _problems(custom: CustomConfig) -> Iterator[tuple[str, str]]:
 
 def _of_names(custom: CustomConfig) -> Iterator[tuple[str, str]]:
     if not custom.name or not re.fullmatch(r"[\w.-]+", unmarked(custom.name)):
-        yield "name", f"{custom.name!r} is no name; use letters, digits, - and _"
+        yield "name", f"{custom.name!r} is not a name; use letters, digits, - and _"
     if custom.name in TASKS:
         yield "name", f"{custom.name!r} is a task of the tables; choose another name"
     if not custom.fields:

@@ -117,7 +117,7 @@ def load(path: str) -> Reward:
             "or package.module:function of a file in the current directory or an installed package"
         ) from error
     if not callable(found):
-        raise UserError(f"custom.reward: {path!r} is no function; it must be (text, row) -> float")
+        raise UserError(f"custom.reward: {path!r} is not a function (text, row) -> float")
     if not _takes_two(found) or inspect.iscoroutinefunction(found):
         raise UserError(f"custom.reward: {path!r} does not take (text, row); it must, -> float")
     reward: Reward = found

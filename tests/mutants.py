@@ -1,6 +1,7 @@
 """The mutants of `tests.mutations`: each is one wrong line, and the tests that must notice it.
 
 A snippet has to be in its file just once; short lines that say one thing stay so the longest.
+It is one file because it is a table of data, in the order of the files that it changes.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ METRICS = {
 DEFAULT_METRICS = {"choice": ("accuracy",), "rating": METRICS["rating"], "text": METRICS["text"]}
 REWARDS = {"choice": ("label",), "rating": ("rating",), "text": ("f1", "exact")}  # auto: the first
 DESCRIPTION = "You are given a text. The task is to answer a question about it."
-SPLITS = ("train", "dev", "test")
 Given: TypeAlias = "Sequence[str] | Mapping[str, str | Sequence[str]]"  # custom.labels
 
 

@@ -1,7 +1,7 @@
 """How the official archives are fetched, checked and unpacked.
 
 A folder appears by one rename, complete and checked, or not at all. Where the sha256 of an official
-file is known it must agree; elsewhere the number of rows must, and that is told ("not verified by
+file is known it must agree; elsewhere the number of rows must, and that is noted ("not verified by
 checksum"). Nothing here prints.
 """
 
@@ -54,8 +54,8 @@ _failures: dict[tuple[str, str, Path], str] = {}
 
 
 def once(spec: TaskSpec, url: str, cache: Path) -> Path:
-    """The folder of an automatic download, tried once per process: where it failed, the next split
-    of the run is told so at once."""
+    """The folder of an automatic download, tried once per process: after a failure
+    the next split of the run fails at once."""
     key = (spec.name, url, cache)
     if key in _failures:
         raise DownloadError(_failures[key])

@@ -47,7 +47,7 @@ class Budget:
     messages: list[str] = field(default_factory=list)
 
     def halve(self, rows: int) -> None:
-        """Allow at most half of the `rows` that did not fit; the user is told the first time."""
+        """Allow at most half of the `rows` that did not fit; the first time is reported."""
         if rows < 2:
             raise UserError(
                 "train.micro_batch_tokens: the GPU's memory does not hold the update of a single "

@@ -1,6 +1,6 @@
 """Tasks of the user's own: a config's `custom` section becomes a task like those of the tables.
 
-Everything that can be wrong is told here, before any file is read, under its key in the config.
+Everything that can be wrong is reported here, before any file is read, under its key in the config.
 """
 
 from __future__ import annotations

@@ -241,7 +241,14 @@ def row_kernel() -> Iterator[Check]:
         calls: dict[str, timing.Call] = {
             "forward": partial(kernel.launch_forward, logits, targets, 1.0, stats),
             "backward": partial(
-                kernel.launch_backward, logits, targets, 1.0, stats, ones, None, out
+                kernel.launch_backward,
+                logits,
+                targets,
+                temperature=1.0,
+                stats=stats,
+                grad_logprobs=ones,
+                grad_entropy=None,
+                out=out,
             ),
         }
         for name, ms in milliseconds(calls).items():

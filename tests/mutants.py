@@ -973,8 +973,8 @@ OPS = of(
         "the bonus has an effect",
     ),
     ops_temperature=(
-        "targets.long(), bias, float(temperature))",
-        "targets.long(), bias, 1.0)",
+        '"temperature": float(temperature),',
+        '"temperature": 1.0,',
         "log-probs are at the temperature",
     ),
 )

@@ -6,7 +6,8 @@
     python benchmarks/gpu_checks.py --summary --output DIR  one page of what lies in DIR
 
 `--small` is also what compute-sanitizer is run on, and what stands in for the tests where pytest is
-missing. The goals use the rows of DIR/kernels.csv and measure what is not there.
+missing. The goals use the rows of DIR/kernels.csv and measure what is not there. It is one file
+because it is one program for rare hours on a GPU, whose sections share shapes and timing.
 """
 
 from __future__ import annotations
@@ -240,7 +241,14 @@ def row_kernel() -> Iterator[Check]:
         calls: dict[str, timing.Call] = {
             "forward": partial(kernel.launch_forward, logits, targets, 1.0, stats),
             "backward": partial(
-                kernel.launch_backward, logits, targets, 1.0, stats, ones, None, out
+                kernel.launch_backward,
+                logits,
+                targets,
+                temperature=1.0,
+                stats=stats,
+                grad_logprobs=ones,
+                grad_entropy=None,
+                out=out,
             ),
         }
         for name, ms in milliseconds(calls).items():

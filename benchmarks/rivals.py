@@ -3,7 +3,8 @@
 A provider makes a callable without arguments from prepared inputs; what it sets up in doing so
 (layers, copies, compilation) is not timed. All are asked for log-probabilities alone unless the
 mode names the entropy; ours and PyTorch's row forms always return both. The head is frozen for
-everyone, so rivals that can leave out its gradient do.
+everyone, so rivals that can leave out its gradient do. It is one file because it is a list: one
+short function for each provider.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ where p_y is near 1.
 All other gradients (a trainable head, LoRA on the head, the entropy's without `entropy_grad`) come
 from recomputed chunks, accumulated in fp32. With LoRA the logits are h Wᵀ + s (h Aᵀ) Bᵀ.
 
-Imports torch and triton only. Deterministic: no atomics.
+Imports torch and triton only. Deterministic: no atomics. It is one file because forward and
+recomputed backward share the chunks, the head and the row kernels.
 """
 
 from __future__ import annotations

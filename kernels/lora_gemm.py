@@ -13,6 +13,8 @@ draws four elements from one Philox call with counter row · ⌈K/4⌉ + column 
 depends on the seed and the element alone, not on the kernel or its tiles. It is never stored.
 
 Imports torch and triton only. Row offsets are 64-bit; tokens lie on the first axis of the grid.
+It is one file because the kernels share `_dot`, `_load` and the dropout mask of `_kept`, and each
+has to agree with its launch and with the tiles that are shipped.
 """
 
 from __future__ import annotations

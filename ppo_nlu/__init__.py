@@ -37,7 +37,7 @@ if (_KERNELS / "token_logprobs.py").is_file() and (_KERNELS.parent / "setup.py")
 
 
 def _begin_program() -> None:
-    """What cannot wait for a program's imports, which take seconds.
+    """Early program setup: Ctrl-C and closed streams. A program's imports take seconds.
 
     Ctrl-C ends it with 130 and no traceback (`cli.run` takes over later). A standard stream that
     the caller closed gets a place to go, or the next file that is opened would take its number,

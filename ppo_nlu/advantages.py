@@ -84,7 +84,7 @@ def shaped_rewards(
     Departure from arXiv 2410.11020, whose text has no KL term: `kl_coef=0`.
 
     Args:
-        scores: (B,) one reward a response; dropped where a row has no counted token.
+        scores: (B,) one a response; dropped where a row has no counted token.
         logprobs, ref_logprobs: (B, R), not read (and may be None) when `kl` is given.
         mask: (B, R) bool.
         kl_coef: κ.

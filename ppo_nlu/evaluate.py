@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     for spec in specs.values():
         answerer.require_fit(spec)
     with FolderLock(make_folder(output)):
-        measured = list(_measured(answerer, specs, cfg, held, args.decode, output))
+        measured = list(_measured(answerer, specs, cfg, held, decode=args.decode, output=output))
     if all(row.label is not None for rows in held.values() for row in rows.examples):
         method = "few-shot" if cfg.prompt.shots else "zero-shot"
         summary = summarise(cfg, measured) | {
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     if cut := sum(row.cut for one in measured for row in next(iter(one.after.values()))):
         print(f"{cut:,} prompts were cut to fit the model's context")
     if lost := sum(row.dropped for one in measured for row in next(iter(one.after.values()))):
-        print(f"{lost:,} worked examples were left out, whole, where a prompt did not fit")
+        print(f"{lost:,} shots were left out, whole, where a prompt did not fit")
     print(f"written: {output}")
     return 0
 
@@ -96,8 +96,8 @@ def _measured(
         folder = make_folder(output / name.replace("/", "-") if len(specs) > 1 else output)
         decodes = (decode,) if decode else decodes_of(spec)
         bars = cfg.log.progress
-        found = _answered(answerer, spec, held[name].examples, decodes, folder, bars)
-        one = Measured(spec, held[name], found, None, cfg.eval.bootstrap, cfg.seed)
+        found = _answered(answerer, spec, held[name].examples, decodes, folder, progress=bars)
+        one = Measured(spec, held[name], found, resamples=cfg.eval.bootstrap, seed=cfg.seed)
         _tell(one, cfg, folder)
         yield one
 

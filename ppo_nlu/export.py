@@ -92,7 +92,8 @@ def export_merged(run: Path, cfg: Config, which: str | None, folder: Path) -> st
     line = f"largest difference of the logits {gap:.2g} (allowed {bound:.2g}, {cfg.model.dtype})"
     if not gap <= bound:
         raise UserError(
-            f"--merge: the merged model is not the policy: {line}; export without --merge"
+            f"--merge: the merged model's logits differ from the policy's: {line}; "
+            "export without --merge"
         )
     return f"merged into {base_name(cfg)}: {line}"
 

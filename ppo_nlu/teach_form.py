@@ -142,7 +142,7 @@ def teach(
 ) -> None:
     """Train all weights on answers in the right form; for `known` tasks on the base's own."""
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    # The answer's form and nothing else: no worked examples, whose answers are labels.
+    # The answer's form and nothing else: no shots, whose answers are labels.
     bare = replace(
         cfg, sft=replace(cfg.sft, loss="completion"), prompt=replace(cfg.prompt, shots=0)
     )

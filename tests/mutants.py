@@ -1,6 +1,7 @@
 """The mutants of `tests.mutations`: each is one wrong line, and the tests that must notice it.
 
 A snippet has to be in its file just once; short lines that say one thing stay so the longest.
+It is one file because it is a table of data, in the order of the files that it changes.
 """
 
 from __future__ import annotations
@@ -976,8 +977,8 @@ OPS = of(
         "the bonus has an effect",
     ),
     ops_temperature=(
-        "targets.long(), bias, float(temperature))",
-        "targets.long(), bias, 1.0)",
+        '"temperature": float(temperature),',
+        '"temperature": 1.0,',
         "log-probs are at the temperature",
     ),
 )

@@ -207,7 +207,7 @@ def test_a_merge_that_changes_the_model_is_not_written(
     right = lora.merge
     monkeypatch.setattr(lora, "merge", wrong)
     output = run.parent / "out"
-    with pytest.raises(UserError, match="not the policy: largest difference"):
+    with pytest.raises(UserError, match="logits differ from the policy's: largest difference"):
         export.main([str(run), "--output", str(output), "--merge"])
     assert not output.exists()
     assert not list(run.parent.glob(".tmp*"))

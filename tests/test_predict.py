@@ -111,9 +111,9 @@ def test_what_is_no_file_is_said_before_the_model_is_loaded(
     (tmp_path / "dead.csv").symlink_to("nowhere")
     good = write(tmp_path, ".txt", SENTENCES)
     cases: list[tuple[list[object], str]] = [
-        (["--input", tmp_path / "pipe.txt"], "is no regular file"),
-        (["--input", tmp_path], "is no regular file"),
-        (["--input", "/dev/null"], "is no regular file"),
+        (["--input", tmp_path / "pipe.txt"], "is not a regular file"),
+        (["--input", tmp_path], "is not a regular file"),
+        (["--input", "/dev/null"], "is not a regular file"),
         (["--input", tmp_path / "dead.csv"], "no such file"),
         (["--input", "x" * 300 + ".txt"], "File name too long"),
         (["--input", good, "--output", tmp_path / ("x" * 300 + ".csv")], "name is too long"),

@@ -22,6 +22,7 @@ def test_the_workflow_calls_the_check() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert workflow["permissions"] == {"contents": "read"}
     assert job["timeout-minutes"] == 40
+    assert job["strategy"]["matrix"]["python-version"] == ["3.10", "3.12"]  # 3.10 is 3.1 unquoted
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "CHANGELOG.md"])

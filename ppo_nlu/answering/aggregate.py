@@ -39,7 +39,7 @@ def headline(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None
 
 
 def mean_headline(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """The mean over tasks; null where a task lacks the number."""
+    """The mean over tasks; None where a task lacks the number."""
     means: dict[str, float | None] = {}
     for name in (*DECODES, "unparsed"):
         values = [row[name] for row in rows]

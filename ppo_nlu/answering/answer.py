@@ -31,7 +31,7 @@ class Answer:
     response: str
     probabilities: dict[str, float] | None = None
     cut: bool = False  # the prompt was cut to fit the context
-    dropped: int = 0  # worked examples left out of the prompt, to fit the context
+    dropped: int = 0  # shots left out of the prompt, to fit the context
 
     def to_json(self, named: bool = False) -> dict[str, Any]:
         """The row of a predictions.jsonl; `named`: with its task."""

@@ -61,7 +61,7 @@ def ask(answerer: Answerer, entry: Entry, path: Path, decode: str) -> list[Answe
     """The model's answers to an entry's test rows, written to `path` as they come.
 
     The model is asked as for the task that the run was trained on: its prompt is the same, and it
-    has the rows for worked examples.
+    has the rows for shots.
     """
     answerer.require_fit(entry.trained)
     make_folder(path.parent)

@@ -25,13 +25,13 @@ Lines = tuple[list[str], int]  # of a file, and how many of its answers are stan
 
 @dataclass(frozen=True)
 class Fallback:
-    """What stands in for an answer that could not be read: "majority" or "random"."""
+    """The stand-in for an unreadable answer: by `kind`, "majority" or "random"."""
 
     kind: str
     seed: int
 
     def source(self, entry: Entry) -> Callable[[], str]:
-        """A function that gives one stand-in after the other.
+        """A function that returns the next stand-in.
 
         Majority: the most frequent training label, of a rating the mean. Random, as in the
         paper's code: any label alike, of a rating any number of the range.
@@ -135,7 +135,7 @@ LAYOUTS = {"rows": _rows, "paragraphs": _paragraphs, "queries": _queries}
 
 
 def packed(contents: dict[str, bytes]) -> bytes:
-    """A zip of the files in the order of their names, without the time and the machine in it."""
+    """A reproducible zip: files sorted by name, no time and no machine in it."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(contents):

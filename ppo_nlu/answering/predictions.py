@@ -18,7 +18,7 @@ def write_predictions(path: Path, answers: Iterable[Answer], named: bool = False
 
 
 def recorded(path: Path, answers: Iterable[Answer], named: bool = False) -> Iterator[Answer]:
-    """The answers as they come, each written down at once; with the last the file gets its name."""
+    """Pass the answers on, writing each; the file gets its name when all are written."""
     with atomic_open(path) as file:
         for row in answers:
             file.write(to_json(row.to_json(named)) + "\n")

@@ -43,7 +43,6 @@ from ppo_nlu.config.strict_config import (
     dump,
     load_dataclass,
     parse_overrides,
-    save_config,
     to_dict,
 )
 from ppo_nlu.errors import UserError
@@ -54,7 +53,7 @@ __all__ = [
     "ModelConfig", "OptimConfig", "PPOConfig", "PromptConfig", "RewardConfig", "RolloutConfig",
     "SFTConfig", "TrainConfig",
     "below_one", "diff", "dump", "load_config", "load_dataclass", "number", "one_of",
-    "parse_overrides", "positive", "save_config", "share", "to_dict",
+    "parse_overrides", "positive", "share", "to_dict",
 ]  # fmt: skip
 
 MOST_ANSWERS = 1 << 20  # of a step

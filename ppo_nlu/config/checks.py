@@ -96,7 +96,7 @@ def _describe(kind: Any) -> str:
 
 
 def _type_hint(kind: Any, value: Any, where: str, key: str) -> str:
-    """How to mend the commonest wrong types."""
+    """How to mend a value of a wrong type, for the common cases; "" for others."""
     kinds = get_args(kind) or (kind,)
     number_like = _EXPONENT.fullmatch(value) if isinstance(value, str) else type(value) is not bool
     if value == "None" and type(None) in kinds:

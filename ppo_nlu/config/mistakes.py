@@ -23,7 +23,7 @@ def mistake(where: str, key: str, text: str) -> UserError:
 
 
 def nearest(cls: Any, key: str, known: Collection[str]) -> str:
-    """What was probably meant, or which keys there are."""
+    """A hint: the key that was probably meant, else the keys of its section."""
     section, _, name = key.lstrip("-").rpartition(".")
     if section and f"{section}.{name}" in known:
         return f"in a file, write `{name}:` indented under `{section}:`"

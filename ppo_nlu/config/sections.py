@@ -80,8 +80,8 @@ class PromptConfig:
     """How a row becomes a prompt; the same in training and evaluation."""
 
     form: str = one_of("judgement", "judgement", "analysis")  # analysis: reason first, then answer
-    shots: int = number(0, 0, 1000)  # worked examples from the training rows; 0 = none
-    balanced: bool = True  # take worked examples of every label in turn
+    shots: int = number(0, 0, 1000)  # labelled training rows shown in each prompt; 0 = none
+    balanced: bool = True  # take shots of every label in turn
     chat_template: bool = False  # wrap the prompt in the model's own chat format
 
 

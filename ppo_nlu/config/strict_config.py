@@ -25,7 +25,6 @@ from ppo_nlu.config.fields import Leaf, schema
 from ppo_nlu.config.mistakes import COMMAND_LINE, Placed, mistake, nearest
 from ppo_nlu.config.yaml_reader import parse, read_file
 from ppo_nlu.errors import UserError
-from ppo_nlu.storage.files import atomic_write_text
 
 T = TypeVar("T")
 Given = Mapping[str, tuple[str, Any]]  # {dotted key: (where it was said, value)}
@@ -70,11 +69,6 @@ def values(cfg: Any) -> dict[str, Any]:
 def dump(cfg: Any) -> str:
     """YAML text with every value; loading it gives an equal configuration."""
     return yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True, width=1000)
-
-
-def save_config(cfg: Any, path: str | Path) -> None:
-    """Write `dump(cfg)` atomically."""
-    atomic_write_text(path, dump(cfg))
 
 
 def diff(a: Any, b: Any, allowed: Collection[str] = ()) -> list[str]:

@@ -63,7 +63,7 @@ def read_file(path: Path) -> tuple[Any, dict[str, int]]:
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
         if len(data) > LARGEST:
-            raise mistake(str(path), "", f"is larger than {LARGEST:,} bytes, so it is no config")
+            raise mistake(str(path), "", f"is larger than {LARGEST:,} bytes, so it is not a config")
         text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise mistake(str(path), "", f"no such file; {_similar_file(path)}") from None
@@ -74,7 +74,7 @@ def read_file(path: Path) -> tuple[Any, dict[str, int]]:
     except Placed:
         raise
     except ValueError as error:  # a NUL in the path
-        raise mistake(str(path), "", f"is no path: {error}") from None
+        raise mistake(str(path), "", f"is not a path: {error}") from None
     tree, lines = parse(text, lambda line: f"{path}:{line}" if line else str(path))
     if tree is not None and not isinstance(tree, dict):
         raise mistake(str(path), "", "expected `key: value` lines at the top level")

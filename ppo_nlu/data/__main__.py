@@ -125,7 +125,7 @@ def _found(spec: TaskSpec, cfg: DataConfig, named: bool) -> data.Source | None:
 
 
 def _common(folders: Sequence[str]) -> str:
-    """The folder that holds them all."""
+    """The nearest folder that contains all of these."""
     parts = [Path(folder).parts for folder in dict.fromkeys(folders)]
     same = [names[0] for names in zip(*parts, strict=False) if len(set(names)) == 1]
     return str(Path(*same)) if same else "."

@@ -11,7 +11,7 @@ from ppo_nlu.tasks import TaskSpec
 @dataclass(frozen=True)
 class Archive:
     """An official archive: its address relative to `data.url`, and the number of rows and the
-    sha256 of each file that we take ("" where it is not known; then the rows alone are compared).
+    sha256 of each file that we take ("" where it is unknown: then only the rows are counted).
 
     `mebibytes` is an upper bound on its size, and 4 times that on each file in it. A program that
     needs the data fetches an `automatic` archive by itself, the others only when asked to.

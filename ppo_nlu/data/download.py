@@ -1,7 +1,7 @@
 """How the official archives are fetched, checked and unpacked.
 
 A folder appears by one rename, complete and checked, or not at all. Where the sha256 of an official
-file is known it must agree; elsewhere the number of rows must, and that is told ("not verified by
+file is known it must agree; elsewhere the number of rows must, and that is noted ("not verified by
 checksum"). Nothing here prints.
 """
 
@@ -36,7 +36,7 @@ UNPACKED = 4  # no file is larger than so many times the bound on its archive
 
 
 class DownloadError(Exception):
-    """Why an archive could not be had, in a few words; the search goes on."""
+    """Why an archive could not be fetched; the search for the data goes on."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ _failures: dict[tuple[str, str, Path], str] = {}
 
 
 def once(spec: TaskSpec, url: str, cache: Path) -> Path:
-    """The folder of an automatic download, tried once per process: where it failed, the next split
-    of the run is told so at once."""
+    """The folder of an automatic download, tried once per process: after a failure
+    the next split of the run fails at once."""
     key = (spec.name, url, cache)
     if key in _failures:
         raise DownloadError(_failures[key])
@@ -108,8 +108,8 @@ def _require_web(url: str) -> None:
         return
     if ":" in url:
         shown = without_password(url, url)
-        raise UserError(f"data.url: {shown} is no address of the web; give http:// or https://")
-    raise DownloadError(without_password(f"{url}: no address of the web", url))
+        raise UserError(f"data.url: {shown} is not a web address; give http:// or https://")
+    raise DownloadError(without_password(f"{url}: not a web address", url))
 
 
 def without_password(message: str, url: str) -> str:
@@ -146,7 +146,7 @@ def _take(archive: Archive, folder: str, address: str, scratch: Path, target: Pa
 
 
 def _name(folder: Path, target: Path, spec: TaskSpec) -> None:
-    """Give the folder its name, unless another process has put the data there first."""
+    """Rename the folder, unless another process has put the data there first."""
     try:
         folder.rename(target)
     except OSError as error:
@@ -243,7 +243,7 @@ def _count(path: Path, spec: TaskSpec) -> int:
 
 
 def _units(line: bytes, spec: TaskSpec) -> int:
-    """A line of JSON counts once, but in ReCoRD once for each of its queries."""
+    """Count queries in ReCoRD, lines elsewhere."""
     return len(json.loads(line)["qas"]) if spec.reader == "record" else 1
 
 

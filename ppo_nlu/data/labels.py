@@ -1,4 +1,4 @@
-"""What a cell of a file says: the gold label, as the task writes it."""
+"""From a cell of a file to the gold label, as the task writes it."""
 
 from __future__ import annotations
 

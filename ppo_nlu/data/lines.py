@@ -1,4 +1,4 @@
-"""Text files as numbered lines, cells and objects; a mistake in one is told with its line."""
+"""Text files as numbered lines, cells and objects; errors name the line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Row = tuple[int, dict[str, str]]  # line number and cells by column
 
 
 def unreadable(path: Path) -> str | None:
-    """Why a path that the user names is no file to read; None where it is one.
+    """Why a path is not a file that can be read; None where it is.
 
-    Asked before it is opened: a pipe might wait, and a device never end.
+    This is asked before opening: a pipe may block, and a device may never end.
     """
     try:
         kind = irregular(path.stat().st_mode)
@@ -31,7 +31,7 @@ def unreadable(path: Path) -> str | None:
         return "no such file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return f"is no regular file, but {kind}" if kind else None
+    return f"is not a regular file, but {kind}" if kind else None
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -62,7 +62,7 @@ def without_end(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 
 
 def bare(line: str) -> str:
-    """The line without its end."""
+    """The line without its line end."""
     return line.removesuffix("\n").removesuffix("\r")
 
 
@@ -74,7 +74,7 @@ def check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> 
     if [name for name in wanted if name not in columns]:
         raise UserError(
             f"{path}:1: the header has the columns {', '.join(columns) or '(none)'}; "
-            f"wanted are {', '.join(wanted)}"
+            f"expected columns: {', '.join(wanted)}"
         )
 
 
@@ -136,5 +136,5 @@ def json_text(value: Any, where: str) -> str:
         return ""
     text = value if isinstance(value, str) else json.dumps(value)
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f"{where}: half of a surrogate pair, which is no character")
+        raise UserError(f"{where}: half of a surrogate pair, which is not a character")
     return text

@@ -1,4 +1,4 @@
-"""Shots, the worked examples in a prompt: seeded, balanced where asked, never the row itself."""
+"""Shots, labelled rows in a prompt: seeded, balanced where asked, never the row itself."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _named_folder(spec: TaskSpec, kind: str, named: str) -> Path:
     root = expand(named)
     if folder := task_folder(spec, root):
         return folder
-    state = "does not hold" if root.is_dir() else "is no folder with"
+    state = "does not hold" if root.is_dir() else "is not a folder with"
     names = ", ".join(names[0] for names in spec.files.values())
     raise UserError(
         f"{kind}: {root} {state} {spec.title}; give the folder of {names}, "

@@ -1,4 +1,4 @@
-"""The rows of a task's splits, and what is to be said about them."""
+"""The rows of a task's splits, with notes for the user."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WHOLE = ("AX.tsv", "msr_paraphrase_test.txt")  # other names of whole official f
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows of one split, "bundled" or the folder they came from, and what to say about them.
+    """The rows of one split, their source ("bundled" or a folder), and a note for the user.
 
     `partial` is True where they are only a part of the official split. `file` is the name of the
     file, and `malformed` counts its rows that could not be read.

@@ -20,13 +20,13 @@ def joined(spec: TaskSpec, example: Example) -> str:
 
 
 def oddities(rows: Sequence[Example]) -> list[str]:
-    """What is allowed in rows and still looks like a mistake: texts in which nothing is seen."""
+    """Notes on rows that are valid but look empty."""
     empty = sum(any(map(is_empty, row.fields.values())) for row in rows)
     return [f"{empty:,} rows have an empty text"] if empty else []
 
 
 def one_label(rows: Sequence[Example]) -> str:
-    """A word on rows that cannot teach which answer is right, because it is always the same."""
+    """A note where all rows have one label; empty elsewhere."""
     labels = {row.label for row in rows}
     if len(rows) < 2 or len(labels) > 1:
         return ""
@@ -39,5 +39,5 @@ def left_out(count: int, why: str) -> str:
 
 
 def join(*parts: str) -> str:
-    """The parts of a note that say something, as one that a terminal can show."""
+    """The parts of a note that are not empty, joined and printable."""
     return printable("; ".join(part for part in parts if part))

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 
 def train_examples(spec: TaskSpec, data_cfg: DataConfig, bundled_model: bool) -> Dataset:
-    """The training rows: without what the bundled model has seen with its label (if it is the one
-    that trains), without short ones (data.min_words), of ReCoRD as many wrong names as right ones,
-    and of these the first data.limit in the order of the file, so that a limit means the same rows
-    for every seed."""
+    """The training rows, after four filters:
+
+    1. Drop rows whose labels the bundled model has seen, if that model trains.
+    2. Drop short rows (`data.min_words`).
+    3. In ReCoRD, keep as many wrong names as right ones.
+    4. Keep the first `data.limit` rows of the file; so a limit means the same rows for every seed.
+    """
     whole = load_split(spec, "train", data_cfg)
     seen = exclusions() if bundled_model and data_cfg.exclude_pretraining_labels else set()
     rows = whole.examples

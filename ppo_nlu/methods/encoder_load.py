@@ -31,7 +31,7 @@ def load(cfg: Config, spec: TaskSpec) -> Encoder:
     wanted, device = answers_of(spec), pick_device(cfg.model.device)
     if cfg.model.dtype == "float16":
         raise UserError(
-            "model.dtype: float16 is too coarse for an encoder; use bfloat16 or float32"
+            "model.dtype: float16 lacks the range for an encoder; use bfloat16 or float32"
         )
     bundled = cfg.model.name_or_path == "bundled"
     with drawing_from(torch.device("cpu"), "encoder start", cfg.seed):
@@ -87,7 +87,7 @@ def _stored_answers(config: Any) -> list[str]:
 
 
 def _answers_in(folder: Path) -> list[str]:
-    """The same of a saved encoder. Its config is read as data, so no code of it is run."""
+    """The stored answers of a saved encoder. Its config is read as data; none of its code runs."""
     path = folder / "config.json"
     try:
         table = parse_object(read_checked(path).decode()).get("id2label") or {}

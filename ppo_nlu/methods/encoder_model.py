@@ -142,7 +142,7 @@ def answer_all(
 
 
 def _given(spec: TaskSpec, output: Tensor, decode: str, place: tuple[object, ...]) -> Given:
-    """The answer that a row's outputs (K,) give."""
+    """The answer that belongs to a row's outputs (K,)."""
     if not output.isfinite().all():
         return None, None
     if spec.rating:

@@ -73,7 +73,7 @@ class MemoryPlan:
 
     @property
     def fixed(self) -> int:
-        """What is there throughout."""
+        """Bytes held during the whole run."""
         return self.weights + self.adapters + self.optimizer
 
     @property
@@ -98,7 +98,7 @@ class MemoryPlan:
         return self.resident + gradients + self.optimizer + max(self.rollout, self.update)
 
     def lines(self) -> list[str]:
-        """For the user."""
+        """The plan as lines for the user."""
         free = "" if self.free is None else f", {_size(self.free)} free on the GPU"
         limit = (
             f"at most {self.micro_batch_tokens:,} tokens"

@@ -27,7 +27,7 @@ PROBE = 4  # prompts of the pass that is counted
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder: `item` bytes a number, `keys_values` bytes a token in all layers."""
+    """Sizes of a decoder: `item` bytes a number, `keys_values` bytes a token in all layers."""
 
     layers: int
     hidden: int
@@ -46,7 +46,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of prompts, in tokens: those that all of them `shared`, run once, and what is their own."""
+    """Lengths of prompts in tokens: what all share, run once, and what each has beside it."""
 
     shared: int
     mean: float  # of their own
@@ -54,7 +54,7 @@ class Lengths:
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], packed: bool) -> Lengths:
-        """In the prefix tree if `packed`; else nothing is shared, and all are padded."""
+        """As they are run: in the prefix tree if `packed`, else padded and without sharing."""
         if not packed:
             longest = max(map(len, prompts))
             return cls(0, longest, longest)
@@ -64,7 +64,7 @@ class Lengths:
         return cls(shared, sum(own) / len(own), max(own))
 
     def tokens(self, prompts: int) -> int:
-        """That a pass over so many prompts runs."""
+        """Tokens run for this many prompts."""
         return self.shared + round(prompts * self.mean)
 
 
@@ -89,7 +89,7 @@ class TokenBytes:
         longest: int,
         values: bool,
     ) -> TokenBytes:
-        """Counted on a few of the prompts with answers of the `longest` length."""
+        """Count the bytes on a few of the prompts, with answers of the `longest` length."""
         sizes = Sizes.of(policy)
         kept = saved_bytes(policy, prompts[:PROBE], longest, values=values)
         with whole(policy.decoder):
@@ -181,5 +181,5 @@ def frozen(policy: Policy) -> Iterable[Tensor]:
 
 
 def bytes_of(x: Tensor) -> int:
-    """Of a tensor's elements."""
+    """Bytes of a tensor."""
     return x.numel() * x.element_size()

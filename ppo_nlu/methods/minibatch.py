@@ -47,7 +47,7 @@ class Budget:
     messages: list[str] = field(default_factory=list)
 
     def halve(self, rows: int) -> None:
-        """Allow at most half of the `rows` that did not fit; the user is told the first time."""
+        """Allow at most half of the `rows` that did not fit; the first time is reported."""
         if rows < 2:
             raise UserError(
                 "train.micro_batch_tokens: the GPU's memory does not hold the update of a single "
@@ -171,7 +171,7 @@ class Epochs:
         self.bad: tuple[list[int], Metrics] | None = None
 
     def minibatches(self, order: Callable[[int], Sequence[int]]) -> Iterator[list[int]]:
-        """The rows of each minibatch; `order(epoch)` gives all rows in the order of the cuts."""
+        """The rows of each minibatch; `order(epoch)` is the row order."""
         for epoch in range(self.section.epochs):
             rows = order(epoch)
             for index in chunks(rows, self.section.minibatch_size or len(rows)):

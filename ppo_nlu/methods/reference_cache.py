@@ -102,7 +102,7 @@ class ReferenceCache:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Load it again."""
+        """Load the state again."""
         keys = base64.b64decode(state["keys"])
         lengths, values = array("I"), array("f")
         lengths.frombytes(base64.b64decode(state["lengths"]))

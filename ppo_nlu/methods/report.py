@@ -95,7 +95,7 @@ class FirstRatio:
         return {"checked": self.checked, "told": self.told}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Load it again; a checkpoint of an earlier version has none of it."""
+        """Load the state again; checkpoints of earlier versions have none."""
         self.checked, self.told = state.get("checked", True), state.get("told", True)
 
 
@@ -122,8 +122,7 @@ def check_first_ratio(gap: float, exact: bool) -> str | None:
 
 
 def check_form(unparsed: float) -> list[str]:
-    """What to tell where the base hardly ever gives an allowed answer: there is little to learn
-    from."""
+    """A warning where the base rarely gives an allowed answer: there is little to learn from."""
     if unparsed < 0.9:
         return []
     return [

@@ -55,8 +55,8 @@ class Chat:
         self._chosen: dict[bool, tuple[Form, str]] = {}
 
     def render(self, messages: Sequence[Message], shots: bool) -> str:
-        """The messages in the chat format, up to where the answer begins. `shots`: the rows of the
-        task have worked examples, even if this one has none. All rows get the same form."""
+        """The messages in the chat format, up to where the answer begins. `shots`: the task
+        has shots, even if this row shows none. All rows get the same form."""
         if shots not in self._chosen:
             self._chosen[shots] = self._choose(messages[0], shots)
         form, header = self._chosen[shots]
@@ -156,7 +156,7 @@ def _lost(text: str, messages: Sequence[Message]) -> str | None:
         part = _flat(message["content"])
         found = flat.find(part, place)
         if found < 0:
-            return "the text of the row" if count == len(messages) else "a worked example"
+            return "the text of the row" if count == len(messages) else "a shot"
         place = found + len(part)
     return "the order of the turns" if told > found else None
 

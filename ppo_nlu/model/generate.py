@@ -122,8 +122,8 @@ def _prefill(
     keep_graph: int,
     prefix_cache: PrefixCache | None,
 ) -> tuple[PromptPass, bool]:
-    """Run the prompts, under autograd where they are at most `keep_graph` tokens. Returns the pass
-    and whether its graph was kept. `packed`: as in `pack.build`."""
+    """Run the prompts, with autograd if they have at most `keep_graph` tokens. Returns the pass and
+    whether its graph was kept. `packed`: as in `pack.build`."""
     tree = pack.build(prompts, packed=packed, prefix_cache=prefix_cache).to(policy.device)
     cost = tree.cost
     saved = sum(tree.lengths[p] for p in prompt_of) - cost.tokens_run

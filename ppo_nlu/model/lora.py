@@ -94,7 +94,15 @@ class LoraLinear(nn.Module):
         if self.disabled:
             assert self.ref_a is not None and self.ref_b is not None
             lora_a, lora_b, dropout_p = self.ref_a, self.ref_b, 0.0
-        return ops.lora_linear(x, self.weight, self.bias, lora_a, lora_b, self.scaling, dropout_p)
+        return ops.lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            scaling=self.scaling,
+            dropout_p=dropout_p,
+        )
 
     def delta(self) -> Tensor:
         """scaling · B A in fp32, shaped as the base stores its weight."""

@@ -185,7 +185,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         return parse_object(read_checked(path).decode())
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is no adapter folder: it has no {path.name}") from None
+        raise UserError(f"{path.parent} is not an adapter folder: it has no {path.name}") from None
     except Damaged:
         raise
     except (OSError, ValueError) as error:

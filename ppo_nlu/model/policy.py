@@ -116,7 +116,7 @@ class Policy:
 
     def chat(self, messages: Sequence[Message], shots: bool = False) -> str:
         """The messages in the model's own chat format, up to where its answer begins; `shots`: the
-        rows have worked examples."""
+        task has shots."""
         template = getattr(self.tokenizer, "chat_template", None)
         if not template:
             raise UserError(

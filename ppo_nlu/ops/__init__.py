@@ -131,13 +131,20 @@ def linear_logprobs(
             return torch_capped.capped_logprobs(
                 hidden, weight, targets.long(), bias, temperature, softcap, entropy_grad
             )
-    args = (hidden, weight, targets.long(), bias, float(temperature))
-    named: dict[str, Any] = {"lora_a": lora_a, "lora_b": lora_b, "scaling": float(scaling)}
-    named["entropy_grad"] = entropy_grad
+    named: dict[str, Any] = {
+        "weight": weight,
+        "targets": targets.long(),
+        "bias": bias,
+        "temperature": float(temperature),
+        "lora_a": lora_a,
+        "lora_b": lora_b,
+        "scaling": float(scaling),
+        "entropy_grad": entropy_grad,
+    }
     with without_autocast(hidden):
         if choose_backend(hidden) == "triton":
-            return _launch("linear_logprobs", *args, **named)
-        return torch_logprobs.linear_logprobs(*args, **named)
+            return _launch("linear_logprobs", hidden, **named)
+        return torch_logprobs.linear_logprobs(hidden, **named)
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

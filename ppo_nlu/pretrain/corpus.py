@@ -116,7 +116,7 @@ class LeakFilter:
 
 
 def parts(words: Sequence[str]) -> Iterator[str]:
-    """Every run of consecutive words, the whole included."""
+    """All contiguous word sequences of a text."""
     for start in range(len(words)):
         for end in range(start + 1, len(words) + 1):
             yield " ".join(words[start:end])

@@ -96,7 +96,7 @@ def whole(texts: Sequence[str]) -> list[int]:
     try:
         seeds = [int(text) for text in texts]
     except ValueError:
-        raise UserError(f"--seeds: {' '.join(texts)} are no whole numbers") from None
+        raise UserError(f"--seeds: {' '.join(texts)} are not whole numbers") from None
     if seeds and min(seeds) < 0:
         raise UserError(f"--seeds: {min(seeds)} is below 0; give numbers from 0")
     return seeds

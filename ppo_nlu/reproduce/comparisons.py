@@ -28,7 +28,7 @@ class Spread:
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """Mean and sample standard deviation of what is there; None where nothing is."""
+    """Mean and sample standard deviation of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     if not known:
         return None

@@ -54,7 +54,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Folded:
-    """Parts that are shown on demand."""
+    """Parts that the reader can unfold."""
 
     title: str
     parts: Sequence[Part] = field(default_factory=tuple)

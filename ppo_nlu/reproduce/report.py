@@ -186,7 +186,7 @@ def about(results: Results) -> Iterator[Part]:
             "(`ppo_nlu.teach_form`): on the mean over tasks "
             f"{100 * sum(before) / len(before):.0f} % of its sampled answers named no allowed word "
             f"before, {100 * sum(after) / len(after):.0f} % after. The model so made is the "
-            "untuned one of all rows below, and zero-shot is its score; the worked examples of "
+            "untuned one of all rows below, and zero-shot is its score; the shots in its "
             "few-shot prompts are new to it."
         )
     spent = sum(float(row.get("seconds") or 0) for row in results.started.values())
@@ -218,7 +218,7 @@ def words() -> Iterator[Part]:
             Items(
                 [
                     "**zero-shot**, **few-shot (5)**: the untuned model with the task's prompt, "
-                    "without and with five worked examples.",
+                    "without and with five shots (labelled rows shown in the prompt).",
                     "**SFT-ST**: supervised fine-tuning (LoRA) on one task. **SFT-ST, equal "
                     "seconds**: the same with as many steps as fit into the training time of PPO "
                     "on that task and seed.",

@@ -52,7 +52,7 @@ class Score:
 
     @property
     def note(self) -> str:
-        """How the data was found and what else is to be known, without folders of this machine."""
+        """The note on the data, without folders of this machine."""
         taught = f"trained on {self.entry.get('train_note')}" if self.partly_taught else None
         parts = (self.entry.get("note"), taught, self.started.get("note"))
         return short_paths("; ".join(str(part) for part in parts if part))

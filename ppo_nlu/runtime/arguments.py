@@ -41,7 +41,7 @@ def require_place(flag: str, path: Path) -> Path:
         while not os.path.lexists(above):
             above = above.parent
         if above != path.absolute() and not above.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{above} is no folder")
+            raise NotADirectoryError(errno.ENOTDIR, f"{above} is not a folder")
         if not os.access(above, os.W_OK):
             raise PermissionError(errno.EACCES, f"{above} may not be written to")
         there = above if above.is_dir() else above.parent

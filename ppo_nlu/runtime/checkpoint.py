@@ -67,7 +67,7 @@ def save_best(
 
 
 def load(path: str | Path) -> tuple[Tensors, dict[str, Any]]:
-    """Read a checkpoint folder; if a kill interrupted its replacement, the one before it.
+    """Read a checkpoint; after an interrupted replacement, read the previous one.
 
     `Damaged` where any byte of it is not what was written.
     """
@@ -203,7 +203,7 @@ def _readable(path: Path) -> Path:
 
 def _read_head(path: Path) -> dict[str, Any]:
     if not path.is_dir() and os.path.lexists(path):
-        raise Damaged(f"{path}: is no folder with a checkpoint; {_BEFORE}")
+        raise Damaged(f"{path}: is not a folder with a checkpoint; {_BEFORE}")
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint; a run folder keeps them in checkpoints/")
     file = path / "state.json"

@@ -78,13 +78,13 @@ def weights_of(policy: Any) -> Weights:
     trimmed = [_matrices(part, head) for part in parts]
     critic = sum(p.numel() for p in policy.value_head.parameters() if p.dim() == 2)
     return Weights(
-        blocks,
-        adapters,
-        head.numel(),
-        critic,
-        shape.layers * shape.heads * shape.size,
-        sum(frozen for frozen, _ in trimmed),
-        sum(own for _, own in trimmed),
+        blocks=blocks,
+        adapters=adapters,
+        head=head.numel(),
+        critic=critic,
+        attention=shape.layers * shape.heads * shape.size,
+        trimmed_blocks=sum(frozen for frozen, _ in trimmed),
+        trimmed_adapters=sum(own for _, own in trimmed),
     )
 
 

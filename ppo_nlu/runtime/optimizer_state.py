@@ -60,7 +60,9 @@ def restore_optimizer(
         index, key = _owner(name, params)
         param = params[index]
         if tuple(tensor.shape) not in _state_shapes(tuple(param.shape)):
-            raise Damaged(f"the checkpoint's optimizer state {name} has no shape of its tensor")
+            raise Damaged(
+                f"optimizer state {name} of the checkpoint does not fit its tensor's shape"
+            )
         device = param.device if key != "step" or on_device[index] else "cpu"
         optimizer.state[param][key] = tensor.to(device, copy=True)
     for name, values in scalars.items():
@@ -69,7 +71,7 @@ def restore_optimizer(
 
 
 def _owner(name: str, params: list[Tensor]) -> tuple[int, str]:
-    """The tensor's number and the key in a name of `flatten_optimizer`."""
+    """Split a name of `flatten_optimizer` into the parameter's index and the key."""
     index, _, key = name.partition(".")
     if not re.fullmatch(r"[0-9]{1,9}", index) or int(index) >= len(params):
         raise Damaged(f"the checkpoint's optimizer state {name!r} belongs to no trained tensor")
@@ -77,7 +79,7 @@ def _owner(name: str, params: list[Tensor]) -> tuple[int, str]:
 
 
 def _state_shapes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
-    """Shapes of what an optimizer keeps for a tensor: a number, as many numbers, matrix factors."""
+    """The shapes an optimizer may keep for a parameter: a number, its own, its row or column."""
     return {(), shape, shape[:-1], shape[:-2] + shape[-1:]}
 
 

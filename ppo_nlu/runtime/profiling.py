@@ -13,18 +13,18 @@ counted.
 
 from __future__ import annotations
 
-import os
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
 from ppo_nlu.runtime.flops import FORMULA, Weights, gemm_rate
-from ppo_nlu.storage.access import write_errors
-from ppo_nlu.storage.files import temporary_name
+from ppo_nlu.storage.files import atomic_open
 
 PHASES = ("prefill", "decode", "score", "reference", "update", "evaluation", "io")
 OTHER = "other"  # the time outside every phase
@@ -59,7 +59,14 @@ def count(
     block. FLOPs follow from these by the formula of `flops`, unless they are given.
     """
     if _active is not None:
-        _active.add(tokens_run, tokens_saved, flops, positions, pairs, predicting)
+        _active.add(
+            tokens_run=tokens_run,
+            tokens_saved=tokens_saved,
+            flops=flops,
+            positions=positions,
+            pairs=pairs,
+            predicting=predicting,
+        )
 
 
 def count_backward(tokens: int, pairs: int, predicting: int | None = None) -> None:
@@ -68,7 +75,8 @@ def count_backward(tokens: int, pairs: int, predicting: int | None = None) -> No
     import torch
 
     if _active is not None and _active.weights is not None and torch.is_grad_enabled():
-        _active.add(0, 0, _active.weights.backward(tokens, 0, pairs, predicting), 0, 0, None)
+        flops = _active.weights.backward(tokens, positions=0, pairs=pairs, predicting=predicting)
+        _active.add(flops=flops)
 
 
 def active() -> bool:
@@ -93,11 +101,11 @@ class Row:
 
     def __add__(self, other: Row) -> Row:
         return Row(
-            self.seconds + other.seconds,
-            self.cpu_seconds + other.cpu_seconds,
-            self.tokens_run + other.tokens_run,
-            self.tokens_saved + other.tokens_saved,
-            self.flops + other.flops,
+            seconds=self.seconds + other.seconds,
+            cpu_seconds=self.cpu_seconds + other.cpu_seconds,
+            tokens_run=self.tokens_run + other.tokens_run,
+            tokens_saved=self.tokens_saved + other.tokens_saved,
+            flops=self.flops + other.flops,
         )
 
 
@@ -154,12 +162,12 @@ class Profile:
 
     def add(
         self,
-        tokens_run: int,
-        tokens_saved: int,
-        flops: float | None,
-        positions: int,
-        pairs: int,
-        predicting: int | None,
+        tokens_run: int = 0,
+        tokens_saved: int = 0,
+        flops: float | None = None,
+        positions: int = 0,
+        pairs: int = 0,
+        predicting: int | None = None,
     ) -> None:
         """See `count`."""
         if flops is None:
@@ -240,10 +248,11 @@ class Profile:
         self._book()
         self._tracer.stop()
         assert self.trace is not None
-        temp = temporary_name(self.trace)
-        with write_errors(self.trace):
-            self._tracer.export_chrome_trace(str(temp))
-            os.replace(temp, self.trace)
+        with TemporaryDirectory() as folder, atomic_open(self.trace, binary=True) as file:
+            made = Path(folder) / "trace.json"
+            self._tracer.export_chrome_trace(str(made))  # which takes a name, not a file
+            with made.open("rb") as raw:
+                shutil.copyfileobj(raw, file)
         if self.apart:  # writing the trace belongs to no phase either
             self._mark, self._cpu = time.perf_counter(), time.process_time()
         self._tracer = None

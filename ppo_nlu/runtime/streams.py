@@ -18,7 +18,7 @@ from ppo_nlu.errors import UserError, one_line
 
 
 class ReaderLeft(Exception):
-    """The reader of the product on stdout has gone: it has seen enough."""
+    """The reader of stdout has closed it."""
 
 
 class Output:
@@ -54,7 +54,7 @@ class Output:
                 tell(f"warning: stdout: {reason}; the program goes on without it")
 
     def drop(self, error: Exception) -> None:
-        """Write nothing more; what still lies in buffers goes nowhere."""
+        """Stop writing; discard what is still buffered."""
         self.error = error
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -60,7 +60,7 @@ def open_regular(path: str | Path, flags: int) -> int:
 
 
 def _no_file(path: str | Path) -> OSError:
-    return OSError(errno.EINVAL, "is no regular file", str(path))
+    return OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -27,7 +27,7 @@ _CREATE = (
 
 
 class Output:
-    """The file under its temporary name; an error of a write names the file that it will be."""
+    """An open temporary file; errors name the final path."""
 
     def __init__(self, file: IO[Any], path: Path):
         self.file, self.path = file, path
@@ -89,7 +89,7 @@ def _name_new(temp: Path, path: Path) -> None:
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new, never half."""
+    """Write a file; a reader, or a crash, finds the old content or the new, never half."""
     with atomic_open(path, binary=True) as file:
         file.write(data)
 

@@ -1,6 +1,6 @@
 """Tasks of the user's own: a config's `custom` section becomes a task like those of the tables.
 
-Everything that can be wrong is told here, before any file is read, under its key in the config.
+Everything that can be wrong is reported here, before any file is read, under its key in the config.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ METRICS = {
 DEFAULT_METRICS = {"choice": ("accuracy",), "rating": METRICS["rating"], "text": METRICS["text"]}
 REWARDS = {"choice": ("label",), "rating": ("rating",), "text": ("f1", "exact")}  # auto: the first
 DESCRIPTION = "You are given a text. The task is to answer a question about it."
-SPLITS = ("train", "dev", "test")
 Given: TypeAlias = "Sequence[str] | Mapping[str, str | Sequence[str]]"  # custom.labels
 
 
@@ -121,7 +120,7 @@ def _problems(custom: CustomConfig) -> Iterator[tuple[str, str]]:
 
 def _of_names(custom: CustomConfig) -> Iterator[tuple[str, str]]:
     if not custom.name or not re.fullmatch(r"[\w.-]+", unmarked(custom.name)):
-        yield "name", f"{custom.name!r} is no name; use letters, digits, - and _"
+        yield "name", f"{custom.name!r} is not a name; use letters, digits, - and _"
     if custom.name in TASKS:
         yield "name", f"{custom.name!r} is a task of the tables; choose another name"
     if not custom.fields:

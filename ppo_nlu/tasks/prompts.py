@@ -33,7 +33,7 @@ def render(
 
 
 def _blocks(pairs: Sequence[tuple[str, str]]) -> str:
-    """Shots, written out."""
+    """The text of the shots."""
     if not pairs:
         return ""
     blocks = "".join(f"[Prompt:\n{asked}\nAssistant:\n{said}]\n" for asked, said in pairs)

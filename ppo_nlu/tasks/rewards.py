@@ -1,4 +1,7 @@
-"""The reward of an answer: one number for the whole response (arXiv 2410.11020, section 3)."""
+"""The score of an answer: one number for the whole response (arXiv 2410.11020, section 3).
+
+Config and logs call it the answer's reward; what each token gets is in `losses.shaped_rewards`.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from ppo_nlu.tasks.prompts import STOP
 
 # (right, wrong, no answer): the paper's text, and its released code, which is 2 * paper - 1.
 SCALES = {"paper": (1.0, 0.0, -1.0), "code": (1.0, -1.0, -3.0)}
-LARGEST = 1e15  # a reward whose square fp32 still holds
+LARGEST = 1e15  # a score whose square fp32 still holds
 Reward = Callable[[str, Mapping[str, Any]], float]
 
 
 def score(prediction: str | None, label: str, scale: str = "paper") -> float:
-    """The reward for a parsed answer (None: the response held no answer) given the gold label."""
+    """The score of a parsed answer (None: the response held no answer) given the gold label."""
     right, wrong, exceptional = SCALES[scale]
     if prediction is None:
         return exceptional
@@ -45,7 +48,7 @@ def rating_score(prediction: str | None, label: str, spec: TaskSpec) -> float:
 def reward(
     spec: TaskSpec, example: Example, prediction: str | None, response: str, scale: str = "paper"
 ) -> float:
-    """What a response to a labelled row earns, by the task's own rule."""
+    """The score of a response to a labelled row, by the task's own rule."""
     gold = example.label
     assert gold is not None, f"{spec.name} {example.id} has no label to learn from"
     if spec.reward == "rating":
@@ -97,7 +100,7 @@ def _said(error: BaseException) -> str:
 
 @lru_cache(maxsize=8)
 def load(path: str) -> Reward:
-    """The user's own `(text, row) -> float` from `package.module:function`.
+    """The user's own scoring function `(text, row) -> float` from `package.module:function`.
 
     `text` is the response before the closing tag; `row` holds the columns of the file, `id` and
     `label`.
@@ -114,7 +117,7 @@ def load(path: str) -> Reward:
             "or package.module:function of a file in the current directory or an installed package"
         ) from error
     if not callable(found):
-        raise UserError(f"custom.reward: {path!r} is no function; it must be (text, row) -> float")
+        raise UserError(f"custom.reward: {path!r} is not a function (text, row) -> float")
     if not _takes_two(found) or inspect.iscoroutinefunction(found):
         raise UserError(f"custom.reward: {path!r} does not take (text, row); it must, -> float")
     reward: Reward = found
@@ -133,12 +136,12 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 
 @dataclass
 class RunningScale:
-    """Mean and deviation of each task's rewards so far (Welford), to put tasks on one scale."""
+    """Mean and deviation of each task's scores so far (Welford), to put tasks on one scale."""
 
     seen: dict[str, list[float]] = field(default_factory=dict)  # task: count, mean, sum of squares
 
     def update(self, task: str, value: float) -> None:
-        """Count one more reward of a task."""
+        """Count one more score of a task."""
         count, mean, squares = self.seen.get(task, [0.0, 0.0, 0.0])
         count += 1
         gap = value - mean

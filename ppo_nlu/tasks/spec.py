@@ -74,7 +74,7 @@ class TaskSpec:
 
     With `labels` the answer is one of their words, with `rating` a number, with neither a short
     free text. `files` lists for each split the file names in the order of preference: the first is
-    the whole set, any other a part of it, which is told.
+    the whole set, any other a part of it, which is reported.
     """
 
     name: str

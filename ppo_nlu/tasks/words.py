@@ -54,7 +54,7 @@ def _dash() -> re.Pattern[str]:
 
 
 def same(one: str, other: str) -> bool:
-    """Whether a reader takes two words or phrases for the same."""
+    """Whether two words or phrases are equal when folded."""
     return fold(one).split() == fold(other).split()
 
 
@@ -105,7 +105,7 @@ def _matchers(phrases: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
 
 
 def find(phrases: Sequence[str], text: str) -> set[str]:
-    """Those of the phrases that stand in the text as whole words, in any case.
+    """The phrases found as whole words, ignoring case.
 
     A phrase inside a longer one does not count: where "very negative" stands, "negative" does not.
     """
@@ -123,17 +123,17 @@ def find(phrases: Sequence[str], text: str) -> set[str]:
 
 
 def unmarked(text: str) -> str:
-    """The text without marks and joiners: `\\w` matches what is left of a word of any script."""
+    """Remove marks and joiners, so `\\w` matches in every script."""
     return "".join(c for c in text if unicodedata.category(c)[0] != "M" and c not in JOINERS)
 
 
 def is_empty(text: str) -> bool:
-    """Whether there is nothing to be seen: white space, or signs without width."""
+    """Whether the text shows nothing: only white space, control and format characters."""
     return all(sign.isspace() or unicodedata.category(sign) in ("Cc", "Cf") for sign in text)
 
 
 def twice(names: Iterable[str]) -> str | None:
-    """The first name that is there twice; None where there is none."""
+    """The first repeated name, or None."""
     seen: set[str] = set()
     for name in names:
         if name in seen:

@@ -48,7 +48,7 @@ def measure(run: Run, what: str, stop: StopRequest) -> Answers:
         for name, spec in run.specs.items():
             title = f"{what}: {spec.title}" if run.cfg.log.progress else None
             rows = run.held[name].examples
-            found[name] = answer.ask(answerer, spec, rows, None, title, lambda: bool(stop))
+            found[name] = answer.ask(answerer, spec, rows, title=title, stop=lambda: bool(stop))
     return found
 
 

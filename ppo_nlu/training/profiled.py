@@ -16,10 +16,10 @@ def profiled(run: Run) -> Iterator[None]:
     """A region whose times go to profile.json and, with a trace of two steps, to trace.json."""
     profile = profiling.Profile(
         run.cfg.train.steps - run.step,
-        run.method.model.device,
-        DTYPES[run.cfg.model.dtype],
-        run.method.flop_weights(),
-        run.folder / "trace.json",
+        device=run.method.model.device,
+        dtype=DTYPES[run.cfg.model.dtype],
+        weights=run.method.flop_weights(),
+        trace=run.folder / "trace.json",
     )
     try:
         with profile:

@@ -1,8 +1,8 @@
-"""What decides a run besides its config: where it comes from is noted, and compared on --resume.
+"""Fingerprints of a run's inputs, compared on --resume.
 
 Rows, base weights, the start and a reward of the user's own must be the same: with others the run
 would become a mixture of two. Another machine, thread count or version only rounds differently: it
-is told.
+is reported.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ REFUSED = {
     "init_from": "give the adapter that it was started from",
     "reward": "give the source that it was started with",
 }
-# What is told: the results may differ in the last bits.
+# What is reported: the results may differ in the last bits.
 TOLD = ("threads", "device", "backend", "machine", "torch", "transformers", "tokenizers", "ppo_nlu")
 
 _MODEL_FILES = (

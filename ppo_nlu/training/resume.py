@@ -44,7 +44,7 @@ def save(run: Run) -> None:
 
 def check_same(cfg: Config, folder: Path) -> None:
     """A UserError where the run was started with another config; a key that may differ, and does,
-    is told."""
+    is reported."""
     stored = folder / "config.yaml"
     before = load_config(stored)
     changed = diff(cfg, before, provenance.MAY_CHANGE)
@@ -61,7 +61,7 @@ def check_same(cfg: Config, folder: Path) -> None:
 def restore(run: Run) -> None:
     """Go on from the newest checkpoint that can be read, or from the start where there is none.
 
-    A damaged one is told and renamed. Where all are damaged, nothing is changed.
+    A damaged one is reported and renamed. Where all are damaged, nothing is changed.
     """
     checkpoint.require_readable(run.folder)
     lines = len(runlog.read_metrics(run.folder))

@@ -97,11 +97,13 @@ def plan_of(
 ) -> Plan:
     """The plan of a packed row; `predicting` and `longest` as in `Plan`.
 
+    A product costs a launch, and padding costs time. So a link with many queries is a product of
+    its own; short runs and links are batched, where each is at least `LOOSE` times the longest.
+
     Args:
-        runs: of tokens, which together cover the row.
-        to_prefixes: from queries to the prefix that they stand behind; few links with many queries,
-            so each is a product of its own.
-        to_suffixes: from a prompt's answers to its suffix; many links with few queries.
+        runs: start and length of each; together they cover the row.
+        to_prefixes: links from queries to their prefix: few links, each with many queries.
+        to_suffixes: links from a prompt's answers to its suffix: many links, each with few queries.
         earlier: whether `to_prefixes`, and `to_suffixes`, lead to tokens of an earlier pass.
     """
     ordered = sorted((run for run in runs if run[1]), key=lambda run: -run[1])
@@ -123,7 +125,7 @@ def plan_of(
 
 
 def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:
-    """Consecutive items of like length; `lengths` never rises."""
+    """Consecutive items in batches of like length (`LOOSE`); `lengths` never rises."""
     batch: list[Any] = []
     longest = 0
     for item, length in zip(items, lengths, strict=True):

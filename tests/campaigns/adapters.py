@@ -281,7 +281,7 @@ def compare(case: str, old: Side, new: Side) -> tuple[bool, str]:
 def _checkout(text: str) -> Path:
     folder = Path(text).resolve()
     if not (folder / "ppo_nlu" / "train.py").is_file():
-        raise argparse.ArgumentTypeError(f"{text} is no checkout: it has no ppo_nlu/train.py")
+        raise argparse.ArgumentTypeError(f"{text} is not a checkout: it has no ppo_nlu/train.py")
     return folder
 
 

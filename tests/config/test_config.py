@@ -24,7 +24,6 @@ from ppo_nlu.config import (
     load_dataclass,
     number,
     parse_overrides,
-    save_config,
     strict_config,
     to_dict,
 )
@@ -454,33 +453,10 @@ def test_any_number_reloads(write: Write, value: float) -> None:
 def test_the_resolved_config_reloads_and_the_preset_stays_out(write: Write) -> None:
     overrides = ["ppo.preset=legacy", "ppo.value_clip=null", "lora.rslora=false", "seed=7"]
     cfg = load_config(write(TASK), overrides)
-    path = write("")
-    save_config(cfg, path)
-    assert load_config(path) == cfg
-    text = path.read_text(encoding="utf-8")
-    assert text == dump(cfg)
+    text = dump(cfg)
+    assert load_config(write(text)) == cfg
     assert list(yaml.safe_load(text)) == [item.name for item in fields(Config)]
     assert to_dict(cfg)["ppo"]["value_clip"] is None
-
-
-def test_saving_leaves_the_old_file_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "config.yaml"
-    save_config(Config(task="old"), path)
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    for name in ("replace", "fsync"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, stop)
-            with pytest.raises(KeyboardInterrupt):
-                save_config(Config(task="new"), path)
-        assert path.read_text(encoding="utf-8") == dump(Config(task="old"))
-        assert os.listdir(tmp_path) == ["config.yaml"]
-    save_config(Config(task="new"), path)
-    assert load_config(path).task == "new"
 
 
 def test_diff_names_the_keys_that_differ() -> None:

@@ -206,7 +206,7 @@ def test_only_the_web_is_asked(tmp_path: Path, url: str) -> None:
     (tmp_path / "SST-2.zip").write_bytes(GOOD)
     for text in (url, url.replace("/etc", str(tmp_path))):
         cfg = DataConfig(cache=str(tmp_path / "cache"), url=text, fallback="bundled")
-        with pytest.raises(UserError, match=r"data\.url: .* is no address of the web") as error:
+        with pytest.raises(UserError, match=r"data\.url: .* is not a web address") as error:
             locate(SST2, cfg)
         assert str(error.value).isprintable()
     assert not (tmp_path / "cache").exists()

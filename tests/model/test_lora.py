@@ -537,7 +537,7 @@ def test_refuses_what_is_not_there_or_not_whole(adapter: Path) -> None:
     config.write_text("[]")
     refused(adapter, "JSON object")
     config.unlink()
-    refused(adapter, "no adapter folder")
+    refused(adapter, "not an adapter folder")
 
 
 def test_a_failed_write_leaves_the_old_file(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -384,7 +384,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
         (["tiny", "--methods", "ppo"], "--methods: unknown method 'ppo'; choose from zero-shot"),
         (["tiny", "--preset", "huge"], "--preset: unknown preset 'huge'; choose from tiny"),
         (["tiny", "--tasks", "rte"], "glue/rte or superglue/rte"),
-        (["tiny", "--seeds", "one"], "no whole numbers"),
+        (["tiny", "--seeds", "one"], "are not whole numbers"),
         (["tiny", "--budget", "0"], "--budget: 0 is less than 1"),
         (["tiny", "--jobs", "0"], "--jobs: 0 is less than 1"),
         (["tiny", "seed=3"], "use --seeds"),

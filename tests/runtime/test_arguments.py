@@ -43,8 +43,8 @@ def test_unknown_flags(
 @pytest.mark.parametrize(
     ("path", "word"),
     [
-        ("file/run", "is no folder"),
-        ("file/a/b/run", "is no folder"),
+        ("file/run", "is not a folder"),
+        ("file/a/b/run", "is not a folder"),
         ("x" * 300, "too long"),
         ("a/" + "x" * 5000, "too long"),
         ("a/" * 3000, "too long"),

@@ -202,7 +202,7 @@ TRAIN_ERRORS: dict[str, tuple[Case, list[str]]] = {
     "damaged gzip": (zipped, ["train.tsv.gz: cannot be read"]),
     "wrong columns": (
         table("train", b"text\tlabel\na\t1\n"),
-        ["train.tsv:1: the header has the columns text, label; wanted are sentence, label"],
+        ["train.tsv:1: the header has the columns text, label; expected columns: sentence, label"],
     ),
     "unknown label": (
         table("dev", HEADER.encode() + b"a\t1\nb\t2\n"),
@@ -392,7 +392,7 @@ PREDICT_ERRORS: dict[str, tuple[Callable[[Place], list[object]], list[str]]] = {
     ),
     "wrong columns": (
         lambda p: ["--input", inputs(p, "x.csv", "text\na\n")],
-        ["x.csv:1: the header has the columns text; wanted are sentence"],
+        ["x.csv:1: the header has the columns text; expected columns: sentence"],
     ),
     "a row too short": (
         lambda p: ["--input", inputs(p, "x.tsv", "id\tsentence\n1\ta\n2\n")],

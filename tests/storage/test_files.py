@@ -111,7 +111,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None
         lambda: runlog.read_metrics(put(runlog.METRICS).parent),
     ]
     for read in reads:
-        with pytest.raises(OSError, match="is no regular file"):
+        with pytest.raises(OSError, match="is not a regular file"):
             read()
     refused: list[Callable[[], object]] = [
         lambda: files.sync_file(pipe),
@@ -121,7 +121,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None
         lambda: folders.check_folder(put(folders.CHECKSUMS).parent, but=""),
     ]
     for act in refused:
-        with pytest.raises(UserError, match="is no regular file"):
+        with pytest.raises(UserError, match="is not a regular file"):
             act()
 
 

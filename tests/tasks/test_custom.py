@@ -72,7 +72,7 @@ def test_the_metrics_are_those_of_the_metrics_room() -> None:
 @pytest.mark.parametrize(
     ("key", "changed", "part"),
     [
-        ("name", {"name": None}, "None is no name"),
+        ("name", {"name": None}, "None is not a name"),
         ("name", {"name": "my mood"}, "use letters"),
         ("name", {"name": "sst2"}, "is a task of the tables"),
         ("fields", {"fields": []}, "is empty"),
@@ -276,7 +276,7 @@ def test_paths_are_those_of_the_current_folder(
         ),
         ("a.csv", "text,label\nfine,\n", ["a.csv:2", "no label ''"]),
         ("a.csv", "text,mood\nfine,Normal\n", ["a.csv:2", "'label'", "custom.label_column"]),
-        ("a.csv", "message,label\nfine,Normal\n", ["a.csv:1", "message, label", "wanted are text"]),
+        ("a.csv", "message,label\nfine,Normal\n", ["a.csv:1", "message, label", "columns: text"]),
         ("a.tsv", "text\tlabel\nfine\n", ["a.tsv:2", "1 columns"]),
         ("a.jsonl", '{"text": "fine"}\n', ["a.jsonl:1", "'label'"]),
         ("a.jsonl", '{"text": 3, "label": "Normal"}\n', ["a.jsonl:1", "'text'"]),
@@ -441,7 +441,7 @@ def test_a_split_without_file() -> None:
         load_split(missing, "train", CFG)
     for path in ("/dev/zero", "/dev"):
         device = spec_of(replace(MOOD, train=path))
-        with pytest.raises(UserError, match=f"custom.train: {path}: is no regular file"):
+        with pytest.raises(UserError, match=f"custom.train: {path}: is not a regular file"):
             load_split(device, "train", CFG)
 
 

@@ -297,7 +297,7 @@ def test_a_reward_of_the_user_s_own(tmp_path, monkeypatch) -> None:
         ("my_rewards:none", "cannot import"),
         ("no_such_module:f", "cannot import"),
         ("nonsense", "cannot import"),
-        ("my_rewards:number", "is no function"),
+        ("my_rewards:number", "is not a function"),
     ):
         with pytest.raises(UserError, match=f"custom.reward: .*{words}"):
             load(path)

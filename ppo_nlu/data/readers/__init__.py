@@ -41,8 +41,8 @@ def read_split(spec: TaskSpec, split: str, path: Path) -> Split:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Inside, Python looks for no cycles to free: rows have none, and it would look at all of them
-    again and again, which takes a quarter of the time."""
+    """Switch the garbage collector off; rows have no cycles. It would scan all of them again and
+    again, which takes a quarter of the time."""
     on = gc.isenabled()
     gc.disable()
     try:

@@ -38,4 +38,4 @@ def whole(value: Any, where: str) -> int:
     try:
         return int(value)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: {quoted(value)} is no row number; give a whole number") from None
+        raise UserError(f"{where}: the row number {quoted(value)} is not a whole number") from None

@@ -1,4 +1,4 @@
-"""How far a value may be off by the choice of rows: the percentile interval of the bootstrap."""
+"""The uncertainty that comes from the choice of rows: the percentile bootstrap interval."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def interval(
 ) -> list[float] | None:
     """The percentile interval of the mean of the metrics over units drawn with replacement.
 
-    Units of which the same is kept are one kind; how often each kind is drawn is multinomial.
+    Units with equal kept figures form a kind; the number of draws of each kind is multinomial.
     """
     if not resamples:
         return None

@@ -1,4 +1,4 @@
-"""Metrics of ratings: correlations, the mean error, and how often which part of the range came."""
+"""Metrics of ratings: correlations, the mean error, and a histogram."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Metric:
 
 
 def share(times: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The first kept figure over the second, each summed; 0 where the second is."""
+    """First kept sum divided by the second; 0 if that is 0."""
     sums = times @ kept
     shares: np.ndarray = sums[:, 0] / np.maximum(sums[:, 1], 1e-300)
     return shares

@@ -37,7 +37,7 @@ def test_json_labels_and_numbers_may_be_texts(tmp_path: Path) -> None:
             load(tmp_path, "copa", "dev", dev=json_lines_of(row | {"label": 0}, bad))
     with pytest.raises(UserError, match=r"val\.jsonl:1: .*'label' is missing"):
         load(tmp_path, "copa", "dev", dev=json_lines_of(row))
-    with pytest.raises(UserError, match=r"test\.jsonl:1: 'x' is no row number"):
+    with pytest.raises(UserError, match=r"test\.jsonl:1: the row number 'x' is not a whole number"):
         load(tmp_path, "copa", "test", test=json_lines_of(row | {"idx": "x"}))
 
 

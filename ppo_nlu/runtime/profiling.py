@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from ppo_nlu.runtime.flops import FORMULA, Weights, gemm_rate
-from ppo_nlu.storage.files import atomic_open
+from ppo_nlu.storage.files import TEMP, atomic_open
 
 PHASES = ("prefill", "decode", "score", "reference", "update", "evaluation", "io")
 OTHER = "other"  # the time outside every phase
@@ -248,7 +248,8 @@ class Profile:
         self._book()
         self._tracer.stop()
         assert self.trace is not None
-        with TemporaryDirectory() as folder, atomic_open(self.trace, binary=True) as file:
+        near = TemporaryDirectory(prefix=TEMP, dir=self.trace.parent)  # $TMPDIR may be full
+        with near as folder, atomic_open(self.trace, binary=True) as file:
             made = Path(folder) / "trace.json"
             self._tracer.export_chrome_trace(str(made))  # which takes a name, not a file
             with made.open("rb") as raw:

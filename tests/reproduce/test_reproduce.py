@@ -310,8 +310,8 @@ def test_a_grid_tells_the_time_left(tmp_path: Path) -> None:
     told.started = {cell.name: {"seconds": 7.0} for cell in evaluated}
     told.started[trained[0].name] = {"seconds": 40.0}
     assert told._seconds_left() == pytest.approx(40.0)
-    told.finished = evaluated
-    assert told._seconds_left() == 0.0  # which is not told
+    told.finished, told.waiting = evaluated[:1], [evaluated[1], trained[1]]
+    assert told._seconds_left() == 0.0  # nothing is told while one of them is unknown
 
 
 def test_a_cell_without_a_summary_has_failed(tmp_path: Path) -> None:

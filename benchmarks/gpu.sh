@@ -76,7 +76,7 @@ PYTHON
 
 device_tests() {
     local found=() parallel=() file
-    for file in tests/test_kernels.py tests/test_{ppo_loss,lora_kernels,logprob_kernels}.py; do
+    for file in tests/ops/test_{kernels,ppo_loss,lora_kernels,logprob_kernels}.py; do
         [[ -f $file ]] && found+=("$file") || echo "left out: $file is not there"
     done
     # Most of the time goes to compiling, which several processes share; so do they their cache.

@@ -1,6 +1,6 @@
 """What the shipped kernels compile to, on a machine without a GPU.
 
-    python -m ppo_nlu.kernels.compile_report [--arch 80 90] [--only NAME] [--csv FILE]
+    python -m ppo_nlu.kernels.compile_report [--arch 80 90] [--only NAME] [--quick] [--csv FILE]
 
 Every kernel module offers `shipped()`: its launches at real shapes. They are recorded instead of
 run, with what Triton would specialise on (types, ones, divisibility by 16), and compiled for each
@@ -224,17 +224,31 @@ def shipped(only: str = "") -> list[Launch]:
     return [launch for launch in found.values() if only in launch.label + launch.kernel.__name__]
 
 
+def one_each(launches: list[Launch]) -> list[Launch]:
+    """The first launch of each kernel."""
+    return list({launch.kernel: launch for launch in reversed(launches)}.values())[::-1]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The program."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=[80, 90])
+    parser.add_argument("--arch", type=int, nargs="+", choices=[80, 90], help="default: both")
     parser.add_argument("--only", default="", metavar="NAME", help="part of a label or kernel name")
+    parser.add_argument(
+        "--quick", action="store_true", help="one launch a kernel, and sm_90 alone without --arch"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
+    launches = shipped(args.only)
+    if not launches:
+        parser.error(f"--only: no label or kernel holds {args.only!r}; try {', '.join(MODULES)}")
+    if args.quick:
+        launches = one_each(launches)
+    archs = args.arch or ([90] if args.quick else [80, 90])
     readouts, failed = [], 0
     print("label | kernel | arch | warps | stages | registers | shared KiB | spills | HGMMA | HMMA")
-    for launch in shipped(args.only):
-        for arch in args.arch:
+    for launch in launches:
+        for arch in archs:
             readouts.append(r := read_out(launch, arch))
             print(
                 f"{r.label} | {r.kernel} | sm_{arch} | {r.warps} | {r.stages} | {r.registers} | "

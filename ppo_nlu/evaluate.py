@@ -1,15 +1,19 @@
 """Evaluation: `python -m ppo_nlu.evaluate RUN_DIR|CONFIG [--decode DECODE] [--split dev|test]`.
 
 Three ways to read an answer off a model, reported side by side because they differ: one sample at
-T=1, greedy decoding, and scoring each label word whole behind the prompt (never unparsed).
+T=1, greedy decoding, and scoring each label word whole behind the prompt (never unparsed). Results
+are never overwritten: a run's go to RUN_DIR/eval-TASK-SPLIT-METHOD-SHOTS, a base's to
+./eval-TASK-SPLIT-base-SHOTS, and where these exist, to the same name with -2, -3, ...
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from ppo_nlu.answering.load_run import load_base, load_trained, run_config
 from ppo_nlu.answering.predictions import recorded, write_predictions
 from ppo_nlu.answering.stored_config import read_config
 from ppo_nlu.config import Config
+from ppo_nlu.config.idle_keys import reads
 from ppo_nlu.errors import UserError
 from ppo_nlu.runtime import arguments, cli
 from ppo_nlu.runtime.summary import peak_memory_mb
@@ -48,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--split", help="train, dev or test (default: eval.split)")
     parser.add_argument(
-        "--output", type=Path, help="a folder for predictions, report.json and summary.json"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="for predictions, report.json and summary.json; refused where it holds results",
     )
     args = parser.parse_intermixed_args(argv)
     target = Path(args.target)
@@ -56,9 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     cfg = (run_config if is_run else read_config)(target, args.overrides)
     cfg = replace(cfg, eval=replace(cfg.eval, split=args.split or cfg.eval.split))
     specs, split = specs_of(cfg), cfg.eval.split
-    label = "+".join(name.replace("/", "-") for name in specs)
-    default = target / f"eval-{split}" if is_run else Path(f"eval-{label}-{split}")
-    output = require_own(arguments.require_place("--output", args.output or default), specs)
+    name = folder_name(cfg, is_run)
+    default = unused(target / name if is_run else Path(name))
+    output = require_unused(arguments.require_place("--output", args.output or default), specs)
     held = {name: held_out(spec, cfg) for name, spec in specs.items()}
     for rows in held.values():
         print(f"data: {rows.note}; {split}: {len(rows.examples):,} rows", flush=True)
@@ -66,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     for spec in specs.values():
         answerer.require_fit(spec)
     with FolderLock(make_folder(output)):
+        require_unused(output, specs)  # again, now that nobody else writes there
         measured = list(_measured(answerer, specs, cfg, held, decode=args.decode, output=output))
     if all(row.label is not None for rows in held.values() for row in rows.examples):
         method = "few-shot" if cfg.prompt.shots else "zero-shot"
@@ -132,15 +141,32 @@ def _tell(one: Measured, cfg: Config, folder: Path) -> None:
         print_report(f"{one.spec.title}, {decode}", row)
 
 
-def require_own(output: Path, tasks: Iterable[str] = ()) -> Path:
-    """The folder for the results: new, empty, or that of an earlier evaluation."""
+def folder_name(cfg: Config, is_run: bool) -> str:
+    """The name of the default folder: task, split, method and shots; an encoder has no shots."""
+    tasks = "+".join(name.replace("/", "-") for name in cfg.names)
+    how = cfg.method if is_run else "base"
+    shots = [f"{cfg.prompt.shots}shot"] if reads(cfg, "prompt") else []
+    return "-".join(["eval", tasks, cfg.eval.split, how, *shots])
+
+
+def unused(folder: Path) -> Path:
+    """The folder itself, or the first of folder-2, folder-3, ... that is not there yet."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(path for path in chain([folder], numbered) if not os.path.lexists(path))
+
+
+def require_unused(output: Path, tasks: Iterable[str] = ()) -> Path:
+    """The folder for the results: new, or with nothing in it but what a killed evaluation left."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
     names = [path.name for path in output.iterdir()] if output.is_dir() else []
-    own = (TEMP, LOCK, "predictions", "report.json", "summary.json")
+    found = [name for name in names if not name.startswith((TEMP, LOCK))]
+    results = ("predictions", "report.json", "summary.json")
     plain = {name.replace("/", "-") for name in (*TASKS, *tasks)}
-    if any(not name.startswith(own) and name not in plain for name in names):
+    if any(not name.startswith(results) and name not in plain for name in found):
         raise UserError(f"--output {output}: holds files of other kinds; name a new folder")
+    if found:
+        raise UserError(f"--output {output}: holds results already; name a new folder")
     return output
 
 

@@ -964,6 +964,16 @@ LORA = of(
         "            setattr(layer, flag, False)",
         "regions may be nested",
     ),
+    base_with_reference=(
+        "layer.ref_a = layer.ref_b = None",
+        "layer.ref_b = None if layer.ref_a is None else layer.ref_b",
+        "the base has no adapter at all",
+    ),
+    reference_lost=(
+        "layer.ref_a, layer.ref_b = ref_a, ref_b",
+        "pass",
+        "the reference is back behind the base",
+    ),
 )
 
 OPS = of(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from short_run import QUICK
 
 from ppo_nlu.config import load_config
 
@@ -207,3 +213,32 @@ def test_what_is_wrong_in_a_document_is_found() -> None:
     ]
     assert exists("ppo_nlu.train") and not exists("ppo_nlu.nothing") and not exists("no.thing")
     assert not exists("ppo_nlu.tasks")  # a package without a program
+
+
+USES_THE_LOSS = """
+import sys, torch
+from ppo_nlu import losses, train
+logprobs = torch.tensor([[-1.0, -2.0], [-3.0, float("nan")], [-5.0, -6.0]], requires_grad=True)
+mask = torch.tensor([[True, True], [True, False], [True, True]])
+loss = losses.imitation_loss(logprobs, mask, torch.tensor([1.0, 1.0, 0.0]), 8.0)
+assert loss.item() == 0.75  # (1 + 2 + 3) / 8
+loss.backward()
+assert logprobs.grad.tolist() == [[-0.125, -0.125], [-0.125, 0.0], [0.0, 0.0]]
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_how_to_add_applies_and_trains(tmp_path: Path, config: Path) -> None:
+    """The diff in ppo_nlu/README.md, on a copy of the package: by hand, then in a run of PPO."""
+    text = (ROOT / "ppo_nlu" / "README.md").read_text("utf-8")
+    (diff,) = ("\n".join(lines) + "\n" for kind, lines in blocks(text) if kind == "diff")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copytree(ROOT / "ppo_nlu", copy / "ppo_nlu")
+    environment = {**os.environ, "PYTHONPATH": str(copy), "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    subprocess.run(["git", "apply"], input=diff, text=True, cwd=copy, check=True, env=environment)
+    command = [sys.executable, "-c", USES_THE_LOSS, str(config), *QUICK, "train.steps=2"]
+    subprocess.run([*command, "--output", "run"], cwd=copy, check=True, env=environment)
+    steps = [json.loads(line) for line in (copy / "run" / "metrics.jsonl").open()]
+    assert len(steps) == 2 and all(row["policy/imitation"] > 0 for row in steps)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ppo_nlu import evaluate
 from ppo_nlu.answering.answer import DECODES
-from ppo_nlu.evaluate import main
+from ppo_nlu.config import load_config
+from ppo_nlu.evaluate import folder_name, main
 from ppo_nlu.runtime import cli, run_folder
 from ppo_nlu.storage import locks
 from ppo_nlu.tasks import get_task
@@ -48,10 +52,61 @@ def test_the_program_on_a_run(finished_run: Path, tmp_path: Path, capsys) -> Non
         for line in lines:
             assert parse(SPEC, line["response"]) == line["prediction"]
             assert (line["probabilities"] is None) == (decode != "score")
-    # again, over its own results
-    again = [str(finished_run), "eval.limit=6", "--decode", "score", "--output", str(out)]
-    assert cli.run(main, again) == 0
     assert run_folder.is_run_dir(finished_run)
+
+
+def test_results_are_never_overwritten(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    more = ["eval.limit=3", "--decode", "score"]
+    for wanted in ("eval-sst2-dev-ppo-0shot", "eval-sst2-dev-ppo-0shot-2"):
+        assert cli.run(main, [str(run), *more]) == 0
+        assert f"written: {run / wanted}\n" in capsys.readouterr().out
+        assert len(read(run / wanted / "predictions.jsonl")) == 3
+    before = {path: path.read_bytes() for path in (run / wanted).iterdir()}
+    assert cli.run(main, [str(run), *more, "--output", str(run / wanted)]) == 2
+    error = capsys.readouterr().err
+    assert "holds results already; name a new folder" in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in (run / wanted).iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "is_run", "name"),
+    [
+        (["method=ppo"], True, "eval-sst2-dev-ppo-0shot"),
+        (["method=ppo"], False, "eval-sst2-dev-base-0shot"),
+        (["prompt.shots=5", "eval.split=test"], False, "eval-sst2-test-base-5shot"),
+        (
+            ["task=null", "tasks=[cb, glue/rte]", "method=sft"],
+            True,
+            "eval-cb+glue-rte-dev-sft-0shot",
+        ),
+        (["method=encoder"], True, "eval-sst2-dev-encoder"),
+    ],
+)
+def test_the_folder_says_task_split_method_and_shots(
+    config: Path, more: list[str], is_run: bool, name: str
+) -> None:
+    assert folder_name(load_config(config, more), is_run) == name
+
+
+def test_results_that_came_while_the_model_was_loaded_stay(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results"
+    load = evaluate.load_trained
+
+    def slow(*given: Any) -> Any:
+        out.mkdir()
+        (out / "summary.json").write_text("of another process")
+        return load(*given)
+
+    monkeypatch.setattr(evaluate, "load_trained", slow)
+    assert cli.run(main, [str(finished_run), "eval.limit=3", "--output", str(out)]) == 2
+    assert [path.name for path in out.iterdir()] == ["summary.json"]
+    assert (out / "summary.json").read_text() == "of another process"
 
 
 def test_the_program_on_a_config_is_the_base(
@@ -62,7 +117,7 @@ def test_the_program_on_a_config_is_the_base(
     more = ["eval.limit=6", "log.progress=false", "--decode", "score"]
     assert cli.run(main, [config, *more]) == 0
     assert capsys.readouterr().err == ""
-    base = read(tmp_path / "eval-sst2-dev" / "predictions-score.jsonl")
+    base = read(tmp_path / "eval-sst2-dev-base-0shot" / "predictions-score.jsonl")
     assert cli.run(main, [str(finished_run), *more, "--output", "tuned"]) == 0
     tuned = read(tmp_path / "tuned" / "predictions-score.jsonl")
     assert [row["id"] for row in base] == [row["id"] for row in tuned]

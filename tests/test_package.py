@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,14 @@ def test_the_wheel_holds_all_and_no_top_level_kernels(wheel: Path) -> None:
         }
         assert here <= names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_says_what_it_is_for(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        said = Parser().parsestr(archive.read(name).decode())
+    assert {"PPO", "LoRA", "GLUE"} <= set(said["Keywords"].split(","))
+    assert "Typing :: Typed" in said.get_all("Classifier")
 
 
 def test_the_wheel_imports_with_a_foreign_kernels_package(wheel: Path, tmp_path: Path) -> None:

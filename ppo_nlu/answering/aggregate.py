@@ -50,7 +50,8 @@ def mean_headline(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float
 
 @dataclass
 class Measured:
-    """One task's rows, and the answers to them by way of decoding; `before`: those of the base."""
+    """One task's rows, and the answers to them by way of decoding; `before`: before training;
+    `base`: those of the base below the adapter that training began from."""
 
     spec: TaskSpec
     rows: data.Dataset
@@ -58,6 +59,7 @@ class Measured:
     before: dict[str, list[Answer]] | None = None
     resamples: int = 0
     seed: int = 0
+    base: dict[str, list[Answer]] | None = None
 
     @cached_property
     def reports(self) -> dict[str, dict[str, Any]]:
@@ -69,25 +71,31 @@ class Measured:
 
     def entry(self) -> dict[str, Any]:
         """The task's part of a summary.json."""
-        base = None
-        if self.before is not None:
-            base = {decode: report(self.spec, rows) for decode, rows in self.before.items()}
         return {
             "title": self.spec.title,
             "data": self.rows.source,
             "note": self.rows.note,
             "partial": self.rows.partial,
             "rows": len(self.rows.examples),
-            "before": headline(base) if base else None,
+            "base": self._headline_of(self.base),
+            "before": self._headline_of(self.before),
             "after": headline(self.reports),
             "reports": self.reports,
         }
+
+    def _headline_of(
+        self, found: Mapping[str, Sequence[Answer]] | None
+    ) -> dict[str, float | None] | None:
+        if not found:
+            return None
+        return headline({decode: report(self.spec, rows) for decode, rows in found.items()})
 
 
 def summarise(cfg: Config, measured: Sequence[Measured]) -> dict[str, Any]:
     """What a summary.json says of the evaluation; over several tasks `before` and `after` are
     means of the tasks' scores."""
     entries = {one.spec.name: one.entry() for one in measured}
+    base = [entry["base"] for entry in entries.values() if entry["base"]]
     before = [entry["before"] for entry in entries.values() if entry["before"]]
     summary: dict[str, Any] = {
         "task": "+".join(entries),
@@ -97,6 +105,7 @@ def summarise(cfg: Config, measured: Sequence[Measured]) -> dict[str, Any]:
         "seed": cfg.seed,
         "eval_split": cfg.eval.split,
         "eval_rows": sum(entry["rows"] for entry in entries.values()),
+        "base": mean_headline(base) if base else None,
         "before": mean_headline(before) if before else None,
         "after": mean_headline([entry["after"] for entry in entries.values()]),
         "tasks": entries,

@@ -7,6 +7,7 @@ word whole behind the prompt (never unparsed).
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -19,6 +20,7 @@ from ppo_nlu.config import Config
 from ppo_nlu.tasks import Example, TaskSpec
 
 DECODES = ("sample", "greedy", "score")
+MINUTE = 60.0  # seconds between two lines of progress
 T = TypeVar("T")
 
 
@@ -98,9 +100,17 @@ def ask(
 
 
 def shown(rows: Iterable[T], title: str, total: int | None, progress: bool) -> Iterator[T]:
-    """The rows as they come, with a bar on stderr; in a file or a pipe it is redrawn rarely."""
-    pause = 0.1 if sys.stderr.isatty() else 60.0
-    yield from tqdm(rows, title, total, disable=not progress, leave=False, mininterval=pause)
+    """The rows as they come, with a bar on a terminal; in a file or a pipe a line each minute."""
+    if sys.stderr.isatty() or not progress:
+        yield from tqdm(rows, title, total, disable=not progress, leave=False)
+        return
+    told = time.monotonic()
+    for number, row in enumerate(rows, 1):
+        yield row
+        if time.monotonic() - told >= MINUTE:
+            told = time.monotonic()
+            whole = f" of {total:,}" if total is not None else ""
+            print(f"{title}: {number:,}{whole} rows", file=sys.stderr, flush=True)
 
 
 def joined(found: Mapping[str, Sequence[Answer]]) -> list[Answer]:

@@ -18,7 +18,7 @@ from typing import ClassVar
 from ppo_nlu.config import strict_config
 from ppo_nlu.config.checks import checked
 from ppo_nlu.config.fields import below_one, number, one_of, positive, schema, share
-from ppo_nlu.config.foreign_names import ABSENT, FOREIGN_NAMES, NOTES
+from ppo_nlu.config.foreign_names import ABSENT, FOREIGN_NAMES, NEAR_MISSES, NOTES
 from ppo_nlu.config.presets import METHOD_DEFAULTS, PRESETS
 from ppo_nlu.config.sections import (
     CustomConfig,
@@ -66,6 +66,7 @@ class Config:
     """Everything that decides a run."""
 
     foreign_names: ClassVar[Mapping[str, tuple[str, ...]]] = FOREIGN_NAMES
+    near_misses: ClassVar[Mapping[str, tuple[str, ...]]] = NEAR_MISSES
     foreign_notes: ClassVar[Mapping[str, str]] = NOTES
     foreign_absent: ClassVar[Mapping[str, str]] = ABSENT
 

@@ -35,6 +35,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "optim.value_lr": ("ppo",),
     "train.micro_batch_tokens": WRITING,
     "eval.before": WRITING,
+    "eval.base": WRITING,
     "eval.top_k": WRITING,
     "eval.top_p": WRITING,
 }
@@ -76,6 +77,7 @@ def _why(cfg: Config, key: str, saw_labels: bool) -> str:
             cfg.optim.schedule != "constant",
             "with optim.schedule constant",
         ),
+        "eval.base": (cfg.init_from is not None, "without init_from"),
         "ppo.kl_target": (cfg.ppo.kl_adaptive, "while ppo.kl_adaptive is false"),
         "ppo.kl_horizon": (cfg.ppo.kl_adaptive, "while ppo.kl_adaptive is false"),
         "grpo.scale": (cfg.grpo.advantage == "group", "with grpo.advantage rloo"),

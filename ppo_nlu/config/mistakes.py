@@ -36,8 +36,8 @@ def nearest(cls: Any, key: str, known: Collection[str]) -> str:
 def meant(cls: Any, key: str) -> str:
     """Which key an unknown one probably stands for; "" where nothing is near.
 
-    First come the same name in another section and the name that other libraries have for it, then
-    a similar name in this section, then one anywhere.
+    First come the near misses of a table, then the same name in another section and the name that
+    other libraries have for it, then a similar name in this section, then one anywhere.
     """
     known = schema(cls)
     if key in known:
@@ -49,8 +49,10 @@ def meant(cls: Any, key: str) -> str:
     parts = [(*other.rpartition(".")[::2], other) for other in known]  # (section, name, dotted)
     here = {own: other for where, own, other in parts if where == section}
     names = {own: other for _, own, other in parts}
-    near = [other for _, own, other in parts if own == name]
-    near += [other for other in foreign.get(name.lower(), ()) if other not in near]
+    near = list(getattr(cls, "near_misses", {}).get(key.lstrip("-").lower(), ()))
+    if not near:
+        near = [other for _, own, other in parts if own == name]
+        near += [other for other in foreign.get(name.lower(), ()) if other not in near]
     near = near or [here[own] for own in get_close_matches(name, here, n=1)]
     near = near or [names[own] for own in get_close_matches(name, names, n=1)]
     near = near or _sections_like(key, known) * (not section)

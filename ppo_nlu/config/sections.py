@@ -224,7 +224,8 @@ class EvalConfig:
     batch_size: int = number(64, 1, 65536)  # prompts at a time
     top_k: int = count(0)  # draw the sampled answer from the k likeliest tokens; 0 = off
     top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # the same by their mass; 1 = off
-    before: bool = True  # score the untrained model too
+    before: bool = True  # score the model before training too: the base, or that of init_from
+    base: bool = False  # with init_from: score the base too
     bootstrap: int = number(1000, 0, 10**5)  # resamples for the confidence interval; 0 = off
 
 

@@ -111,6 +111,11 @@ class Method(ABC):
         """The weights by which a profile counts FLOPs; None where it counts none."""
         return flops.weights_of(self.model)
 
-    def base(self) -> AbstractContextManager[Any] | None:
-        """A context in which the model is the untrained one; None where there is no such model."""
+    def start(self) -> AbstractContextManager[Any] | None:
+        """A context in which the model is as it was before training: the base, with the adapter of
+        `init_from` where one is given. None where there is no such model."""
         return lora.lora_disabled(self.model.model)
+
+    def base(self) -> AbstractContextManager[Any] | None:
+        """A context in which the model is the base, without the adapter of `init_from`."""
+        return lora.bare(self.model.model)

@@ -103,8 +103,11 @@ class EncoderTuning(Method):
     def flop_weights(self) -> flops.Weights | None:
         return None
 
-    def base(self) -> AbstractContextManager[Any] | None:
+    def start(self) -> AbstractContextManager[Any] | None:
         return None  # the head is new, so an untrained encoder has nothing to measure
+
+    def base(self) -> AbstractContextManager[Any] | None:
+        return None
 
 
 def _label(example: Example) -> str:

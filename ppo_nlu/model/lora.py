@@ -152,6 +152,20 @@ def lora_disabled(model: nn.Module) -> AbstractContextManager[None]:
     return _flagged(model, "disabled")
 
 
+@contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the base alone, whatever adapter it began from."""
+    references = [(layer, layer.ref_a, layer.ref_b) for layer in lora_layers(model).values()]
+    try:
+        for layer, *_ in references:
+            layer.ref_a = layer.ref_b = None
+        with lora_disabled(model):
+            yield
+    finally:
+        for layer, ref_a, ref_b in references:
+            layer.ref_a, layer.ref_b = ref_a, ref_b
+
+
 def dropout_on(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, LoRA's dropout is on where it was asked for; the base stays in eval mode."""
     return _flagged(model, "training")

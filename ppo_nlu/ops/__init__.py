@@ -26,6 +26,16 @@ from ppo_nlu import advantages, losses
 from ppo_nlu.errors import UserError
 from ppo_nlu.ops import torch_capped, torch_logprobs, torch_lora
 
+__all__ = [
+    "gae",
+    "linear_logits",
+    "linear_logprobs",
+    "lora_linear",
+    "lora_linear_grouped",
+    "ppo_loss",
+    "token_logprobs",
+]
+
 BACKENDS = ("auto", "triton", "torch")
 
 

@@ -113,7 +113,7 @@ def pretrain(policy: Policy, m: Material, cfg: TinyConfig) -> dict[str, Any]:
     batches = rows.split(cfg.pretrain.batch_size)
     descent = Descent(policy, "pretrain", cfg.pretrain, len(batches), "cosine")
     losses = []
-    bar = tqdm(batches, desc="pretrain", unit="step", mininterval=5)
+    bar = tqdm(batches, desc="pretrain", unit="step", mininterval=5, disable=None)
     for batch in bar:
         logits = policy.model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -155,7 +155,7 @@ def recall(policy: Policy, m: Material, cfg: TinyConfig) -> dict[str, Any]:
     weight = own.rare / (own.rare + counts / counts.sum())
     descent = Descent(policy, "recall", own, own.steps, "cosine")
     losses = []
-    bar = tqdm(range(own.steps), desc="recall", unit="step", mininterval=5)
+    bar = tqdm(range(own.steps), desc="recall", unit="step", mininterval=5, disable=None)
     for _ in bar:
         batch = rng.sample(texts, min(own.batch_size, len(texts)))
         target = word_targets(tokenizer, batch, weight)
@@ -195,7 +195,7 @@ def rate(policy: Policy, m: Material, cfg: TinyConfig) -> dict[str, Any]:
     reviews = rating(m.own.spec, seen)
     source = balanced(reviews, rng)
     descent = Descent(policy, "rating", own, own.steps, "cosine")
-    bar = tqdm(range(own.steps), desc="rating", unit="step", mininterval=5)
+    bar = tqdm(range(own.steps), desc="rating", unit="step", mininterval=5, disable=None)
     for _ in bar:
         rows = list(islice(source, own.batch_size))
         texts = [drop_words(row.fields["sentence"], own.drop, rng) for row in rows]
@@ -226,7 +226,9 @@ def instruct(policy: Policy, m: Material, cfg: TinyConfig) -> dict[str, Any]:
     shares.append(max(0.0, 1.0 - sum(shares)))
     count = dict.fromkeys(kinds, 0)
     expected = score = 0.0
-    bar = tqdm(range(1, own.max_steps + 1), desc="instruct", unit="step", mininterval=5)
+    bar = tqdm(
+        range(1, own.max_steps + 1), desc="instruct", unit="step", mininterval=5, disable=None
+    )
     for step in bar:  # one task a step, so that what its prompts share is run once
         kind = rng.choices(list(kinds), shares)[0]
         count[kind] += own.batch_size

@@ -4,7 +4,8 @@ Each cell of a grid (see `grid`) is a process of its own, `python -m ppo_nlu.tra
 ppo_nlu.evaluate`, whose run folder is kept under cells/. A finished cell is never run again, an
 unfinished one is resumed, a failed one does not stop the others: the same command goes on where it
 was stopped. At the end `ppo_nlu.report` draws the tables. Equal labels: a training cell sees
-`--budget` labelled rows for each of its tasks.
+`--budget` labelled rows for each of its tasks. A first try on two tasks, of some minutes:
+`tiny --tasks sst2 mrpc --seeds 0 --budget 64 eval.limit=20`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def parse(argv: list[str] | None) -> Any:
     for name in ("model", "preset", "methods", "tasks", "seeds"):
         given = getattr(args, name)
         args.overrides += [text for text in given if "=" in text]
-        setattr(args, name, [text for text in given if "=" not in text])
+        names = [part for text in given if "=" not in text for part in text.split(",") if part]
+        setattr(args, name, names)
     return args
 
 

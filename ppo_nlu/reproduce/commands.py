@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from ppo_nlu.config import Config, load_config
-from ppo_nlu.reproduce.grid import FORM, Cell, Grid, family_of
+from ppo_nlu.reproduce.grid import BUDGETS, FORM, Cell, Grid, family_of
 from ppo_nlu.reproduce.methods import METHODS
 from ppo_nlu.runtime import run_folder
 
+FEWEST_FORM = 60  # steps of the form, however small the budget
 MOST_SFT = 40  # sft-seconds: at most so many times the steps of sft-st
 
 
@@ -38,16 +39,25 @@ def sft_seconds_steps(sft: Mapping[str, Any], ppo: Mapping[str, Any]) -> tuple[i
     return max(1, round(steps * ratio)), ""
 
 
+def scaled(steps: int, grid: Grid, cell: Cell) -> int:
+    """A preset's own number of steps, less where the budget is less than the preset's."""
+    share = grid.budget / BUDGETS[cell.backbone.preset]
+    return math.ceil(steps * min(1.0, share))
+
+
 def steps_of(grid: Grid, cell: Cell) -> tuple[int, str]:
     """The training steps of a cell, and what is to be said about them."""
     if cell.method == "sft-seconds":
         sft, ppo = (grid.summary(name) for name in cell.needs)
         return sft_seconds_steps(sft, ppo)
     cfg = load_config(grid.config_of(cell), grid.overrides)
+    if cell.method == FORM:
+        return max(FEWEST_FORM, scaled(cfg.train.steps, grid, cell)), ""
     if cell.method == "encoder":
         preset = yaml.safe_load(grid.config_of(cell).read_text("utf-8"))
         if "steps" in preset.get("train", {}):
-            return cfg.train.steps, "the preset's own number of steps, not the budget of labels"
+            steps = scaled(cfg.train.steps, grid, cell)
+            return steps, "the preset's own number of steps, not the budget of labels"
     labels, size = grid.budget * len(cell.tasks), batch_size(cell, cfg)
     steps = math.ceil(labels / size)
     over = steps * size - labels
@@ -74,15 +84,9 @@ def command_of(grid: Grid, cell: Cell) -> tuple[list[str], str]:
         said.append(f"model.name_or_path={grid.cell_dir(cell.start) / 'model'}")
     config = str(grid.config_of(cell))
     if cell.method == FORM:
-        return [
-            sys.executable,
-            "-m",
-            "ppo_nlu.teach_form",
-            config,
-            *said,
-            *grid.overrides,
-            *where,
-        ], ""
+        teach = [sys.executable, "-m", "ppo_nlu.teach_form", config]
+        steps, note = steps_of(grid, cell)
+        return [*teach, *said, f"train.steps={steps}", *grid.overrides, *where], note
     method = METHODS[cell.method]
     if not method.trains:
         said.append(f"prompt.shots={method.shots}")

@@ -97,6 +97,11 @@ class Cell:
     start: str = ""
 
     @property
+    def evaluates(self) -> bool:
+        """Whether it only measures a model: such a cell begins anew where it was stopped."""
+        return bool(self.source) or (self.method != FORM and not METHODS[self.method].trains)
+
+    @property
     def awaits(self) -> tuple[str, ...]:
         """The cells that must be finished before this one."""
         return (*self.needs, self.start) if self.start else self.needs
@@ -126,6 +131,12 @@ class Grid:
     def summary(self, name: str) -> dict[str, Any]:
         """The summary of a finished cell."""
         return results.read_summary(self.cell_dir(name) / "summary.json")
+
+    def clear(self, cell: Cell) -> None:
+        """Delete what a stopped evaluation left, since one never writes over results."""
+        for pattern in ("predictions*.jsonl", "report.json", "summary.json"):
+            for path in self.cell_dir(cell.name).glob(pattern):
+                path.unlink()
 
 
 # --- the plan -----------------------------------------------------------------------------------

@@ -102,6 +102,11 @@ class Results:
         names = {row.task for row in self.scores}
         return [name for name in TASKS if name in names] + sorted(names - set(TASKS))
 
+    def asked(self) -> set[str]:
+        """The tasks that the grid was asked for; what only prepares it may take others."""
+        plan = self.grid.get("plan", {}).values()
+        return {task for cell in plan if cell["method"] in METHODS for task in cell["tasks"]}
+
     def preparations(self) -> list[tuple[Json, Json]]:
         """Cell and summary of what came before all methods: the teaching of a base's form."""
         return [pair for pair in self.summaries.values() if pair[0]["method"] not in METHODS]

@@ -9,7 +9,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from ppo_nlu.errors import UserError
 from ppo_nlu.reproduce import results
 from ppo_nlu.reproduce.commands import command_of
-from ppo_nlu.reproduce.grid import Cell, Grid
+from ppo_nlu.reproduce.grid import FORM, Cell, Grid
 from ppo_nlu.reproduce.methods import METHODS
 from ppo_nlu.runtime.stop_request import StopRequest
 from ppo_nlu.storage import files, locks
@@ -45,7 +45,8 @@ class Runner:
     def __init__(self, grid: Grid, cells: Sequence[Cell], jobs: int, build: Build = command_of):
         self.grid, self.jobs, self.build = grid, jobs, build
         self.total = len(cells)
-        self.waiting = [cell for cell in cells if not grid.finished(cell.name)]
+        self.finished = [cell for cell in cells if grid.finished(cell.name)]
+        self.waiting = [cell for cell in cells if cell not in self.finished]
         self.running: dict[str, tuple[Cell, subprocess.Popen[bytes], float]] = {}
         self.started = results.read_table(grid.folder / "cells.json")
         kept = results.read_table(grid.folder / "failures.json")
@@ -92,6 +93,8 @@ class Runner:
         except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             self._fail(cell, None, f"its command cannot be made: {error!r}")
             return
+        if cell.evaluates:
+            self.grid.clear(cell)
         log = self._log(cell)
         log.parent.mkdir(exist_ok=True)
         env = {**os.environ, "OMP_NUM_THREADS": str(threads(self.jobs)), "PYTHONUNBUFFERED": "1"}
@@ -120,6 +123,7 @@ class Runner:
             del self.running[name]
             self.started[name]["seconds"] += time.perf_counter() - began
             if child.returncode == 0 and self.grid.finished(name):
+                self.finished.append(cell)
                 self._say(cell, f"{_duration(self.started[name]['seconds'])}, {self._scores(name)}")
             elif child.returncode == 0:
                 self._fail(cell, 0, "ended without a summary.json")
@@ -181,31 +185,42 @@ class Runner:
         return " ".join(shown) or "no scores"
 
     def _seconds_left(self) -> float:
-        """What the waiting and running cells may take, by the finished ones of their method."""
+        """What the waiting and running cells may take; 0 where nothing can be said yet."""
         spent: dict[str, list[float]] = {}
-        for name, row in self.started.items():
-            if name not in self.running and self.grid.finished(name) and row["seconds"]:
-                spent.setdefault(_method_in(name), []).append(row["seconds"] / _tasks_in(name))
-        if not spent:
+        for cell in self.finished:
+            if seconds := self.started.get(cell.name, {}).get("seconds"):
+                spent.setdefault(kind_of(cell), []).append(seconds / len(cell.tasks))
+        means = {kind: sum(values) / len(values) for kind, values in spent.items()}
+        running = [cell for cell, _, _ in self.running.values()]
+        coming = [(cell, seconds_of(cell, means)) for cell in (*self.waiting, *running)]
+        if any(seconds is None for _, seconds in coming):
             return 0.0
-        means = {method: sum(values) / len(values) for method, values in spent.items()}
-        typical = sum(means.values()) / len(means)
-        coming = list(self.waiting) + [cell for cell, _, _ in self.running.values()]
-        seconds = sum(
-            means.get(cell.method, typical) * (len(cell.tasks) if not cell.source else 0.1)
-            for cell in coming
-        )
         now = time.perf_counter()
+        seconds = sum(seconds or 0.0 for _, seconds in coming)
         seconds -= sum(now - began for _, _, began in self.running.values())
         return max(seconds, 0.0) / min(self.jobs, max(len(coming), 1))
 
 
-def _method_in(name: str) -> str:
-    return next((method for method in METHODS if f"-{method}-" in name), "")
+def kind_of(cell: Cell) -> str:
+    """Cells of one kind take about as long: those of a method, and those that measure its runs on
+    another task."""
+    return "measured" if cell.source else cell.method
 
 
-def _tasks_in(name: str) -> int:
-    return name.count("+") + 1
+def seconds_of(cell: Cell, means: Mapping[str, float]) -> float | None:
+    """What a cell may take, by the mean seconds a task of each kind: of its own, or else of those
+    that, like it, train or evaluate. None where no such cell has finished."""
+    alike = [mean for kind, mean in means.items() if _evaluates(kind) == cell.evaluates]
+    mean = means.get(kind_of(cell), sum(alike) / len(alike) if alike else None)
+    return None if mean is None else mean * len(cell.tasks)
+
+
+def _evaluates(kind: str) -> bool | None:
+    """Whether cells of a kind evaluate or train; None for the form and the encoder, which are like
+    no other."""
+    if kind in (FORM, "encoder"):
+        return None
+    return kind not in METHODS or not METHODS[kind].trains
 
 
 def _duration(seconds: float) -> str:

@@ -81,40 +81,57 @@ def paper_cell(
 
 
 def benchmark_table(results: Results, benchmark: str) -> Iterator[Part]:
-    """Table 1 (GLUE) or 2 (SuperGLUE), ours and the published one below it."""
-    columns = [spec.name for spec in benchmark_tasks(benchmark)]
+    """Table 1 (GLUE) or 2 (SuperGLUE), ours and the published one below it; its columns are the
+    tasks that the grid was asked for, and the averages that they make."""
+    columns = [spec.name for spec in benchmark_tasks(benchmark) if spec.name in results.asked()]
     if len(results.models()) > 1 or not any(results.pick(task=task) for task in columns):
         return
     yield Heading(f"Table {NUMBERS[benchmark]}: {NAMES[benchmark]}")
-    rows = []
-    for method in results.methods():
-        for decode in DECODES:
-            cells = [paper_cell(results, method, task, decode) for task in columns]
-            if any(cell != DASH for cell in cells):
-                seeds, means = (
-                    _seeds(results, method, columns),
-                    _averages(results, benchmark, method, decode),
-                )
-                rows.append([method_title(method), DECODES[decode], seeds, *cells, *means])
+    found = {
+        (method, decode): [paper_cell(results, method, task, decode) for task in columns]
+        for method in results.methods()
+        for decode in DECODES
+    }
+    ours = {row: cells for row, cells in found.items() if set(cells) != {DASH}}
+    means = _averages(results, benchmark, list(ours))
+    rows = [
+        [method_title(method), DECODES[decode], _seeds(results, method, columns), *cells,
+         *(column[place] for column in means.values())]
+        for place, ((method, decode), cells) in enumerate(ours.items())
+    ]  # fmt: skip
+    whole = means.keys() & {PAPER_AVERAGE}
     theirs = [
         [method_title(method), "sampled" if method in METHODS else DASH, DASH,
-         *(_published_cell(row.get(task)) for task in (*columns, "average")), DASH, DASH]
+         *(_published_cell(row.get(task)) for task in columns),
+         *(_published_cell(row.get("average")) if name in whole else DASH for name in means)]
         for method, row in published.TABLES[benchmark].items()
     ]  # fmt: skip
-    head = ("method", "decoding", "seeds", *map(column_title, columns), "average: paper",
-            "average: official", "mean of the tasks present (how many)")  # fmt: skip
+    head = ("method", "decoding", "seeds", *map(column_title, columns), *means)
     groups = [Group(OURS, rows), Group(published.SOURCE, theirs, foreign=True)]
     yield Table(head, groups, 2)
-    yield Text(
-        "The columns have the metrics of the paper. `average: paper` is the plain mean of its "
-        "columns "
-        + ("(without WNLI and AX)" if benchmark == "glue" else "(without AX-b and AX-g)")
-        + ", `average: official` the leaderboard's; each needs every task of it, and a dash means "
-        "that one is missing. Then the mean of the tasks present stands in their place: it can "
-        "be compared between our rows with the same tasks, and not with an average of the "
-        "paper. Ours is another model on other rows (dev, not test) with other numbers of "
-        "labels: the published rows are a reference, not a rival. "
-        "The BERT rows are those that the paper cites."
+    yield Text(_about_averages(benchmark) if len(means) > 1 else ABOUT_MEAN)
+
+
+PAPER_AVERAGE, OFFICIAL_AVERAGE = "average: paper", "average: official"
+MEAN = "mean of the tasks present (how many)"
+REFERENCE = (
+    "Ours is another model on other rows (dev, not test) with other numbers of labels: the "
+    "published rows are a reference, not a rival. The BERT rows are those that the paper cites."
+)
+ABOUT_MEAN = (
+    "The columns have the metrics of the paper, of the tasks that the grid was asked for. The mean "
+    f"can be compared between our rows with the same tasks. {REFERENCE}"
+)
+
+
+def _about_averages(benchmark: str) -> str:
+    without = "WNLI and AX" if benchmark == "glue" else "AX-b and AX-g"
+    return (
+        f"The columns have the metrics of the paper. `{PAPER_AVERAGE}` is the plain mean of its "
+        f"columns (without {without}), `{OFFICIAL_AVERAGE}` the leaderboard's; each needs every "
+        "task of it, and a dash means that one is missing. Then the mean of the tasks present "
+        "stands in their place: it can be compared between our rows with the same tasks, and not "
+        f"with an average of the paper. {REFERENCE}"
     )
 
 
@@ -127,14 +144,24 @@ def _seeds(results: Results, method: str, tasks: Sequence[str]) -> str:
     return str(max(counts)) if len(counts) == 1 else f"{min(counts)}–{max(counts)}"
 
 
-def _averages(results: Results, benchmark: str, method: str, decode: str) -> list[str]:
-    whole = [
-        with_sd(comparisons.averages(results, benchmark, method, decode, style))
-        for style in ("paper", "official")
-    ]
+def _averages(
+    results: Results, benchmark: str, rows: Sequence[tuple[str, str]]
+) -> dict[str, list[str]]:
+    """The columns of averages by their title, a cell for each (method, decoding); without those of
+    the whole benchmark where the grid was not asked for it and no row has one."""
+    found = {
+        title: [
+            with_sd(comparisons.averages(results, benchmark, method, decode, style))
+            for method, decode in rows
+        ]
+        for title, style in ((PAPER_AVERAGE, "paper"), (OFFICIAL_AVERAGE, "official"))
+    }
     tasks = [spec.name for spec in benchmark_tasks(benchmark)]
-    present = comparisons.mean_of_present(results, method, decode, tasks)
-    return [*whole, f"{with_sd(present[0])} ({present[1]})" if present else DASH]
+    asked = results.asked().issuperset(tasks)
+    columns = {title: cells for title, cells in found.items() if asked or set(cells) != {DASH}}
+    present = [comparisons.mean_of_present(results, *row, tasks) for row in rows]
+    columns[MEAN] = [f"{with_sd(one[0])} ({one[1]})" if one else DASH for one in present]
+    return columns
 
 
 def other_table(results: Results) -> Iterator[Part]:
@@ -154,9 +181,12 @@ def other_table(results: Results) -> Iterator[Part]:
     yield Table(("method", "decoding", *map(title_of, others)), [Group(OURS, rows)], 2)
 
 
+BACKBONE = ("stsb", "copa")  # the tasks of the paper's table 3
+
+
 def backbone_table(results: Results) -> Iterator[Part]:
     """Table 3: STS-B and COPA by language model."""
-    tasks = ("stsb", "copa")
+    tasks = [task for task in BACKBONE if task in results.asked()]
     rows = []
     for model in results.models():
         for method in results.methods():
@@ -171,7 +201,7 @@ def backbone_table(results: Results) -> Iterator[Part]:
             model,
             method_title(method),
             "sampled" if method in METHODS else DASH,
-            *map(number, row[model]),
+            *(number(row[model][place]) for place, task in enumerate(BACKBONE) if task in tasks),
         ]
         for model in published.BACKBONE_COLUMNS
         for method, row in published.BACKBONES.items()

@@ -12,12 +12,16 @@ _COLUMNS = (("sample", "sample T=1"), ("greedy", "greedy"), ("score", "score"))
 
 
 def results_table(
-    before: Mapping[str, float | None] | None, after: Mapping[str, float | None] | None
+    before: Mapping[str, float | None] | None,
+    after: Mapping[str, float | None] | None,
+    start: str = "base",
+    base: Mapping[str, float | None] | None = None,
 ) -> str:
-    """Base and tuned model side by side, in percent; what was not measured is a dash."""
+    """Base and tuned model side by side, in percent; what was not measured is a dash. `start` is
+    the name of the model before training; where it is not the base, `base` may have a row too."""
     columns = (*_COLUMNS, ("unparsed", "unparsed"))
     lines = ["(%)    " + "".join(f"{title:>12}" for _, title in columns)]
-    for name, row in (("base", before), ("tuned", after)):
+    for name, row in (("base", base), (start, before), ("tuned", after)):
         if row is not None:
             lines.append(f"{name:<7}" + "".join(f"{_percent(row.get(k)):>12}" for k, _ in columns))
     return "\n".join(lines)

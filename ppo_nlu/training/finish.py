@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ppo_nlu.answering import aggregate, answer, predictions
@@ -21,24 +22,38 @@ Answers = dict[str, dict[str, list[Answer]]]  # by task, then by way of decoding
 
 
 def finish(run: Run, stop: StopRequest) -> bool:
-    """Write the adapter, evaluate base and tuned model, draw the curves, print the table; False
-    where a stop came before the evaluation was over."""
+    """Write the adapter, measure the model before and after training, draw the curves, print the
+    table; False where a stop came before the evaluation was over."""
     with profiling.phase("io"):
         run.method.save(run.folder)
     after = measure(run, "tuned", stop)
-    untrained = run.method.base() if run.cfg.eval.before and not stop else None
-    before: Answers = {}
-    if untrained is not None:
-        with untrained:
-            before = measure(run, "base", stop)
+    cfg = run.cfg
+    before = measure_in(run.method.start() if cfg.eval.before else None, run, start_name(run), stop)
+    asked = cfg.init_from and cfg.eval.base
+    base = measure_in(run.method.base() if asked else None, run, "base", stop)
     if stop:
         return False
     with profiling.phase("io"):
         write_answers(run, after)
-    summary = summarise(run, before, after)
+    summary = summarise(run, before, after, base)
     files.atomic_write_json(run.folder / "summary.json", summary)
     show(run, summary)
     return True
+
+
+def start_name(run: Run) -> str:
+    """What the model before training is called in tables."""
+    return "start" if run.cfg.init_from else "base"
+
+
+def measure_in(
+    context: AbstractContextManager[Any] | None, run: Run, what: str, stop: StopRequest
+) -> Answers:
+    """The answers inside of a context that makes the model another one; none without it."""
+    if context is None or stop:
+        return {}
+    with context:
+        return measure(run, what, stop)
 
 
 def measure(run: Run, what: str, stop: StopRequest) -> Answers:
@@ -58,7 +73,7 @@ def write_answers(run: Run, found: Answers) -> None:
     predictions.write_predictions(run.folder / "predictions.jsonl", rows, named=len(found) > 1)
 
 
-def summarise(run: Run, before: Answers, after: Answers) -> dict[str, Any]:
+def summarise(run: Run, before: Answers, after: Answers, base: Answers) -> dict[str, Any]:
     """What the summary.json says."""
     cfg, totals = run.cfg, run.totals
     measured = [
@@ -69,6 +84,7 @@ def summarise(run: Run, before: Answers, after: Answers) -> dict[str, Any]:
             before=before.get(name),
             resamples=cfg.eval.bootstrap,
             seed=cfg.seed,
+            base=base.get(name),
         )
         for name, spec in run.specs.items()
     ]
@@ -114,10 +130,11 @@ def show(run: Run, summary: dict[str, Any]) -> None:
             f"\n{titles[-1]}, {run.cfg.eval.split}: {figures} in percent, "
             f"{entry['rows']:,} rows, seed {run.cfg.seed}"
         )
-        print(results_table(entry["before"], entry["after"]))
+        print(results_table(entry["before"], entry["after"], start_name(run), entry["base"]))
     if len(titles) > 1:
         print("\nMean over the tasks")
-        print(results_table(summary["before"], summary["after"]))
+        before, after, base = (summary[when] for when in ("before", "after", "base"))
+        print(results_table(before, after, start_name(run), base))
     print(
         f"{summary['train_samples']:,} {run.method.unit} in {summary['train_s']:.0f} s "
         f"({summary['samples_per_s']:.1f} a second), {summary['wall_s']:.0f} s in all, "

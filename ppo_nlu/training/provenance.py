@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "log",
     "eval.batch_size",
     "eval.before",
+    "eval.base",
     "eval.bootstrap",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -277,6 +277,13 @@ def test_every_foreign_name_leads_to_keys_that_exist(write: Write, name: str) ->
     assert set(config.NOTES) <= set(config.FOREIGN_NAMES)
 
 
+def test_every_near_miss_leads_to_keys_that_exist(write: Write) -> None:
+    known, path = schema(Config), write(TASK)
+    for name, targets in config.NEAR_MISSES.items():
+        assert name not in known and set(targets) <= set(known)
+        assert f"did you mean {' or '.join(targets)}?" in message(path, (f"{name}=1",))
+
+
 @pytest.mark.parametrize("name", config.ABSENT)
 def test_a_foreign_name_without_counterpart_is_told_so(write: Write, name: str) -> None:
     assert name not in config.FOREIGN_NAMES and name not in schema(Config)
@@ -301,6 +308,24 @@ def test_a_foreign_name_without_counterpart_is_told_so(write: Write, name: str) 
         ("max_grad_norm=1", ["optim.max_grad_norm"]),
         ("weight_decay=1", ["optim.weight_decay"]),
         ("gamma=1", ["ppo.gamma"]),
+        ("train.epochs=3", ["did you mean train.steps?", "not passes over the rows"]),
+        ("sft.epochs=3", ["did you mean train.steps?"]),
+        ("epochs=3", ["ppo.epochs or grpo.epochs or train.steps?"]),
+        ("model.name=gpt2", ["did you mean model.name_or_path?"]),
+        ("model.id=gpt2", ["did you mean model.name_or_path?"]),
+        ("per_device_train_batch_size=8", ["rollout.batch_size or sft.batch_size or"]),
+        ("lora_r=8", ["did you mean lora.r?"]),
+        ("lora.lora_alpha=8", ["did you mean lora.alpha?"]),
+        ("lora.target_modules=[q]", ["did you mean lora.targets?"]),
+        ("lora.task_type=CAUSAL_LM", ["method: encoder"]),
+        ("lora.bias=none", ["biases are not trained"]),
+        ("data.max_length=512", ["data.max_prompt_tokens"]),
+        ("train.bf16=true", ["did you mean model.dtype? (bfloat16)"]),
+        ("optim.warmup_ratio=0.1", ["did you mean optim.warmup?"]),
+        ("train.load_best_model_at_end=true", ["checkpoints/best"]),
+        ("optim.betas=[0.9, 0.99]", ["optim.beta1 or optim.beta2"]),
+        ("data.file=x.csv", ["did you mean custom.train?"]),
+        ("custom.text=body", ["did you mean custom.fields?"]),
     ],
 )
 def test_names_of_other_libraries(write: Write, override: str, words: list[str]) -> None:

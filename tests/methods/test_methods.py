@@ -162,18 +162,25 @@ def test_several_tasks_have_rewards_tables_and_predictions_of_their_own(
     assert (folder / "scores" / "cola" / "predictions-score.jsonl").is_file()
 
 
-def test_sft_counts_its_labels_and_leaves_an_adapter_for_ppo(folder: Path) -> None:
+def test_sft_counts_its_labels_and_leaves_an_adapter_for_ppo(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write(folder, "task: sst2\nmethod: sft\n")
     assert run(config, "--output", "sft") == 0
     summary = read(folder / "sft" / "summary.json")
     assert summary["method"] == "sft" and summary["train_samples"] == 4 * 6
     assert not (folder / "sft" / "adapter" / "value_head.safetensors").exists()
-    assert run(config, "method=ppo", "init_from=sft", "ppo.kl_coef=0.1", "--output", "ppo") == 0
+    assert "\nbase " in capsys.readouterr().out
+    from_sft = ("method=ppo", "init_from=sft", "eval.base=true", "ppo.kl_coef=0.1")
+    assert run(config, *from_sft, "--output", "ppo") == 0
+    shown = capsys.readouterr().out
+    assert shown.index("\nbase ") < shown.index("\nstart ") < shown.index("\ntuned ")
     first = lines(folder / "ppo" / "metrics.jsonl")[0]
     # The SFT adapter is policy and reference at once, so the KL starts at 0.
     assert first["kl/ref"] == pytest.approx(0, abs=1e-4)
-    before = read(folder / "ppo" / "summary.json")["before"]
-    assert before["score"] == summary["after"]["score"]
+    found = read(folder / "ppo" / "summary.json")
+    assert found["before"]["score"] == summary["after"]["score"]  # of the start: the SFT adapter
+    assert found["base"] == summary["before"] and summary["base"] is None
     # The finished run is whole without the one it started from.
     shutil.rmtree(folder / "sft")
     assert cli.run(evaluate.main, ["ppo", "--output", "again"]) == 0

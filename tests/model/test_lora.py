@@ -203,6 +203,10 @@ def test_frozen_reference_stays_where_it_was() -> None:
     assert gap(base, before) > 1e-3
     with lora.lora_disabled(model.train()):
         assert torch.equal(logits(model), before), "no dropout in the reference either"
+    with lora.bare(model):
+        assert torch.equal(logits(model), base)
+    with lora.lora_disabled(model):
+        assert torch.equal(logits(model), before), "the reference is back"
 
 
 def test_disabled_survives_nesting_and_exceptions() -> None:

@@ -50,6 +50,32 @@ def test_every_kernel_of_every_module_is_among_the_shipped() -> None:
     assert not [k.__name__ for k in storing if id(k) not in launched]
 
 
+def test_the_quick_form_has_one_launch_a_kernel() -> None:
+    quick = compile_report.one_each(LAUNCHES)
+    kernels = [launch.kernel for launch in quick]
+    assert len(set(kernels)) == len(kernels) and set(kernels) == {x.kernel for x in LAUNCHES}
+    firsts = {launch.kernel: launch for launch in reversed(LAUNCHES)}
+    assert all(launch is firsts[launch.kernel] for launch in quick)
+
+
+def test_the_report_of_one_kernel_for_one_chip(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(
+        compile_report, "read_out", lambda launch, arch: read.append((launch, arch)) or EMPTY
+    )
+    assert compile_report.main(["--only", "gae", "--quick"]) == 0
+    assert [(launch.kernel.__name__, arch) for launch, arch in read] == [("_gae", 90)]
+    read.clear()
+    assert compile_report.main(["--only", "gae", "--arch", "80"]) == 0
+    assert [arch for _, arch in read] == [80] * sum("gae" in x.label for x in LAUNCHES)
+    with pytest.raises(SystemExit):
+        compile_report.main(["--only", "gea"])
+    assert "--only: no label or kernel holds 'gea'; try token_logprobs" in capsys.readouterr().err
+
+
+EMPTY = compile_report.Readout("", "", 90, 4, 3, 32, 0, 0, 0, 0)
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 

@@ -94,5 +94,6 @@ if RUNS_KERNELS:
 else:
 
     @pytest.mark.slow
-    def test_the_kernels_in_the_interpreter() -> None:
-        run_interpreted(__file__, "TestKernels")
+    @pytest.mark.parametrize("only", ["gae", "launches"])
+    def test_in_the_interpreter(only: str) -> None:
+        run_interpreted(__file__, f"TestKernels and {only}")

@@ -106,10 +106,8 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-class LogprobCases:
-    """Collected as a test class where kernels can run in this process."""
-
-    # ---- given logits
+class TokenCases:
+    """token_logprobs, from logits. Collected as a test class where kernels can run here."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("vocab", [1, 127, 129, 5000])
@@ -215,7 +213,9 @@ class LogprobCases:
         assert all(spy.grids and all(len(g) == 1 for g in spy.grids) for spy in spies)
         assert spies[0].grids == spies[1].grids == spies[4].grids == [(rows,)]
 
-    # ---- from hidden states
+
+class LinearCases:
+    """linear_logprobs, from hidden states, by chunks or in one online kernel; and which is run."""
 
     @pytest.mark.parametrize("path", PATHS)
     @pytest.mark.parametrize("vocab", [1, 127, 129])
@@ -557,9 +557,15 @@ class LogprobCases:
 
 
 if RUNS_KERNELS:
-    TestLogprobKernels = LogprobCases
+    Test_token_logprobs, Test_linear_logprobs = TokenCases, LinearCases
 else:
+    SELECTED = {
+        "token_logprobs": "Test_token_logprobs",
+        "linear_logprobs": "Test_linear_logprobs and not online",
+        "online_logprobs": "Test_linear_logprobs and online",
+    }
 
     @pytest.mark.slow
-    def test_the_kernels_in_the_interpreter() -> None:
-        run_interpreted(__file__, "TestLogprobKernels")
+    @pytest.mark.parametrize("kernel", SELECTED)
+    def test_in_the_interpreter(kernel: str) -> None:
+        run_interpreted(__file__, SELECTED[kernel])

@@ -502,12 +502,12 @@ class Operations(TorchDispatchMode):
 
 
 if RUNS_KERNELS:
-    TestLoraKernels = KernelCases
+    Test_lora_linear = KernelCases
 else:
 
     @pytest.mark.slow
-    def test_the_kernels_in_the_interpreter() -> None:
-        run_interpreted(__file__, "TestLoraKernels")
+    def test_lora_linear_in_the_interpreter() -> None:
+        run_interpreted(__file__, "Test_lora_linear")
 
 
 # ---- the torch form of a group

@@ -469,6 +469,14 @@ def test_two_backwards_agree_and_a_double_one_is_refused() -> None:
         grad.sum().backward()
 
 
+def test_all_names_the_operations() -> None:
+    """What a star brings: every public function that computes, and no helper of the engine."""
+    helpers = {"choose_backend", "ppo_loss_form", "without_autocast"}
+    own = {name for name, x in vars(ops).items() if getattr(x, "__module__", "") == ops.__name__}
+    assert sorted(ops.__all__) == ops.__all__
+    assert set(ops.__all__) == {name for name in own if not name.startswith("_")} - helpers
+
+
 def test_gae_is_that_of_the_losses() -> None:
     rewards, values = torch.randn(3, 6), torch.randn(3, 6)
     mask = torch.arange(6) < torch.tensor([6, 2, 0])[:, None]

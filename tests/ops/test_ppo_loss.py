@@ -177,9 +177,9 @@ class KernelCases:
 
 
 if RUNS_KERNELS:
-    TestKernels = KernelCases
+    Test_ppo_loss = KernelCases
 else:
 
     @pytest.mark.slow
-    def test_the_kernels_in_the_interpreter() -> None:
-        run_interpreted(__file__, "TestKernels")
+    def test_ppo_loss_in_the_interpreter() -> None:
+        run_interpreted(__file__, "Test_ppo_loss")

@@ -323,6 +323,25 @@ def test_published_numbers_never_stand_in_our_rows(tmp_path: Path) -> None:
     assert 'class="foreign"' not in first and 'class="foreign"' in second and "96.4" not in first
 
 
+def test_columns_that_nobody_asked_for_are_hidden(tmp_path: Path) -> None:
+    folder = made_grid(tmp_path / "g", "tiny", ("zero-shot", "ppo-st"), ("sst2", "mrpc"), (0,))
+    for path in (folder / "cells").glob("*ppo-st-mrpc/summary.json"):
+        path.unlink()  # asked for, and not there yet: its column stays
+    plan = json.loads((folder / "grid.json").read_text())
+    form = {"method": "form", "tasks": ["sst2", "cola", "mrpc"], "seed": 0, "model": "tiny"}
+    (folder / "grid.json").write_text(json.dumps(plan | {"plan": plan["plan"] | {"form": form}}))
+    _, table, text = tables.benchmark_table(results.load(folder), "glue")
+    assert isinstance(table, document.Table) and isinstance(text, document.Text)
+    assert list(table.head) == [
+        "method", "decoding", "seeds", "SST-2 (acc)", "MRPC (F1)",
+        "mean of the tasks present (how many)",
+    ]  # fmt: skip
+    ours, theirs = table.groups
+    assert {len(row) for row in (*ours.rows, *theirs.rows)} == {len(table.head)}
+    assert "average" not in text.text
+    assert tables.DASH in {row[4] for row in ours.rows}
+
+
 def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
     folder = made_grid(tmp_path / "g", "tiny", ("ppo-st",), ("copa",))
     scores = {0: 0.60, 1: 0.62, 2: 0.70}

@@ -20,7 +20,7 @@ from ppo_nlu.config import load_config
 from ppo_nlu.errors import UserError
 from ppo_nlu.reproduce import __main__ as reproduce
 from ppo_nlu.reproduce import commands, runner
-from ppo_nlu.reproduce.grid import ASSETS, GRIDS, Backbone, Cell, Grid, plan, settle
+from ppo_nlu.reproduce.grid import ASSETS, GRIDS, Backbone, Cell, Grid, plan, settle, with_form
 from ppo_nlu.reproduce.methods import METHODS
 from ppo_nlu.reproduce.runner import Runner
 from ppo_nlu.runtime import cli
@@ -153,6 +153,24 @@ def test_equal_labels(tmp_path: Path, method: str, steps: int) -> None:
     assert load_config(said[2], overrides).train.steps == steps
 
 
+@pytest.mark.parametrize(
+    ("budget", "form", "encoder"),
+    # 250 and 1000 steps at the preset's 672 labels: 250 · 336 / 672, 1000 · 64 / 672
+    [(5000, 250, 1000), (672, 250, 1000), (336, 125, 500), (64, commands.FEWEST_FORM, 96)],
+)
+def test_what_has_steps_of_its_own_has_fewer_with_a_small_budget(
+    tmp_path: Path, budget: int, form: int, encoder: int
+) -> None:
+    grid = Grid(tmp_path / "grid", "tiny", budget)
+    cells = with_form(
+        plan(GRIDS["tiny"], ["encoder", "ppo-st"], ["sst2"], [0], [TINY]), GRIDS["tiny"]
+    )
+    settle(grid, cells, [TINY], "")
+    said = {cell.method: commands.command_of(grid, cell)[0] for cell in cells}
+    assert f"train.steps={form}" in said["form"]
+    assert f"train.steps={encoder}" in said["encoder"]
+
+
 def test_a_mixture_gets_the_labels_of_its_tasks(tmp_path: Path) -> None:
     said = command(tmp_path, "sft-mt", ["sst2", "cola", "mrpc"])
     assert {"task=null", "tasks=[sst2, cola, mrpc]", "train.steps=125"} <= set(said)  # 3000 / 24
@@ -248,6 +266,52 @@ def test_finished_cells_are_kept_and_a_failed_one_does_not_stop_the_others(tmp_p
     assert json.loads((grid.folder / "failures.json").read_text()) == {}
     assert Runner(grid, cells, 2, stub()).run() == 0
     assert sum(started(grid).values()) == 4
+
+
+def test_an_evaluation_that_was_stopped_begins_anew_and_a_training_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    grid, cells = make(tmp_path, ["zero-shot", "sft-st"], ["cb"])
+    for cell in cells:
+        grid.cell_dir(cell.name).mkdir(parents=True)
+        (grid.cell_dir(cell.name) / "predictions-sample.jsonl").write_text("half\n")
+    assert Runner(grid, cells, 1, stub()).run() == 0
+    left = {path.parent.name for path in grid.folder.glob("cells/*/predictions*")}
+    assert left == {"s0-sft-st-cb"}
+
+
+def test_the_time_is_estimated_by_kind_of_cell(tmp_path: Path) -> None:
+    cells = plan(
+        GRIDS["tiny"], ["zero-shot", "few-shot", "ppo-st", "ppo-mt"], ["sst2", "mrpc"], [0], [TINY]
+    )
+    kinds = {cell.name: cell for cell in cells}
+    zero, few = kinds["s0-zero-shot-sst2"], kinds["s0-few-shot-sst2"]
+    ppo, mixed = kinds["s0-ppo-st-sst2"], kinds["s0-ppo-mt-sst2+mrpc"]
+    assert runner.seconds_of(zero, {}) is None
+    # Nothing that trains has finished: the form's time and that of an evaluation say nothing.
+    assert runner.seconds_of(ppo, {"form": 90.0, "encoder": 70.0, "zero-shot": 5.0}) is None
+    known = {"form": 90.0, "zero-shot": 4.0, "few-shot": 6.0, "sft-st": 10.0, "ppo-st": 30.0}
+    assert runner.seconds_of(few, known) == 6.0
+    assert runner.seconds_of(ppo, known) == 30.0
+    assert (
+        runner.seconds_of(mixed, known) == 2 * 20.0
+    )  # two tasks, as SFT-ST and PPO-ST on the mean
+    del known["few-shot"], known["zero-shot"]
+    assert runner.seconds_of(few, known) is None
+    (_, source) = plan(GRIDS["glue"], ["ppo-st"], ["mnli", "ax"], [0], [TINY])
+    assert runner.seconds_of(source, known | {"zero-shot": 4.0}) == 4.0
+
+
+def test_a_grid_tells_the_time_left(tmp_path: Path) -> None:
+    grid, cells = make(tmp_path, ["zero-shot", "sft-st"], ["cb", "copa"])
+    told = Runner(grid, cells, 2, stub())
+    evaluated, trained = cells[:2], cells[2:]
+    told.finished, told.waiting = [*evaluated, trained[0]], [trained[1]]
+    told.started = {cell.name: {"seconds": 7.0} for cell in evaluated}
+    told.started[trained[0].name] = {"seconds": 40.0}
+    assert told._seconds_left() == pytest.approx(40.0)
+    told.finished, told.waiting = evaluated[:1], [evaluated[1], trained[1]]
+    assert told._seconds_left() == 0.0  # nothing is told while one of them is unknown
 
 
 def test_a_cell_without_a_summary_has_failed(tmp_path: Path) -> None:
@@ -400,6 +464,11 @@ def test_mistakes_are_told_before_anything_runs(tmp_path: Path, argv: list[str],
     with pytest.raises(UserError, match=said):
         reproduce.main([*argv, "--output", str(tmp_path / "grid")])
     assert not (tmp_path / "grid").exists()
+
+
+def test_names_may_be_parted_by_commas() -> None:
+    args = reproduce.parse(["tiny", "--tasks", "sst2,mrpc", "cb", "--seeds", "0,1", "lora.r=4"])
+    assert (args.tasks, args.seeds) == (["sst2", "mrpc", "cb"], ["0", "1"])
 
 
 def test_overrides_may_stand_behind_a_list_of_names() -> None:

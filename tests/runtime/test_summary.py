@@ -20,6 +20,10 @@ def test_results_table() -> None:
         "base           50.1        60.0           -         3.1",
         "tuned          91.6        92.0       100.0         0.0",
     ]
+    begun = results_table(before, after, "start", after).splitlines()
+    assert [line.split()[:2] for line in begun[1:]] == [
+        ["base", "91.6"], ["start", "50.1"], ["tuned", "91.6"],
+    ]  # fmt: skip
     assert len(results_table(None, after).splitlines()) == 2
     assert "-" in results_table(None, {"sample": math.nan})
 

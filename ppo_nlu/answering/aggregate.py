@@ -38,6 +38,11 @@ def headline(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None
     return row | {"unparsed": sampled["unparsed"]}
 
 
+def _main(reports: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The report of the greedy answers, or else the first."""
+    return reports.get("greedy") or next(iter(reports.values()))
+
+
 def mean_headline(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """The mean over tasks; null where a task lacks the number."""
     means: dict[str, float | None] = {}
@@ -72,6 +77,7 @@ class Measured:
         base = None
         if self.before is not None:
             base = {decode: report(self.spec, rows) for decode, rows in self.before.items()}
+        main = _main(self.reports)
         return {
             "title": self.spec.title,
             "data": self.rows.source,
@@ -80,6 +86,11 @@ class Measured:
             "rows": len(self.rows.examples),
             "before": headline(base) if base else None,
             "after": headline(self.reports),
+            "macro_f1": {
+                "before": _main(base).get("macro_f1") if base else None,
+                "after": main.get("macro_f1"),
+            },
+            "per_class": main.get("per_class"),
             "reports": self.reports,
         }
 

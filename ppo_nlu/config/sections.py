@@ -226,6 +226,8 @@ class EvalConfig:
     top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # the same by their mass; 1 = off
     before: bool = True  # score the untrained model too
     bootstrap: int = number(1000, 0, 10**5)  # resamples for the confidence interval; 0 = off
+    # At the end of a run measure a constant answer, and TF-IDF with logistic regression, too.
+    baselines: bool = True  # TF-IDF needs scikit-learn
 
 
 @dataclass(frozen=True)

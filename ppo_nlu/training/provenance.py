@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "eval.batch_size",
     "eval.before",
     "eval.bootstrap",
+    "eval.baselines",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "model.device",

@@ -63,6 +63,7 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib"],
+        "baselines": ["scikit-learn"],
         "bench": ["matplotlib", "peft", "trl==1.16.0", "liger-kernel==0.8.5"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

@@ -177,16 +177,24 @@ def print_report(title: str, row: dict[str, Any]) -> None:
     values = row["metrics"]
     figures = ", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items())
     mean = f"; mean {100 * row['score']:.1f} %" if len(values) > 1 else ""
+    classes = row.get("per_class", {})
+    if classes and "macro_f1" not in values:
+        spread += f", macro-F1 {100 * row['macro_f1']:.1f} %"
     print(f"\n{title}: {figures}{mean}{spread}, unparsed {100 * row['unparsed']:.1f} %")
-    for word, per_class in row.get("per_class", {}).items():
+    width = max((14, *map(len, classes)))
+    for word, per_class in classes.items():
         shown = "  ".join(
             f"{title} {100 * per_class[key]:5.1f}"
             for title, key in (("precision", "precision"), ("recall", "recall"), ("F1", "f1"))
         )
-        print(f"  {word:<14} {shown}  of {per_class['support']}")
+        print(f"  {word:<{width}} {shown}  of {per_class['support']}")
     if row["predicted"]:
         counts = ", ".join(f"{word} {count}" for word, count in row["predicted"].items())
         print(f"  predicted: {counts}")
+    if classes:
+        largest = max(classes, key=lambda word: classes[word]["support"])
+        share = classes[largest]["support"] / row["count"]
+        print(f"  largest class: {largest}, {100 * share:.1f} % of the rows")
 
 
 if __name__ == "__main__":

@@ -1128,10 +1128,41 @@ CHECKPOINT = of(
     none_kept=("[: -max(keep, 1)]", "[: -keep]", "one checkpoint always stays, and no more"),
 )
 
+BASELINES = of(
+    "answering/baselines",
+    "answering/baselines",
+    baselines_constant_of_held_rows=(
+        "Counter(row.label for row in train)",
+        "Counter(row.label for row in held)",
+        "the largest class is that of training",
+    ),
+    baselines_end_the_run=(
+        "except Exception as error:",
+        "except KeyError as error:",
+        "a baseline never ends a run",
+    ),
+)
+
+WARNINGS = of(
+    "answering/warn",
+    "answering/warn",
+    warn_of_absent_classes=(
+        "if count and not report",
+        "if not report",
+        "a class without rows is not missed",
+    ),
+    warn_of_skewed_data=(
+        "given > 0.5 and given - gold > EXCESS",
+        "given > 0.5",
+        "answers as skewed as the labels are no fault",
+    ),
+)
+
 MUTANTS = [
     *LOSSES, *ADVANTAGES, *ROLLOUT, *PROMPTS, *PPO, *GRPO, *SFT, *UPDATES, *REPORT, *REFERENCE,
     *GENERATE,
     *KEPT_GRAPH, *PACK, *ROW, *PREFIXES, *PLAIN, *PLAN, *ATTENTION, *PASSES, *TORCH_LORA, *SOFTMAX,
     *LOGPROBS,
     *LORA, *OPS, *MODEL, *STOP, *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
+    *BASELINES, *WARNINGS,
 ]  # fmt: skip

@@ -12,10 +12,10 @@ import pytest
 from ppo_nlu import evaluate
 from ppo_nlu.answering.answer import DECODES
 from ppo_nlu.config import load_config
-from ppo_nlu.evaluate import folder_name, main
+from ppo_nlu.evaluate import folder_name, main, print_report
 from ppo_nlu.runtime import cli, run_folder
 from ppo_nlu.storage import locks
-from ppo_nlu.tasks import get_task
+from ppo_nlu.tasks import Example, get_task, metrics
 from ppo_nlu.tasks.answers import parse
 
 SPEC = get_task("sst2")
@@ -147,3 +147,13 @@ def test_a_folder_in_which_another_evaluation_works_is_refused(
     error = capsys.readouterr().err
     assert "is working in it" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_names_macro_f1_and_the_largest_class(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Example("", {}, label) for label in ("Negative", "Negative", "Positive", "Negative")]
+    report = metrics.report(SPEC, rows, ["Positive", "Negative", "Positive", None], resamples=0)
+    print_report("SST-2, greedy", report)
+    out = capsys.readouterr().out
+    # Positive: 2 * 1 / (2 + 1), Negative: 2 * 1 / (1 + 3)
+    assert "accuracy 50.0 %, macro-F1 58.3 %, unparsed 25.0 %" in out
+    assert "largest class: Negative, 75.0 % of the rows" in out

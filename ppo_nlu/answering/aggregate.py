@@ -38,6 +38,11 @@ def headline(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None
     return row | {"unparsed": sampled["unparsed"]}
 
 
+def _main(reports: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The report of the greedy answers, or else the first."""
+    return reports.get("greedy") or next(iter(reports.values()))
+
+
 def mean_headline(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """The mean over tasks; None where a task lacks the number."""
     means: dict[str, float | None] = {}
@@ -71,24 +76,32 @@ class Measured:
 
     def entry(self) -> dict[str, Any]:
         """The task's part of a summary.json."""
+        measured = {
+            "base": self._reports_of(self.base),
+            "before": self._reports_of(self.before),
+            "after": self.reports,
+        }
+        main = _main(self.reports)
         return {
             "title": self.spec.title,
             "data": self.rows.source,
             "note": self.rows.note,
             "partial": self.rows.partial,
             "rows": len(self.rows.examples),
-            "base": self._headline_of(self.base),
-            "before": self._headline_of(self.before),
-            "after": headline(self.reports),
+            **{when: found and headline(found) for when, found in measured.items()},
+            "macro_f1": {
+                when: found and _main(found).get("macro_f1") for when, found in measured.items()
+            },
+            "per_class": main.get("per_class"),
             "reports": self.reports,
         }
 
-    def _headline_of(
+    def _reports_of(
         self, found: Mapping[str, Sequence[Answer]] | None
-    ) -> dict[str, float | None] | None:
+    ) -> dict[str, dict[str, Any]] | None:
         if not found:
             return None
-        return headline({decode: report(self.spec, rows) for decode, rows in found.items()})
+        return {decode: report(self.spec, rows) for decode, rows in found.items()}
 
 
 def summarise(cfg: Config, measured: Sequence[Measured]) -> dict[str, Any]:

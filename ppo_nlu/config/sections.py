@@ -227,6 +227,8 @@ class EvalConfig:
     before: bool = True  # score the model before training too: the base, or that of init_from
     base: bool = False  # with init_from: score the base too
     bootstrap: int = number(1000, 0, 10**5)  # resamples for the confidence interval; 0 = off
+    # At the end of a run measure a constant answer, and TF-IDF with logistic regression, too.
+    baselines: bool = True  # TF-IDF needs scikit-learn
 
 
 @dataclass(frozen=True)

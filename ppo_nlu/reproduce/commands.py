@@ -95,5 +95,5 @@ def command_of(grid: Grid, cell: Cell) -> tuple[list[str], str]:
     if run_folder.is_run_dir(folder):
         stored = [str(folder / "config.yaml"), *grid.overrides]
         return [*train, *stored, "--resume", str(folder)], note
-    said += [f"train.steps={steps}", "eval.before=false"]
+    said += [f"train.steps={steps}", "eval.before=false", "eval.baselines=false"]
     return [*train, config, *said, *grid.overrides, *where], note

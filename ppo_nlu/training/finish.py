@@ -6,18 +6,21 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ppo_nlu.answering import aggregate, answer, predictions
+from ppo_nlu.answering import aggregate, answer, baselines, predictions, warn
 from ppo_nlu.answering.answer import Answer
 from ppo_nlu.answering.load_run import answerer_of
 from ppo_nlu.config.idle_keys import reads
-from ppo_nlu.runtime import profiling
+from ppo_nlu.errors import quoted
+from ppo_nlu.runtime import profiling, streams
 from ppo_nlu.runtime.curves import draw_curves
 from ppo_nlu.runtime.stop_request import StopRequest
-from ppo_nlu.runtime.summary import peak_memory_mb, results_table
+from ppo_nlu.runtime.summary import class_table, peak_memory_mb, results_table
 from ppo_nlu.storage import files
-from ppo_nlu.tasks import rewards
+from ppo_nlu.tasks import TaskSpec, rewards
+from ppo_nlu.tasks.custom import CustomSpec
 from ppo_nlu.training.run import Run
 
+TITLES = {"constant": "constant", "tfidf": "TF-IDF"}  # of the baselines
 Answers = dict[str, dict[str, list[Answer]]]  # by task, then by way of decoding
 
 
@@ -36,6 +39,8 @@ def finish(run: Run, stop: StopRequest) -> bool:
     with profiling.phase("io"):
         write_answers(run, after)
     summary = summarise(run, before, after, base)
+    compare(run, summary)
+    summary["wall_s"] = time.perf_counter() - run.started
     files.atomic_write_json(run.folder / "summary.json", summary)
     show(run, summary)
     return True
@@ -99,12 +104,22 @@ def summarise(run: Run, before: Answers, after: Answers, base: Answers) -> dict[
         "samples_per_s": totals["samples"] / max(totals["train_s"], 1e-9),
         "truncated_prompts": int(totals["truncated"]),
         "bad_steps": int(totals["bad_steps"]),
-        "wall_s": time.perf_counter() - run.started,
         "peak_memory_mb": peak_memory_mb(run.method.model.device),
     }
     for name, rows in run.learned_from.items():
         summary["tasks"][name] |= {"train_note": rows.note, "train_partial": rows.partial}
     return summary
+
+
+def compare(run: Run, summary: dict[str, Any]) -> None:
+    """Put baselines and warnings beside the figures of each task in the summary, whose peak of
+    memory was taken before."""
+    for name, entry in summary["tasks"].items():
+        entry["baselines"] = {}
+        if run.cfg.eval.baselines:
+            train, held = run.train_rows[name], run.held[name].examples
+            entry["baselines"] = baselines.measure(run.specs[name], train, held)
+        entry["warnings"] = warn.of_task(entry, by_reward=reads(run.cfg, "reward"))
 
 
 def mean_reward(run: Run, found: Answers) -> float:
@@ -130,11 +145,10 @@ def show(run: Run, summary: dict[str, Any]) -> None:
             f"\n{titles[-1]}, {run.cfg.eval.split}: {figures} in percent, "
             f"{entry['rows']:,} rows, seed {run.cfg.seed}"
         )
-        print(results_table(entry["before"], entry["after"], start_name(run), entry["base"]))
+        show_task(run, run.specs[name], entry)
     if len(titles) > 1:
         print("\nMean over the tasks")
-        before, after, base = (summary[when] for when in ("before", "after", "base"))
-        print(results_table(before, after, start_name(run), base))
+        print(results_table({name: summary[when] for when, name in models(run)}))
     print(
         f"{summary['train_samples']:,} {run.method.unit} in {summary['train_s']:.0f} s "
         f"({summary['samples_per_s']:.1f} a second), {summary['wall_s']:.0f} s in all, "
@@ -143,6 +157,53 @@ def show(run: Run, summary: dict[str, Any]) -> None:
     print(f"run folder: {run.folder}")
     if run.cfg.log.plot:
         draw(run, summary, f"{run.method.title} on {', '.join(titles)}, seed {run.cfg.seed}")
+    for entry in summary["tasks"].values():
+        for line in entry["warnings"]:
+            streams.tell(f"warning: {line}")
+
+
+def models(run: Run) -> list[tuple[str, str]]:
+    """The models of a table: where a summary has their figures, and their names."""
+    first = [("base", "base")] if run.cfg.init_from else []
+    return [*first, ("before", start_name(run)), ("after", "tuned")]
+
+
+def show_task(run: Run, spec: TaskSpec, entry: dict[str, Any]) -> None:
+    """Print the tables of one task. Baselines give one answer to each row, so they stand in the
+    greedy column."""
+    macro_f1 = spec.kind == "choice" and (len(spec.words) > 2 or isinstance(spec, CustomSpec))
+    rows = {
+        name: entry[when] and entry[when] | {"macro_f1": entry["macro_f1"][when]}
+        for when, name in models(run)
+    }
+    beside = {
+        TITLES[name]: {"greedy": figures["score"], "macro_f1": figures["macro_f1"]}
+        for name, figures in entry["baselines"].items()
+        if "score" in figures
+    }
+    print(results_table(rows | beside, macro_f1))
+    for name, figures in entry["baselines"].items():
+        print(f"{TITLES[name]}: {said_of(figures, entry)}")
+    if entry["per_class"]:
+        print(class_table(entry["per_class"]))
+
+
+def said_of(figures: dict[str, Any], entry: dict[str, Any]) -> str:
+    """What a baseline is, or why it was not measured."""
+    if "error" in figures:
+        return f"not measured, since {figures['error']}"
+    if "mean_error" in figures:
+        tuned = entry["reports"]["greedy"]["mean_error"]
+        return (
+            f"always {figures['answer']}, the mean of the training rows; mean error "
+            f"{figures['mean_error']:.2f}, of the tuned greedy answers {tuned:.2f}"
+        )
+    if "answer" in figures:
+        return f"always {quoted(figures['answer'])}, the largest class of the training rows"
+    return (
+        f"logistic regression on words and pairs of words, {figures['train_rows']:,} training "
+        f"rows, {figures['seconds']:.1f} s"
+    )
 
 
 def draw(run: Run, summary: dict[str, Any], title: str) -> None:

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "eval.before",
     "eval.base",
     "eval.bootstrap",
+    "eval.baselines",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "model.device",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ppo_nlu.answering.aggregate import headline
+from ppo_nlu.answering.aggregate import Measured, headline
 from ppo_nlu.answering.aggregate import report as report_of
 from ppo_nlu.answering.answer import Answer
+from ppo_nlu.data import Dataset
 from ppo_nlu.tasks import Example, get_task
 
 SPEC = get_task("sst2")
@@ -43,3 +44,20 @@ def test_the_report_and_the_headline_count_unparsed_as_wrong() -> None:
     assert headline(both) == row | {"score": pytest.approx(4 / 5)}
     with pytest.raises(ValueError, match=r"eval\.split: row 0 has no label"):
         report_of(SPEC, given((None, pos)))  # type: ignore[arg-type]
+
+
+def test_macro_f1_and_classes_are_those_of_the_greedy_answers() -> None:
+    pos, neg = SPEC.words
+    right, half = given((pos, pos), (neg, neg)), given((pos, pos), (neg, pos))
+    rows = Dataset([row.example for row in right], "", "")
+    after = {"sample": right, "greedy": half}
+    entry = Measured(SPEC, rows, after, before={"greedy": right}).entry()
+    # Positive: 2 * 1 / (2 predicted + 1 there); Negative: 0.
+    assert entry["macro_f1"] == {
+        "base": None,
+        "before": 1.0,
+        "after": pytest.approx((2 / 3 + 0) / 2),
+    }
+    assert entry["per_class"][pos]["precision"] == 1 / 2
+    alone = Measured(SPEC, rows, {"score": right}).entry()
+    assert alone["macro_f1"] == {"base": None, "before": None, "after": 1.0}

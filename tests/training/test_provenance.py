@@ -211,6 +211,11 @@ def test_another_reward_is_refused(
     fresh()
 
 
+def before_the_end(err: str) -> list[str]:
+    """What stderr says besides the warnings of the end, of a model that has learned nothing."""
+    return [line for line in err.splitlines() if not line.startswith("warning: mine: ")]
+
+
 def test_another_machine_is_told_and_gone_on_with(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -224,8 +229,9 @@ def test_another_machine_is_told_and_gone_on_with(
     finally:
         torch.set_num_threads(before)
     out, err = capsys.readouterr()
-    assert f"threads {before} before, {before + 1} now" in err and "0.0.1 now" in err
-    assert err.count("\n") == 1 and "last bits" in err
+    (line,) = before_the_end(err)
+    assert f"threads {before} before, {before + 1} now" in line and "0.0.1 now" in line
+    assert "last bits" in line
     assert "resumed with another eval.bootstrap" in out
 
 
@@ -236,7 +242,7 @@ def test_the_same_inputs_are_told_nothing(
     capsys.readouterr()
     assert place.resume() == 0
     out, err = capsys.readouterr()
-    assert err == "" and "resumed after step 2 of 3" in out
+    assert before_the_end(err) == [] and "resumed after step 2 of 3" in out
 
 
 def test_rows_differ_by_all_that_they_hold() -> None:

@@ -21,6 +21,7 @@ from ppo_nlu.tasks.metrics import choice, ratings, text
 from ppo_nlu.tasks.metrics.averages import average, task_score
 from ppo_nlu.tasks.metrics.bootstrap import interval
 from ppo_nlu.tasks.metrics.choice import chosen_row, classification_report
+from ppo_nlu.tasks.metrics.ratings import mean_error
 from ppo_nlu.tasks.metrics.rows import Metric, Rows
 from ppo_nlu.tasks.metrics.text import best_match, exact, token_f1
 
@@ -28,7 +29,7 @@ METRICS: dict[str, Metric] = choice.METRICS | ratings.METRICS | text.METRICS
 
 __all__ = [
     "METRICS", "Metric", "Rows", "average", "best_match", "chosen_row", "classification_report",
-    "evaluate", "exact", "report", "task_score", "token_f1",
+    "evaluate", "exact", "mean_error", "report", "task_score", "token_f1",
 ]  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def report(
     if spec.kind == "text":
         return head | {"predicted": {}}
     if spec.kind == "rating":
-        return head | {"mean_error": ratings.mean_error(rows), "predicted": ratings.histogram(rows)}
+        return head | {"mean_error": mean_error(rows), "predicted": ratings.histogram(rows)}
     labels = [str(example.label) for example in examples]
     figures = classification_report(labels, predictions, spec.words)
     edges = interval(rows, [METRICS["accuracy"]], resamples, seed)

@@ -148,7 +148,8 @@ def _line(spec: TaskSpec, split: str, source: data.Source, cfg: Config) -> Line:
     found = data.load_split(spec, split, cfg.data)
     codec, _ = _codec(cfg.model.name_or_path)
     cells = _cells(spec, split, found, codec)
-    said = data.oddities(found.examples) + [data.one_label(found.examples)] * (split == "train")
+    said = [*found.odd, *data.oddities(found.examples)]
+    said += [data.one_label(found.examples)] * (split == "train")
     odd = tuple(f"{spec.name} {split}: {what}" for what in said if what)
     return Line(cells, _leaks(f"{spec.name} {split}", found.examples, codec), odd)
 

@@ -29,7 +29,8 @@ class Dataset:
     """The rows of one split, "bundled" or the folder they came from, and what to say about them.
 
     `partial` is True where they are only a part of the official split. `file` is the name of the
-    file, and `malformed` counts its rows that could not be read.
+    file, and `malformed` counts its rows that could not be read, or that lack a label or a text.
+    `odd` are the parts of the note that `data check` tells too.
     """
 
     examples: list[Example]
@@ -38,6 +39,7 @@ class Dataset:
     partial: bool = False
     file: str = ""
     malformed: int = 0
+    odd: tuple[str, ...] = ()
 
 
 def load_split(spec: TaskSpec, split: str, data_cfg: DataConfig) -> Dataset:
@@ -124,12 +126,16 @@ def _load_custom(spec: CustomSpec, split: str) -> Dataset:
     path = expand(spec.files[name][0])
     if reason := unreadable(path):
         raise UserError(f"custom.{name}: {path}: {reason}; give the path of a file")
-    rows = read_split(spec, name, path).examples
-    note = join(f"{spec.title} from {path}")
+    found = read_split(spec, name, path)
+    rows, share = found.examples, ""
+    odd = [left_out(count, why) for why, count in found.left_out.items()]
     if shared:
         rows = _side(spec, rows, split, path)
-        note = join(note, f"{split} is {len(rows):,} rows of it (custom.dev_share)")
-    return Dataset(rows, str(path), note, file=path.name)
+        share = f"{split} is {len(rows):,} rows of it (custom.dev_share)"
+    note = join(f"{spec.title} from {path}", *odd, share)
+    own = name == split  # of a share of train all is told there
+    dropped = sum(found.left_out.values()) if own else 0
+    return Dataset(rows, str(path), note, False, path.name, dropped, tuple(odd) if own else ())
 
 
 def _side(spec: CustomSpec, rows: Sequence[Example], split: str, path: Path) -> list[Example]:

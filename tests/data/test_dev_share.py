@@ -86,7 +86,7 @@ def test_a_text_with_two_labels_is_on_one_side() -> None:
     ]
     train, dev = _sides(rows)
     assert len(train & {"A 3", "B 3"}) == 1
-    for n in range(20):  # B, which comes later, takes nothing from A
+    for n in range(200):  # B, which comes later, takes nothing from A
         rows = [Example("x", {"text": f"{t} {n}"}, label) for label in "AB" for t in "pqrst"]
         rows = [
             row

@@ -67,6 +67,8 @@ class CustomConfig:
     # The words to answer with,
     labels: list[str] | dict[str, list[str]] = field(default_factory=list)  # or word: value(s)
     label_column: str = "label"  # the column of the right answer
+    # A row to train on or to measure by whose label, or whose every text, is empty:
+    missing: str = one_of("error", "error", "drop")  # refuse the file, or leave the row out
     low: float | None = number(None, -1e9, 1e9)  # where the answer is a number: the least
     high: float | None = number(None, -1e9, 1e9)  # and the greatest; give both or neither
     step: float = positive(0.2, 1e9)  # spacing of the numbers that are scored as answers

@@ -10,7 +10,7 @@ Look at the data, or fetch it:  python -m ppo_nlu.data check|get [TASK...]
 from ppo_nlu.data.seen_labels import SEEN_LABELS, exclusions, saw_labels
 from ppo_nlu.data.sources import Source, cache_root, expand, local, locate, task_folder
 from ppo_nlu.data.splits import Dataset, has_split, load_split
-from ppo_nlu.data.texts import joined, normalise, oddities, one_label
+from ppo_nlu.data.texts import about_too_long, few_rows, joined, normalise, oddities, one_label
 from ppo_nlu.data.training import batch_indices, epoch_order, first, train_examples
 from ppo_nlu.data.userfiles import read_inputs
 
@@ -18,11 +18,13 @@ __all__ = [
     "SEEN_LABELS",
     "Dataset",
     "Source",
+    "about_too_long",
     "batch_indices",
     "cache_root",
     "epoch_order",
     "exclusions",
     "expand",
+    "few_rows",
     "first",
     "has_split",
     "joined",

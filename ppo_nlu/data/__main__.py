@@ -20,14 +20,15 @@ from ppo_nlu.config.mistakes import COMMAND_LINE
 from ppo_nlu.data import download
 from ppo_nlu.data.archives import archive_of
 from ppo_nlu.errors import UserError, printable
+from ppo_nlu.model.shape import context_of
 from ppo_nlu.model.tokens import Codec
 from ppo_nlu.runtime import arguments, cli
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.tasks.prompts import render
 
-HEADER = ("task", "split", "file", "rows", "labels", "left out", "words", "tokens", "state")
-RIGHT = ("rows", "left out", "words", "tokens")  # columns of numbers
+HEADER = ("task", "split", "file", "rows", "labels", "left out", "words", "tokens", "cut", "state")
+RIGHT = ("rows", "left out", "words", "tokens", "cut")  # columns of numbers
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tiny"
 LONGEST = 32  # the rows of a split, those with the most letters, whose tokens are counted
 
@@ -95,6 +96,10 @@ def check(specs: Iterable[TaskSpec], cfg: Config, named: bool) -> int:
     print(_aligned([HEADER, *(line.cells for line in lines)]))
     reader = printable(_codec(cfg.model.name_or_path)[1])
     print(f"words, tokens: of the longest prompt without examples; tokens of {reader}")
+    if any(line.cut for line in lines):
+        print(
+            "cut: about how many prompts are longer than a run allows; their texts lose their end"
+        )
     below = [line.leaks for line in lines if line.leaks]
     below += [what for line in lines for what in line.odd]
     for what in below:
@@ -137,6 +142,7 @@ class Line:
     as control tokens, and about rows that look like a mistake."""
 
     cells: tuple[str, ...]
+    cut: int = 0
     leaks: str = ""
     odd: tuple[str, ...] = ()
 
@@ -144,13 +150,18 @@ class Line:
 def _line(spec: TaskSpec, split: str, source: data.Source, cfg: Config) -> Line:
     if not data.has_split(spec, split, source):
         name = spec.files[split][0]
-        return Line((spec.name, split, name, "-", "-", "-", "-", "-", "absent"))
+        return Line((spec.name, split, name, "-", "-", "-", "-", "-", "", "absent"))
     found = data.load_split(spec, split, cfg.data)
     codec, _ = _codec(cfg.model.name_or_path)
-    cells = _cells(spec, split, found, codec)
-    said = data.oddities(found.examples) + [data.one_label(found.examples)] * (split == "train")
+    cut = _cut(spec, found.examples, codec, cfg)
+    cells = (*_cells(spec, split, found, codec), f"{cut:,}" if cut else "", _state(found))
+    said = [*found.odd, *data.oddities(found.examples)]
+    said += [data.one_label(found.examples)] * (split == "train")
+    if _own(spec) and spec.labels and any(row.label for row in found.examples):
+        said[:0] = [_shares(spec, found.examples)]
+        said.append(data.few_rows(spec, found.examples))
     odd = tuple(f"{spec.name} {split}: {what}" for what in said if what)
-    return Line(cells, _leaks(f"{spec.name} {split}", found.examples, codec), odd)
+    return Line(cells, cut, _leaks(f"{spec.name} {split}", found.examples, codec), odd)
 
 
 def _cells(spec: TaskSpec, split: str, found: data.Dataset, codec: Codec | None) -> tuple[str, ...]:
@@ -165,8 +176,21 @@ def _cells(spec: TaskSpec, split: str, found: data.Dataset, codec: Codec | None)
         f"{found.malformed:,}" if found.malformed else "",
         f"{words:,}",
         _tokens(spec, rows, codec),
-        "partial" if found.partial else "",
     )
+
+
+def _state(found: data.Dataset) -> str:
+    return "partial" if found.partial else ""
+
+
+def _cut(spec: TaskSpec, rows: Sequence[Example], codec: Codec | None, cfg: Config) -> int:
+    """About how many prompts a run of this config cuts; 0 where an encoder reads no prompt."""
+    context = _context(cfg.model.name_or_path)
+    if codec is None or not context or cfg.method == "encoder":
+        return 0
+    room = context - cfg.rollout.max_new_tokens
+    longest = min(cfg.data.max_prompt_tokens or room, room)
+    return data.about_too_long(rows, lambda row: _length(spec, row, codec) > longest)
 
 
 def _leaks(place: str, rows: Sequence[Example], codec: Codec | None) -> str:
@@ -185,16 +209,28 @@ def _balance(spec: TaskSpec, rows: Sequence[Example]) -> str:
         return f"{min(numbers):g} / {mean:.2f} / {max(numbers):g} (min/mean/max)"
     if spec.kind == "text":
         return f"{len(set(labels)):,} different texts"
+    if _own(spec):  # their words may be long; the shares are told below
+        return f"{len(spec.words)} labels"
     counts = Counter(labels)
     return ", ".join(f"{word} {counts[word]:,}" for word in spec.words)
+
+
+def _shares(spec: TaskSpec, rows: Sequence[Example]) -> str:
+    """The rows of each label and their share, the largest first."""
+    counts = Counter(dict.fromkeys(spec.words, 0) | Counter(row.label or "" for row in rows))
+    return ", ".join(f"{w} {n:,} ({n / len(rows):.1%})" for w, n in counts.most_common())
 
 
 def _tokens(spec: TaskSpec, rows: Sequence[Example], codec: Codec | None) -> str:
     if codec is None:
         return "-"
     long = nlargest(LONGEST, rows, key=lambda row: sum(map(len, row.fields.values())))
-    prompts = (render(spec, {k: codec.seal(v) for k, v in row.fields.items()}) for row in long)
-    return f"{max(len(codec.encode(prompt)) for prompt in prompts):,}"
+    return f"{max(_length(spec, row, codec) for row in long):,}"
+
+
+def _length(spec: TaskSpec, row: Example, codec: Codec) -> int:
+    """The tokens of a row's prompt without examples."""
+    return len(codec.encode(render(spec, {k: codec.seal(v) for k, v in row.fields.items()})))
 
 
 @lru_cache(maxsize=1)
@@ -214,6 +250,19 @@ def _codec(name: str) -> tuple[Codec | None, str]:
         tokenizer.model_max_length = sys.maxsize  # no warning of long texts
         return Codec(tokenizer, {tokenizer.eos_token_id}, sys.maxsize), called
     return None, "no model"
+
+
+@lru_cache(maxsize=1)
+def _context(name: str) -> int:
+    """The context of a model in a folder or the cache; 0 where there is none."""
+    from transformers import AutoConfig
+
+    place = TOKENIZER if name == "bundled" else data.expand(name)
+    try:
+        config = AutoConfig.from_pretrained(str(place), local_files_only=True)
+    except Exception:  # as in `_codec`
+        return 0
+    return context_of(config.get_text_config())
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> str:

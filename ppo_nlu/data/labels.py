@@ -7,7 +7,7 @@ import unicodedata
 from ppo_nlu.errors import UserError, quoted
 from ppo_nlu.tasks import TaskSpec
 from ppo_nlu.tasks.prompts import STOP
-from ppo_nlu.tasks.words import fold, is_empty
+from ppo_nlu.tasks.words import fold
 
 
 def gold(spec: TaskSpec, value: str | None, where: str, words: bool = False) -> str | None:
@@ -16,8 +16,6 @@ def gold(spec: TaskSpec, value: str | None, where: str, words: bool = False) -> 
     if value is None:
         return None
     if spec.kind == "text":
-        if is_empty(value):
-            raise UserError(f"{where}: {spec.label_column!r} is empty; mend or drop the row")
         return without_tags(value, spec.label_column, where).strip()
     if spec.rating:
         return _rated(spec, value, where)

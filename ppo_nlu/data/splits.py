@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppo_nlu.data import bundled
+from ppo_nlu.data.dev_share import divide, one_sided
 from ppo_nlu.data.lines import unreadable
 from ppo_nlu.data.readers import read_split
 from ppo_nlu.data.readers.split import MALFORMED
 from ppo_nlu.data.sources import Source, expand, locate, split_file
-from ppo_nlu.data.texts import join, joined, left_out, normalise
+from ppo_nlu.data.texts import join, left_out
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import CustomSpec
@@ -29,7 +29,8 @@ class Dataset:
     """The rows of one split, their source ("bundled" or a folder), and a note for the user.
 
     `partial` is True where they are only a part of the official split. `file` is the name of the
-    file, and `malformed` counts its rows that could not be read.
+    file, and `malformed` counts its rows that could not be read, or that lack a label or a text.
+    `odd` are the parts of the note that `data check` tells too.
     """
 
     examples: list[Example]
@@ -38,6 +39,7 @@ class Dataset:
     partial: bool = False
     file: str = ""
     malformed: int = 0
+    odd: tuple[str, ...] = ()
 
 
 def load_split(spec: TaskSpec, split: str, data_cfg: DataConfig) -> Dataset:
@@ -124,30 +126,14 @@ def _load_custom(spec: CustomSpec, split: str) -> Dataset:
     path = expand(spec.files[name][0])
     if reason := unreadable(path):
         raise UserError(f"custom.{name}: {path}: {reason}; give the path of a file")
-    rows = read_split(spec, name, path).examples
-    note = join(f"{spec.title} from {path}")
+    found = read_split(spec, name, path)
+    rows, share = found.examples, ""
+    odd = [left_out(count, why) for why, count in found.left_out.items()]
     if shared:
-        rows = _side(spec, rows, split, path)
-        note = join(note, f"{split} is {len(rows):,} rows of it (custom.dev_share)")
-    return Dataset(rows, str(path), note, file=path.name)
-
-
-def _side(spec: CustomSpec, rows: Sequence[Example], split: str, path: Path) -> list[Example]:
-    """The rows on the split's side of `dev_share`, by a hash of their text: a row falls on the
-    same side in every run, and so do all rows of the same text."""
-    places = [_place(joined(spec, row)) for row in rows]
-    lowest, highest = min(places), max(places)
-    if lowest == highest:
-        raise UserError(
-            f"{path}: all rows have the same text, so none can be kept apart for dev; "
-            "give custom.dev"
-        )
-    edge = min(max(spec.dev_share, lowest), max(p for p in places if p < highest))
-    kept = [row for row, p in zip(rows, places, strict=True) if (p <= edge) == (split == "dev")]
-    return [replace(row, id=f"{split}-{row.id.partition('-')[2]}") for row in kept]
-
-
-def _place(text: str) -> float:
-    """A number in [0, 1), evenly spread over texts and always the same for a text."""
-    digest = hashlib.sha256(f"ppo_nlu dev\n{normalise(text)}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+        sides = divide(spec, rows, path)
+        rows, odd = sides[split], [*odd, *one_sided(spec, sides)]
+        share = f"{split} is {len(rows):,} rows of it (custom.dev_share)"
+    note = join(f"{spec.title} from {path}", *odd, share)
+    own = name == split  # of a share of train all is told there
+    dropped = sum(found.left_out.values()) if own else 0
+    return Dataset(rows, str(path), note, False, path.name, dropped, tuple(odd) if own else ())

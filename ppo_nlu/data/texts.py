@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from ppo_nlu.errors import printable, quoted
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.words import is_empty
+
+FEW = 10  # rows of a label
 
 
 def normalise(text: str) -> str:
@@ -31,6 +35,21 @@ def one_label(rows: Sequence[Example]) -> str:
     if len(rows) < 2 or len(labels) > 1:
         return ""
     return f"every row has the label {quoted(rows[0].label)}, so there is nothing to tell apart"
+
+
+def few_rows(spec: TaskSpec, rows: Sequence[Example]) -> str:
+    """A word on labels that too few rows have to be learned or measured well."""
+    counts = Counter(row.label for row in rows)
+    least = max(FEW, len(rows) / 100)
+    few = [f"{quoted(w)} {counts[w]:,}" for w in spec.words if counts[w] < least]
+    return f"labels with few rows (under {FEW}, or under 1 %): {', '.join(few)}" if few else ""
+
+
+def about_too_long(rows: Sequence[Example], too_long: Callable[[Example], bool]) -> int:
+    """About how many rows are too long. By their letters rows are put in order, and the edge is
+    looked for by halving, so only a few rows are asked about."""
+    ordered = sorted(rows, key=lambda row: sum(map(len, row.fields.values())))
+    return len(ordered) - bisect_left(ordered, True, key=too_long)
 
 
 def left_out(count: int, why: str) -> str:

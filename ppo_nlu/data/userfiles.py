@@ -1,11 +1,12 @@
 """Rows of any task in the user's own files: .txt, .csv, .tsv, .jsonl or .parquet, by their ending.
 
-Unlike in official files nothing is left out: what cannot be read is an error.
+Unlike in official files nothing is left out unasked: what cannot be read is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ppo_nlu.data.lines import (
 )
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
+from ppo_nlu.tasks.custom import CustomSpec
 from ppo_nlu.tasks.words import is_empty
 
 
@@ -53,30 +55,71 @@ def _inputs(
         raise UserError(f"{path}: there are no rows")
 
 
-def custom_examples(spec: TaskSpec, split: str, path: Path) -> list[Example]:
-    """A file of the user's own: nothing is left out, what cannot be read is an error."""
-    examples = []
+def custom_examples(spec: TaskSpec, split: str, path: Path) -> tuple[list[Example], dict[str, int]]:
+    """The rows of a file of the user's own, and how many were left out, by what they lack.
+
+    A row lacks what is empty (`is_empty`; a JSON null, a Parquet null or NaN): its label, or all of
+    its texts. `custom.missing` says what becomes of such rows. Rows of test may lack anything.
+    """
+    examples, lacking, named = [], [], False
     for place, (number, row) in enumerate(input_rows(path, spec)):
         where = f"{path}:{number}"
-        if split != "test" and spec.label_column not in row:
-            raise UserError(
-                f"{where}: there is no {spec.label_column!r}; name the column of the labels in "
-                "custom.label_column"
-            )
-        value = row.get(spec.label_column)
-        if split == "test" and is_empty(value or ""):
-            value = None
-        extra: dict[str, Any] = {"idx": place} if split == "test" else {}
-        id_ = str(place) if split == "test" else f"{split}-{place}"
-        if not is_empty(row.get(spec.rationale, "")):
-            extra["rationale"] = without_tags(row[spec.rationale], spec.rationale, where)
-        fields = {name: row[name] for name in spec.fields}
-        if spec.reward not in REWARD_KINDS:
-            extra["row"] = dict(row)  # the user's own function may ask for any column
-        examples.append(Example(id_, fields, gold(spec, value, where), extra=extra))
+        named = named or split == "test" or spec.label_column in row
+        lack = "" if split == "test" else _lack(spec, row)
+        if lack:
+            lacking.append((where, lack))
+        else:
+            examples.append(_custom_example(spec, split, place, row, where))
+    if lacking and not named:
+        raise UserError(
+            f"{lacking[0][0]}: there is no {spec.label_column!r}; name the column of the labels in "
+            "custom.label_column"
+        )
+    left_out = Counter(lack for _, lack in lacking)
+    if lacking and not (isinstance(spec, CustomSpec) and spec.missing == "drop"):
+        raise UserError(_missing(spec, *lacking[0], left_out))
     if not examples:
-        raise UserError(f"{path}: there are no rows")
-    return examples
+        why = f"no row is left: {_counted(left_out)}" if left_out else "there are no rows"
+        raise UserError(f"{path}: {why}")
+    return examples, left_out
+
+
+NO_LABEL, NO_TEXT = "no label", "no text"  # what a row may lack
+
+
+def _lack(spec: TaskSpec, row: Mapping[str, str]) -> str:
+    if is_empty(row.get(spec.label_column, "")):
+        return NO_LABEL
+    return NO_TEXT if all(is_empty(row[name]) for name in spec.fields) else ""
+
+
+def _missing(spec: TaskSpec, where: str, lack: str, counts: Mapping[str, int]) -> str:
+    columns = [spec.label_column] if lack == NO_LABEL else spec.fields
+    empty = f"{' and '.join(map(repr, columns))} {'is' if len(columns) == 1 else 'are'} empty"
+    return (
+        f"{where}: {empty}; {_counted(counts)}; mend them, or leave them out: custom.missing=drop"
+    )
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    said = (f"{count:,} row{'s have' if count > 1 else ' has'} {w}" for w, count in counts.items())
+    return ", ".join(said)
+
+
+def _custom_example(
+    spec: TaskSpec, split: str, place: int, row: dict[str, str], where: str
+) -> Example:
+    value = row.get(spec.label_column)
+    if split == "test" and is_empty(value or ""):
+        value = None
+    extra: dict[str, Any] = {"idx": place} if split == "test" else {}
+    id_ = str(place) if split == "test" else f"{split}-{place}"
+    if not is_empty(row.get(spec.rationale, "")):
+        extra["rationale"] = without_tags(row[spec.rationale], spec.rationale, where)
+    fields = {name: row[name] for name in spec.fields}
+    if spec.reward not in REWARD_KINDS:
+        extra["row"] = dict(row)  # the user's own function may ask for any column
+    return Example(id_, fields, gold(spec, value, where), extra=extra)
 
 
 # ---- the kinds of files
@@ -134,8 +177,7 @@ def _jsonl_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
     for number, found in json_rows(path):
         row = dict(zip(_own_names(spec, list(found)), found.values(), strict=True))
         where = f"{path}:{number}"
-        for name in spec.fields:
-            text_cell(row, name, where)
+        _check_texts(spec, row, where)
         yield number, {key: json_text(value, where) for key, value in row.items()}
 
 
@@ -157,11 +199,16 @@ def _parquet_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
                     number += 1
                     where = f"{path}:{number}"
                     row = dict(zip(columns, values, strict=True))
-                    for name in spec.fields:
-                        text_cell(row, name, where)
+                    _check_texts(spec, row, where)
                     yield number, {key: _scalar(value, where) for key, value in row.items()}
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _check_texts(spec: TaskSpec, row: Mapping[str, Any], where: str) -> None:
+    for name in spec.fields:
+        if row.get(name, "") is not None:  # null is an empty text
+            text_cell(row, name, where)
 
 
 def _scalar(value: Any, where: str) -> str:

@@ -20,6 +20,7 @@ from ppo_nlu.config import Config
 from ppo_nlu.methods import memory
 from ppo_nlu.methods.minibatch import Budget
 from ppo_nlu.methods.report import Report
+from ppo_nlu.methods.rollout import fit_prompt, longest_prompt
 from ppo_nlu.methods.workload import Workload
 from ppo_nlu.model import lora, peft_format
 from ppo_nlu.model.value_head import VALUE_HEAD
@@ -106,6 +107,18 @@ class Method(ABC):
         if self.budget is not None:
             self.budget.tokens = plan.micro_batch_tokens
         return plan.lines()
+
+    def cuts(self, row: Example) -> bool:
+        """Whether the text of this row is cut, because its prompt is too long without any shot."""
+        cfg = self.cfg
+        longest = longest_prompt(self.model, cfg, cfg.rollout.max_new_tokens)
+        return fit_prompt(self.model, self.specs[row.task], row, longest, cfg.prompt).cut
+
+    def limit(self) -> str:
+        """How many tokens of a row are read at most, and what says so."""
+        longest = longest_prompt(self.model, self.cfg, self.cfg.rollout.max_new_tokens)
+        asked = longest == self.cfg.data.max_prompt_tokens
+        return f"{longest:,} tokens ({'data.max_prompt_tokens' if asked else 'the context'})"
 
     def flop_weights(self) -> flops.Weights | None:
         """The weights by which a profile counts FLOPs; None where it counts none."""

@@ -100,6 +100,12 @@ class EncoderTuning(Method):
     def plan_memory(self, rows: Sequence[Example]) -> list[str]:
         return []
 
+    def cuts(self, row: Example) -> bool:
+        return self.model.length(row) > self.cfg.encoder.max_length
+
+    def limit(self) -> str:
+        return f"{self.cfg.encoder.max_length:,} tokens (encoder.max_length)"
+
     def flop_weights(self) -> flops.Weights | None:
         return None
 

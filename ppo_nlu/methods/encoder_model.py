@@ -64,6 +64,13 @@ class Encoder(nn.Module):
         )
         return {name: ids.to(self.device) for name, ids in batch.items() if name in self.takes}
 
+    def length(self, example: Example) -> int:
+        """The tokens of a row that is not cut."""
+        text, pair = as_pair(self.spec, example.fields)
+        pairs = (pair,) if len(self.spec.fields) > 1 else ()
+        ids = self.tokenizer(text, *pairs, truncation=False, split_special_tokens=True)
+        return len(ids["input_ids"])
+
     def reset_tokenizer(self) -> None:
         """Let the tokenizer cut and pad as when it was loaded; each `read` changes both."""
         if self.cutting is None:

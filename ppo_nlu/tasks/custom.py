@@ -36,6 +36,7 @@ class CustomSpec(TaskSpec):
     """A task of the user's own; without a dev file, a share of its training rows is dev."""
 
     dev_share: float = 0.1
+    missing: str = "error"  # what becomes of a row without a label or a text
 
 
 def specs_of(cfg: Config) -> dict[str, TaskSpec]:
@@ -90,6 +91,7 @@ def spec_of(custom: CustomConfig) -> CustomSpec:
         reward=REWARDS[kind][0] if custom.reward == "auto" else custom.reward,
         rationale=custom.rationale or "",
         dev_share=custom.dev_share,
+        missing=custom.missing,
     )
 
 

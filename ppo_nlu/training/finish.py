@@ -154,6 +154,8 @@ def show(run: Run, summary: dict[str, Any]) -> None:
         f"({summary['samples_per_s']:.1f} a second), {summary['wall_s']:.0f} s in all, "
         f"peak memory {summary['peak_memory_mb']:.0f} MB"
     )
+    if cut := cut_prompts(summary):
+        print(cut)
     print(f"run folder: {run.folder}")
     if run.cfg.log.plot:
         draw(run, summary, f"{run.method.title} on {', '.join(titles)}, seed {run.cfg.seed}")
@@ -204,6 +206,16 @@ def said_of(figures: dict[str, Any], entry: dict[str, Any]) -> str:
         f"logistic regression on words and pairs of words, {figures['train_rows']:,} training "
         f"rows, {figures['seconds']:.1f} s"
     )
+
+
+def cut_prompts(summary: dict[str, Any]) -> str:
+    """A line on prompts that were cut; empty where none was."""
+    trained, measured = summary["truncated_prompts"], summary["truncated_eval_prompts"]
+    said = (
+        f"prompts cut to fit: {trained:,} of {summary['train_labels']:,} in training, "
+        f"{measured:,} of {summary['eval_rows']:,} in the evaluation"
+    )
+    return said if trained or measured else ""
 
 
 def draw(run: Run, summary: dict[str, Any], title: str) -> None:

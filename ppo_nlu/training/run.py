@@ -73,6 +73,7 @@ def start(cfg: Config, folder: Path | None, output: Path | None, work: ExitStack
         rewards.load(reward)
     method = load_method(cfg, specs)
     train_rows, held_rows = rows_of(learned_from), rows_of(held)
+    tell_cut(method, train_rows)
     plan_memory(method, mixture.batch(train_rows, cfg.mixture, PLANNED_BY, 0, cfg.seed))
     made_of = provenance.of_run(cfg, train_rows, held_rows, method.model.device, own)
     if folder is None:
@@ -125,6 +126,16 @@ def load_method(cfg: Config, specs: Mapping[str, TaskSpec]) -> Method:
     place = f"{cfg.model.name_or_path} on {method.model.device}"
     print(f"model: {', '.join(filter(None, (place, method.path())))}")
     return method
+
+
+def tell_cut(method: Method, rows: Mapping[str, list[Example]]) -> None:
+    """Say about how many rows to train on are too long to be read whole."""
+    for name, found in rows.items():
+        if count := data.about_too_long(found, method.cuts):
+            streams.tell(
+                f"warning: {name}: about {count:,} of {len(found):,} rows to train on are longer "
+                f"than {method.limit()}; the end of their longest text is cut"
+            )
 
 
 def plan_memory(method: Method, rows: list[Example]) -> None:

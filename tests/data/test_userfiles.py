@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ppo_nlu.data import read_inputs
+from ppo_nlu.config import CustomConfig, DataConfig
+from ppo_nlu.data import load_split, read_inputs, train_examples
+from ppo_nlu.data.__main__ import main as data_program
 from ppo_nlu.errors import UserError
 from ppo_nlu.tasks import TASKS, Example, TaskSpec, get_task
+from ppo_nlu.tasks.custom import CustomSpec, spec_of
+from tests import tickets
 from tests.data.files import SST2, json_lines_of, says
 
 
@@ -126,3 +130,91 @@ def test_rows_to_predict_by_the_official_columns(tmp_path: Path) -> None:
     assert next(read_inputs(path, get_task("mnli"))).fields == fields
     path.write_text("sentence1\tsentence2\tscore\nA\tB\t4.2\n")
     assert next(read_inputs(path, get_task("stsb"))).label == "4.2"
+
+
+# ---- rows without a label or a text
+
+
+def _tickets(path: Path, missing: str, fields: tuple[str, ...] = ("text",)) -> CustomSpec:
+    """The task of the ticket file, as train, dev and test."""
+    section = CustomConfig(
+        name="tickets",
+        train=str(path),
+        dev=str(path),
+        test=str(path),
+        fields=list(fields),
+        query="Judge {text}.",
+        label_column="category",
+        missing=missing,
+        labels=list(tickets.SHARES),
+    )
+    return spec_of(section)
+
+
+def test_rows_without_a_label_or_a_text_are_refused_with_their_number(tmp_path: Path) -> None:
+    rows = tickets.write(tmp_path / "t.csv", 1500)
+    lines, place = (tmp_path / "t.csv").read_text("utf-8").splitlines(), ""
+    for number, line in enumerate(lines, start=1):  # the first row that ends so or has no text
+        if line.endswith(",") or (line.startswith("T-") and not line.split(",")[1].strip()):
+            place = f"t.csv:{number}: "
+            break
+    labels = sum(not row["category"] for row in rows)
+    texts = sum(not row["text"].strip() and bool(row["category"]) for row in rows)
+    assert (labels, texts) == (3, 2)
+    for split in ("train", "dev"):
+        with pytest.raises(UserError) as error:
+            load_split(_tickets(tmp_path / "t.csv", "error"), split, DataConfig())
+        says(error, place, "is empty", "3 rows have no label", "2 rows have no text")
+        says(error, "mend them, or leave them out: custom.missing=drop")
+
+
+def test_rows_without_a_label_or_a_text_are_dropped_and_told(tmp_path: Path, capsys) -> None:
+    rows = tickets.write(tmp_path / "t.csv", 1500)
+    whole = [n for n, row in enumerate(rows) if row["category"] and row["text"].strip()]
+    spec = _tickets(tmp_path / "t.csv", "drop")
+    for split in ("train", "dev"):
+        found = load_split(spec, split, DataConfig())
+        assert [row.id for row in found.examples] == [f"{split}-{n}" for n in whole]
+        assert "3 rows left out: no label" in found.note and found.malformed == 5
+        assert "2 rows left out: no text" in found.note
+    assert "2 rows left out: no text" in train_examples(spec, DataConfig(), False).note
+    # What is to be predicted is never dropped.
+    assert len(load_split(spec, "test", DataConfig()).examples) == 1500
+    assert len(list(read_inputs(tmp_path / "t.csv", spec))) == 1500
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "task: t\ncustom: {name: t, fields: [text], query: 'Judge {text}.', missing: drop,\n"
+        f"  label_column: category, train: {tmp_path / 't.csv'}, labels: {list(tickets.SHARES)}}}\n"
+    )
+    assert data_program(["check", str(config)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told.count("t train: 3 rows left out: no label") == 1
+    assert "t train: 2 rows left out: no text" in told and "t dev: " not in "".join(told)
+    header, train = told[0].split(), told[1]
+    assert "left" in header and "  5  " in train
+
+
+def test_what_counts_as_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"text": "a", "channel": "", "category": "Praise"},
+        {"text": None, "channel": " \u200b", "category": "Praise"},
+        {"text": "b", "channel": "x", "category": None},
+        {"text": "c", "channel": "x"},
+        {"text": "NA", "channel": "nan", "category": "Praise"},  # words like any other
+    ]
+    path.write_text(json_lines_of(*rows))
+    spec = _tickets(path, "drop", ("text", "channel"))
+    found = load_split(spec, "train", DataConfig())
+    assert [row.id for row in found.examples] == ["train-0", "train-4"]
+    assert "2 rows left out: no label" in found.note and "1 rows left out: no text" in found.note
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:2: 'text' and 'channel' are empty; 1 row has no"
+    ):
+        load_split(_tickets(path, "error", ("text", "channel")), "train", DataConfig())
+    path.write_text(json_lines_of(*rows[2:4]))
+    with pytest.raises(UserError, match="no row is left: 2 rows have no label"):
+        load_split(spec, "train", DataConfig())
+    path.write_text(json_lines_of(*rows[3:4]))  # no row at all has the column
+    with pytest.raises(UserError, match=r"a\.jsonl:1: there is no 'category'; name the column"):
+        load_split(spec, "train", DataConfig())

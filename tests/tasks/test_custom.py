@@ -274,7 +274,7 @@ def test_paths_are_those_of_the_current_folder(
             "text,label\nfine,Normal\nodd,Stress\n",
             ["a.csv:3", "'Stress'", "add it to custom.labels or drop the rows"],
         ),
-        ("a.csv", "text,label\nfine,\n", ["a.csv:2", "no label ''"]),
+        ("a.csv", "text,label\nfine,\n", ["a.csv:2", "'label' is empty; 1 row has no label"]),
         ("a.csv", "text,mood\nfine,Normal\n", ["a.csv:2", "'label'", "custom.label_column"]),
         ("a.csv", "message,label\nfine,Normal\n", ["a.csv:1", "message, label", "columns: text"]),
         ("a.tsv", "text\tlabel\nfine\n", ["a.tsv:2", "1 columns"]),
@@ -307,12 +307,13 @@ def test_a_row_that_cannot_be_used_is_an_error(
 def test_empty_texts_and_a_single_label_are_told(tmp_path: Path, capsys) -> None:
     path, config = tmp_path / "a.jsonl", tmp_path / "c.yaml"
     texts = ["fine", "", " \u200b", "good", "so so"]
-    path.write_text("".join(json.dumps({"text": t, "label": "Normal"}) + "\n" for t in texts))
-    spec = spec_of(replace(MOOD, train=str(path), dev=str(path)))
+    rows = [{"text": text, "more": "x", "label": "Normal"} for text in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = spec_of(replace(MOOD, fields=["text", "more"], train=str(path), dev=str(path)))
     note = train_examples(spec, CFG, bundled_model=False).note
     assert "2 rows have an empty text; every row has the label 'Positive', so" in note
     config.write_text(
-        f"task: mood\ncustom: {{name: mood, fields: [text], query: 'Judge {{text}}.', "
+        f"task: mood\ncustom: {{name: mood, fields: [text, more], query: 'Judge {{text}}.', "
         f"labels: {{Positive: [Normal], Negative: [Odd]}}, train: {path}, dev: {path}}}\n"
     )
     assert check_data(["check", str(config)]) == 0
@@ -321,7 +322,8 @@ def test_empty_texts_and_a_single_label_are_told(tmp_path: Path, capsys) -> None
     assert "mood train: 2 rows have an empty text" in lines
     assert [line for line in lines if line.startswith("mood train: every row has the label")]
     # Nothing is said where there is nothing to say.
-    path.write_text('{"text": "a", "label": "Normal"}\n{"text": "b", "label": "Anxiety"}\n')
+    rows = [rows[0], rows[3] | {"label": "Anxiety"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     note = train_examples(spec, CFG, bundled_model=False).note
     assert "empty text" not in note and "every row" not in note
 

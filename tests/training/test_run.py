@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from short_run import QUICK, run
 
-from ppo_nlu import train
+from ppo_nlu import evaluate, predict, train
 from ppo_nlu.methods import memory
 from ppo_nlu.model import BUNDLED
+from ppo_nlu.runtime import cli
 from ppo_nlu.training.run import Run
 
 pytestmark = pytest.mark.skipif(
@@ -46,3 +47,30 @@ def test_a_gpus_limit_reaches_the_method(
     assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
     assert 100 < seen[0] < 40 * 2**20 / (20 * 2**10)  # at least 20 KiB a token and layer
     assert "micro_batch_tokens: 0\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "encoder"])
+def test_texts_of_one_word_and_of_thousands(tmp_path: Path, capsys, method: str) -> None:
+    """In train, evaluate and predict; prompts that are cut are told before and after training."""
+    path, config, folder = tmp_path / "a.csv", tmp_path / "c.yaml", tmp_path / "run"
+    texts = ["word", "word " * 3000, "other", "third"]
+    path.write_text("text,label\n" + "".join(f"{t},{'AB'[n % 2]}\n" for n, t in enumerate(texts)))
+    config.write_text(
+        "task: t\ncustom: {name: t, fields: [text], query: 'Judge {text}.', labels: [A, B],\n"
+        f"  train: {path}, dev: {path}}}\n"
+        "rollout: {max_new_tokens: 4}\n"
+        "sft: {batch_size: 4}\nencoder: {batch_size: 4}\ntrain: {steps: 1}\neval: {bootstrap: 0}\n"
+    )
+    assert run(config, *QUICK, f"method={method}", "--output", folder) == 0
+    out, err = capsys.readouterr()
+    limit = {"encoder": "128 tokens (encoder.max_length)"}.get(method, "2,044 tokens (the context)")
+    told = f"warning: t: about 1 of 4 rows to train on are longer than {limit}; the end of their"
+    assert told in err
+    if method != "encoder":
+        line = "prompts cut to fit: 1 of 4 in training, 1 of 4 in the evaluation"
+        assert line in out.splitlines()
+    assert cli.run(evaluate.main, [str(folder), "--decode", "greedy"]) == 0
+    answers = str(tmp_path / "answers.jsonl")
+    assert cli.run(predict.main, [str(folder), "--input", str(path), "--output", answers]) == 0
+    assert len(Path(answers).read_text().splitlines()) == 4

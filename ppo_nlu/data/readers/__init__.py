@@ -27,7 +27,7 @@ READERS: dict[str, Callable[[TaskSpec, str, Path], Split]] = {
     "wsc": json_lines.wsc,
     "ax": tables.ax,
     "axg": json_lines.axg,
-    "custom": lambda spec, split, path: Split(custom_examples(spec, split, path)),
+    "custom": lambda spec, split, path: Split(*custom_examples(spec, split, path)),
 }
 
 

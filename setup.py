@@ -1,7 +1,8 @@
 """Packaging of ppo_nlu.
 
 The kernels are installed as ppo_nlu.kernels and never as a top-level `kernels`: the Hugging Face
-hub has a package of that very name, which transformers imports.
+hub has a package of that very name, which transformers imports. The configs are installed beside
+them, as ppo_nlu/configs.
 """
 
 import re
@@ -42,12 +43,17 @@ setup(
     ],
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=[*find_packages(include=["ppo_nlu", "ppo_nlu.*"]), "ppo_nlu.kernels"],
-    package_dir={"ppo_nlu.kernels": "kernels"},
+    packages=[
+        *find_packages(include=["ppo_nlu", "ppo_nlu.*"]),
+        "ppo_nlu.kernels",
+        "ppo_nlu.configs",
+    ],
+    package_dir={"ppo_nlu.kernels": "kernels", "ppo_nlu.configs": "configs"},
     package_data={
         "ppo_nlu": ["py.typed", "README.md", "architectures.md", "assets/*", "assets/**/*"],
         "ppo_nlu.pretrain": ["card.md"],
         "ppo_nlu.kernels": ["*.json", "README.md"],
+        "ppo_nlu.configs": ["*.yaml", "*/*.yaml", "README.md"],
     },
     python_requires=">=3.10",
     install_requires=[

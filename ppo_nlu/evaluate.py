@@ -28,7 +28,7 @@ from ppo_nlu.answering.answer import (
     joined,
     shown,
 )
-from ppo_nlu.answering.load_run import load_base, load_trained, run_config
+from ppo_nlu.answering.load_run import CHECKPOINT_HELP, load_base, load_trained, run_config
 from ppo_nlu.answering.predictions import recorded, write_predictions
 from ppo_nlu.answering.stored_config import read_config
 from ppo_nlu.config import Config
@@ -46,11 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     """The program."""
     started = time.perf_counter()
     parser = arguments.Parser("python -m ppo_nlu.evaluate", description=__doc__)
-    parser.add_argument("target", metavar="RUN_DIR|CONFIG", help="a run, or a config: its base")
+    parser.add_argument(
+        "target",
+        type=arguments.config_file,
+        metavar="RUN_DIR|CONFIG",
+        help="a run, or a config: its base",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--decode", choices=DECODES, help="one way of decoding (default: all three)"
     )
+    parser.add_argument("--checkpoint", metavar="best|last|step_N", help=CHECKPOINT_HELP)
     parser.add_argument("--split", help="train, dev or test (default: eval.split)")
     parser.add_argument(
         "--output",
@@ -61,16 +67,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     target = Path(args.target)
     is_run = target.is_dir()
-    cfg = (run_config if is_run else read_config)(target, args.overrides)
+    if args.checkpoint and not is_run:
+        raise UserError(f"--checkpoint: {target} is no run folder; name the run that kept it")
+    if is_run:
+        cfg = run_config(target, args.overrides, args.checkpoint)
+    else:
+        cfg = read_config(target, args.overrides)
     cfg = replace(cfg, eval=replace(cfg.eval, split=args.split or cfg.eval.split))
     specs, split = specs_of(cfg), cfg.eval.split
-    name = folder_name(cfg, is_run)
+    name = folder_name(cfg, is_run, args.checkpoint)
     default = unused(target / name if is_run else Path(name))
     output = require_unused(arguments.require_place("--output", args.output or default), specs)
     held = {name: held_out(spec, cfg) for name, spec in specs.items()}
     for rows in held.values():
         print(f"data: {rows.note}; {split}: {len(rows.examples):,} rows", flush=True)
-    answerer = load_trained(cfg, target) if is_run else load_base(cfg)
+    answerer = load_trained(cfg, target, args.checkpoint) if is_run else load_base(cfg)
     for spec in specs.values():
         answerer.require_fit(spec)
     with FolderLock(make_folder(output)):
@@ -141,12 +152,13 @@ def _tell(one: Measured, cfg: Config, folder: Path) -> None:
         print_report(f"{one.spec.title}, {decode}", row)
 
 
-def folder_name(cfg: Config, is_run: bool) -> str:
-    """The name of the default folder: task, split, method and shots; an encoder has no shots."""
+def folder_name(cfg: Config, is_run: bool, kept: str | None = None) -> str:
+    """The name of the default folder: task, split, method, shots and kept checkpoint; an encoder
+    has no shots."""
     tasks = "+".join(name.replace("/", "-") for name in cfg.names)
     how = cfg.method if is_run else "base"
     shots = [f"{cfg.prompt.shots}shot"] if reads(cfg, "prompt") else []
-    return "-".join(["eval", tasks, cfg.eval.split, how, *shots])
+    return "-".join(["eval", tasks, cfg.eval.split, how, *shots, *([kept] if kept else [])])
 
 
 def unused(folder: Path) -> Path:

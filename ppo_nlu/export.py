@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
+from ppo_nlu.answering.load_run import CHECKPOINT_HELP
 from ppo_nlu.answering.stored_config import stored_config
 from ppo_nlu.config import Config
 from ppo_nlu.errors import UserError
@@ -135,9 +136,7 @@ def _policy(run: Path, cfg: Config, which: str | None) -> tuple[nn.Module, Any]:
 
 
 def _checkpoint(run: Path, which: str) -> tuple[checkpoint.Tensors, Path]:
-    path = checkpoint.best(run) if which == "best" else checkpoint.latest(run)
-    if path is None:
-        raise UserError(f"{run} has no {which} checkpoint; without --checkpoint adapter/ is taken")
+    path = checkpoint.named(run, which)
     groups, _ = checkpoint.load(path)
     if "adapter" not in groups:
         raise UserError(f"{path} holds no LoRA weights; without --checkpoint adapter/ is taken")
@@ -242,9 +241,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="what ppo_nlu.train wrote")
     parser.add_argument("--output", metavar="DIR", required=True, help="a new or empty folder")
     parser.add_argument("--merge", action="store_true", help="write a whole model, not an adapter")
-    parser.add_argument(
-        "--checkpoint", choices=("best", "last"), help="take this checkpoint, not the run's end"
-    )
+    parser.add_argument("--checkpoint", metavar="best|last|step_N", help=CHECKPOINT_HELP)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)
 

@@ -51,7 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     """The program; returns the exit code."""
     started = time.perf_counter()
     parser = arguments.Parser("python -m ppo_nlu.teach_form", description=__doc__)
-    parser.add_argument("config", metavar="CONFIG", help="tasks, data, optim, train.steps, sft")
+    parser.add_argument(
+        "config",
+        type=arguments.config_file,
+        metavar="CONFIG",
+        help="tasks, data, optim, train.steps, sft",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_intermixed_args(argv)

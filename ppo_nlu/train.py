@@ -144,7 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     """The program; returns the exit code."""
     started = time.perf_counter()
     parser = arguments.Parser("python -m ppo_nlu.train", description=__doc__)
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/sst2.yaml")
+    parser.add_argument(
+        "config",
+        type=arguments.config_file,
+        metavar="CONFIG",
+        help="a YAML file, such as configs/sst2.yaml; `python -m ppo_nlu configs` lists them",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import config_table
 import pytest
 
-from ppo_nlu.config import METHOD_DEFAULTS, PRESETS, Config, number, one_of
+from ppo_nlu.config import METHOD_DEFAULTS, PRESETS, Config, key_table, number, one_of
 from ppo_nlu.config.fields import schema
 
 
@@ -41,7 +41,7 @@ def document() -> str:
 
 
 def test_the_meaning_is_the_comment_at_the_field() -> None:
-    assert config_table.meanings(Outer) == {
+    assert key_table.meanings(Outer) == {
         "name": "the name",
         "inner.above": "Said above. And on a second line.",
         "inner.behind": "said behind",

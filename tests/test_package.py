@@ -74,7 +74,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # built from a copy: the build leaves files beside the sources
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "ppo_nlu", "kernels"):
+    files = ("setup.py", "pyproject.toml", "LICENSE", "README.md")
+    for name in (*files, "ppo_nlu", "kernels", "configs"):
         if (ROOT / name).exists():
             subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     done = subprocess.run(
@@ -89,7 +90,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_all_and_no_top_level_kernels(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"ppo_nlu"}
-    for folder, prefix in ((ROOT / "ppo_nlu", "ppo_nlu"), (ROOT / "kernels", "ppo_nlu/kernels")):
+    for folder, prefix in (
+        (ROOT / "ppo_nlu", "ppo_nlu"),
+        (ROOT / "kernels", "ppo_nlu/kernels"),
+        (ROOT / "configs", "ppo_nlu/configs"),
+    ):
         here = {
             f"{prefix}/{path.relative_to(folder).as_posix()}"
             for path in folder.rglob("*")
@@ -105,6 +110,16 @@ def test_the_wheel_says_what_it_is_for(wheel: Path) -> None:
         said = Parser().parsestr(archive.read(name).decode())
     assert {"PPO", "LoRA", "GLUE"} <= set(said["Keywords"].split(","))
     assert "Typing :: Typed" in said.get_all("Classifier")
+
+
+def test_the_installed_configs_are_found_from_any_folder(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "from ppo_nlu.runtime import arguments; print(arguments.config_file('configs/sst2.yaml'))"
+    )
+    found = Path(run(code, tmp_path / "site", tmp_path))
+    assert found == tmp_path / "site" / "ppo_nlu" / "configs" / "sst2.yaml"
+    assert found.read_bytes() == (ROOT / "configs" / "sst2.yaml").read_bytes()
 
 
 def test_the_wheel_imports_with_a_foreign_kernels_package(wheel: Path, tmp_path: Path) -> None:

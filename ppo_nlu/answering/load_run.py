@@ -20,15 +20,24 @@ from ppo_nlu.model import lora, peft_format
 from ppo_nlu.model.load import adapter_folder, load_policy
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.model.value_head import VALUE_HEAD
+from ppo_nlu.runtime import checkpoint
 from ppo_nlu.runtime.run_folder import require_run_dir
 from ppo_nlu.storage.folders import read_tensors
 from ppo_nlu.tasks.custom import specs_of
 
+CHECKPOINT_HELP = "take the weights of this checkpoint (default: those of the end of the run)"
 
-def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a finished run; a UserError where it is none or has not finished."""
+
+def run_config(
+    run_dir: str | Path, overrides: Sequence[str] = (), which: str | None = None
+) -> Config:
+    """The config of a run; a UserError where it is none, or where the weights are not there: those
+    of its end, or of the checkpoint `which`."""
     folder = require_run_dir(run_dir)
     cfg = stored_config(folder, overrides)
+    if which is not None:
+        checkpoint.named(folder, which)
+        return cfg
     kept = trained_folder(folder, cfg)
     if not (kept / _kind(cfg).mark).is_file():
         raise UserError(
@@ -48,9 +57,16 @@ def start_folder(cfg: Config) -> Path:
     return _kind(cfg).start(str(cfg.init_from))
 
 
-def load_trained(cfg: Config, run_dir: str | Path) -> Answerer:
-    """The model of a finished run, as it was trained."""
-    return answerer_of(_kind(cfg).load(cfg, Path(run_dir)), cfg)
+def load_trained(cfg: Config, run_dir: str | Path, which: str | None = None) -> Answerer:
+    """The model of a finished run as it was trained, or as it was at the checkpoint `which`."""
+    kind, folder = _kind(cfg), Path(run_dir)
+    if which is None:
+        return answerer_of(kind.load(cfg, folder), cfg)
+    path = checkpoint.named(folder, which)
+    groups, _ = checkpoint.load(path)
+    if kind.folder not in groups:
+        raise UserError(f"{path}: holds no weights of method: {cfg.method}; name its own run")
+    return answerer_of(kind.kept(cfg, groups, str(path)), cfg)
 
 
 def load_base(cfg: Config) -> Answerer:
@@ -74,6 +90,7 @@ class Kind:
     mark: str  # a file in it that is there once the run has finished
     answerer: Callable[[Any, Config], Answerer]
     load: Callable[[Config, Path], Any]
+    kept: Callable[[Config, checkpoint.Tensors, str], Any]  # from the groups of a checkpoint
     base: Callable[[Config], Any]
     start: Callable[[str], Path]  # finds the weights that `init_from` names
 
@@ -101,6 +118,20 @@ def _trained_policy(cfg: Config, run_dir: Path) -> Policy:
     return policy
 
 
+def _kept_policy(cfg: Config, groups: checkpoint.Tensors, place: str) -> Policy:
+    policy = load_policy(replace(cfg, init_from=None))
+    lora.load_state_dict(policy.model, groups["adapter"], place)
+    if "value_head" in groups:
+        lora.take(policy.value_head.state_dict(), groups["value_head"], place)
+    return policy
+
+
+def _kept_encoder(cfg: Config, groups: checkpoint.Tensors, place: str) -> Encoder:
+    encoder = encoder_load.load(replace(cfg, init_from=None), specs_of(cfg)[cfg.names[0]])
+    encoder_save.take(encoder.model, groups["encoder"], True, place)
+    return encoder
+
+
 def _trained_encoder(cfg: Config, run_dir: Path) -> Encoder:
     return encoder_load.load_saved(cfg, specs_of(cfg)[cfg.names[0]], run_dir / _ENCODER.folder)
 
@@ -114,6 +145,7 @@ _POLICY = Kind(
     mark=peft_format.CONFIG_FILE,
     answerer=PolicyAnswerer,
     load=_trained_policy,
+    kept=_kept_policy,
     base=load_policy,
     start=adapter_folder,
 )
@@ -122,6 +154,7 @@ _ENCODER = Kind(
     mark="config.json",
     answerer=EncoderAnswerer,
     load=_trained_encoder,
+    kept=_kept_encoder,
     base=_no_encoder,
     start=encoder_load.saved_folder,
 )

@@ -3,7 +3,7 @@
 A YAML file states only what differs from the defaults, under the names of the keys in `sections`.
 Later layers win: defaults < preset < method < file < command line (`section.key=value`). How a file
 is read, and what is said of mistakes in it, is in `strict_config`. A relative path in a config is
-relative to the current directory. Nothing here imports torch.
+relative to the current directory; once loaded it is absolute (`paths`). Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ppo_nlu.config import strict_config
 from ppo_nlu.config.checks import checked
 from ppo_nlu.config.fields import below_one, number, one_of, positive, schema, share
 from ppo_nlu.config.foreign_names import ABSENT, FOREIGN_NAMES, NEAR_MISSES, NOTES
+from ppo_nlu.config.paths import PATHS, absolute
 from ppo_nlu.config.presets import METHOD_DEFAULTS, PRESETS
 from ppo_nlu.config.sections import (
     CustomConfig,
@@ -158,4 +159,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         leaf = schema(Config)["ppo.preset"]
         name = checked(leaf, name, where, "ppo.preset")
         given = {key: (where, value) for key, value in PRESETS[name].items()} | given
-    return strict_config.build(Config, given, str(path))
+    return strict_config.build(Config, given | dict(_absolute(given)), str(path))
+
+
+def _absolute(given: strict_config.Given) -> Iterator[tuple[str, tuple[str, object]]]:
+    """The keys that hold paths, with these as absolute ones."""
+    for key in PATHS:
+        if key in given:
+            where, value = given[key]
+            yield key, (where, absolute(key, checked(schema(Config)[key], value, where, key)))

@@ -12,7 +12,7 @@ from ppo_nlu.data.sources import Source, cache_root, expand, local, locate, task
 from ppo_nlu.data.splits import Dataset, has_split, load_split
 from ppo_nlu.data.texts import about_too_long, few_rows, joined, normalise, oddities, one_label
 from ppo_nlu.data.training import batch_indices, epoch_order, first, train_examples
-from ppo_nlu.data.userfiles import read_inputs
+from ppo_nlu.data.userfiles import input_columns, read_inputs
 
 __all__ = [
     "SEEN_LABELS",
@@ -27,6 +27,7 @@ __all__ = [
     "few_rows",
     "first",
     "has_split",
+    "input_columns",
     "joined",
     "load_split",
     "local",

@@ -60,7 +60,7 @@ def _asked(words: Sequence[str]) -> tuple[list[TaskSpec], Config]:
     if len(files) > 1:
         raise UserError(f"{files[1]}: one config file at a time; {files[0]} is given already")
     if files:
-        cfg = load_config(files[0], overrides)
+        cfg = load_config(arguments.config_file(files[0]), overrides)
         return [*specs_of(cfg).values(), *map(get_task, names)], cfg
     given = strict_config.parse_overrides(overrides, Config)
     said = {key: (COMMAND_LINE, value) for key, value in given.items()}

@@ -5,14 +5,15 @@ Unlike in official files nothing is left out unasked: what cannot be read is an 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ppo_nlu.data.labels import gold, without_tags
 from ppo_nlu.data.lines import (
-    Row,
     bare,
     check_columns,
     csv_cells,
@@ -27,30 +28,42 @@ from ppo_nlu.tasks import REWARD_KINDS, Example, TaskSpec
 from ppo_nlu.tasks.custom import CustomSpec
 from ppo_nlu.tasks.words import is_empty
 
+GIVEN = "given"  # in the `extra` of an input: its row, as the file has it
+# Line number, texts by the names of the task, and values by the names of the file.
+Input = tuple[int, dict[str, str], dict[str, Any]]
+IDS = ("id", "index", "idx")  # columns that name a row, the preferred one first
+
 
 def read_inputs(path: str | Path, spec: TaskSpec) -> Iterator[Example]:
     """Stream the rows of a .txt (a sentence a line), .csv, .tsv, .jsonl (or such a .gz) or .parquet
     file; its columns are the task's fields, or the official columns of them.
 
     The label may be absent or empty, and may be a data value or a label word. The id is the row's
-    own (`id`, `index` or `idx`) or its number from 0. Unlike in training files, a row that cannot
-    be read is an error: each input must have its prediction.
+    own (`id`, `index` or `idx`) or its number from 0; `extra` holds the whole row. Unlike in
+    training files, a row that cannot be read is an error: each input must have its prediction.
     """
     path = Path(path)
     return _inputs(path, spec, input_rows(path, spec))
 
 
-def _inputs(
-    path: Path, spec: TaskSpec, rows: Iterator[tuple[int, dict[str, str]]]
-) -> Iterator[Example]:
+def input_columns(path: str | Path, spec: TaskSpec) -> list[str]:
+    """The columns of a file of inputs, as it names them. Lines of JSON may differ in theirs, so
+    such a file is read once from end to end."""
+    path = Path(path)
+    rows = input_rows(path, spec)
+    some = rows if input_kind(path) == ".jsonl" else islice(rows, 1)
+    return list(dict.fromkeys(name for _, _, given in some for name in given))
+
+
+def _inputs(path: Path, spec: TaskSpec, rows: Iterator[Input]) -> Iterator[Example]:
     count = 0
-    for count, (number, row) in enumerate(rows, start=1):
+    for count, (number, row, given) in enumerate(rows, start=1):
         where = f"{path}:{number}"
-        own = next((row[name] for name in ("id", "index", "idx") if row.get(name)), None)
+        own = next((row[name] for name in IDS if row.get(name)), None)
         fields = {name: row[name] for name in spec.fields}
         value = row.get(spec.label_column, "")
         label = None if is_empty(value) else gold(spec, value, where, words=True)
-        yield Example(own or str(count - 1), fields, label, spec.name)
+        yield Example(own or str(count - 1), fields, label, spec.name, extra={GIVEN: given})
     if not count:
         raise UserError(f"{path}: there are no rows")
 
@@ -62,7 +75,7 @@ def custom_examples(spec: TaskSpec, split: str, path: Path) -> tuple[list[Exampl
     its texts. `custom.missing` says what becomes of such rows. Rows of test may lack anything.
     """
     examples, lacking, named = [], [], False
-    for place, (number, row) in enumerate(input_rows(path, spec)):
+    for place, (number, row, _) in enumerate(input_rows(path, spec)):
         where = f"{path}:{number}"
         named = named or split == "test" or spec.label_column in row
         lack = "" if split == "test" else _lack(spec, row)
@@ -133,7 +146,7 @@ def input_kind(path: Path) -> str:
     return kind
 
 
-def input_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+def input_rows(path: Path, spec: TaskSpec) -> Iterator[Input]:
     """Stream the rows of a file by its ending; the task's fields are there under their names,
     whether the file has them so or under the official column names. Nothing is left out."""
     kind = input_kind(path)
@@ -142,29 +155,34 @@ def input_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
     return _INPUTS[kind](path, spec)
 
 
-def _txt_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+def _txt_rows(path: Path, spec: TaskSpec) -> Iterator[Input]:
     for number, line in without_end(numbered_lines(path)):
         if not line.strip():
             raise UserError(f"{path}:{number}: an empty line; every line must be a sentence")
-        yield number, {spec.fields[0]: bare(line)}
+        row = {spec.fields[0]: bare(line)}
+        yield number, row, row
 
 
-def _tsv_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+def _tsv_rows(path: Path, spec: TaskSpec) -> Iterator[Input]:
     rows = ((number, bare(line).split("\t")) for number, line in without_end(numbered_lines(path)))
     return _named_rows(path, spec, rows)
 
 
-def _csv_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+def _csv_rows(path: Path, spec: TaskSpec) -> Iterator[Input]:
     return _named_rows(path, spec, csv_cells(path))
 
 
-def _named_rows(path: Path, spec: TaskSpec, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
-    columns = _own_names(spec, next(rows, (1, [""]))[1])
+def _named_rows(
+    path: Path, spec: TaskSpec, rows: Iterator[tuple[int, list[str]]]
+) -> Iterator[Input]:
+    names = next(rows, (1, [""]))[1]
+    columns, names = _own_names(spec, names), _distinct(names)
     check_columns(path, columns, spec.fields)
     for number, cells in rows:
         if len(cells) != len(columns):
             raise UserError(f"{path}:{number}: {len(cells)} columns; the header has {len(columns)}")
-        yield number, dict(zip(columns, cells, strict=True))
+        row, given = zip(columns, cells, strict=True), zip(names, cells, strict=True)
+        yield number, dict(row), dict(given)
 
 
 def _own_names(spec: TaskSpec, columns: Sequence[str]) -> list[str]:
@@ -173,15 +191,24 @@ def _own_names(spec: TaskSpec, columns: Sequence[str]) -> list[str]:
     return [own.get(column, column) for column in columns]
 
 
-def _jsonl_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names of a header; of several columns without a name each is called by its place."""
+    nameless = [name for name in names if not name.strip()]
+    return [
+        name if name.strip() or len(nameless) == 1 else f"column_{place}"
+        for place, name in enumerate(names, start=1)
+    ]
+
+
+def _jsonl_rows(path: Path, spec: TaskSpec) -> Iterator[Input]:
     for number, found in json_rows(path):
         row = dict(zip(_own_names(spec, list(found)), found.values(), strict=True))
         where = f"{path}:{number}"
         _check_texts(spec, row, where)
-        yield number, {key: json_text(value, where) for key, value in row.items()}
+        yield number, {key: json_text(value, where) for key, value in row.items()}, found
 
 
-def _parquet_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
+def _parquet_rows(path: Path, spec: TaskSpec) -> Iterator[Input]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -191,7 +218,8 @@ def _parquet_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
         ) from None
     try:
         with parquet.ParquetFile(path) as file:
-            columns = _own_names(spec, file.schema_arrow.names)
+            names = file.schema_arrow.names
+            columns = _own_names(spec, names)
             check_columns(path, columns, spec.fields)
             number = 0
             for batch in file.iter_batches(1024):
@@ -200,7 +228,8 @@ def _parquet_rows(path: Path, spec: TaskSpec) -> Iterator[Row]:
                     where = f"{path}:{number}"
                     row = dict(zip(columns, values, strict=True))
                     _check_texts(spec, row, where)
-                    yield number, {key: _scalar(value, where) for key, value in row.items()}
+                    texts = {key: _scalar(value, where) for key, value in row.items()}
+                    yield number, texts, dict(zip(names, map(_plain, values), strict=True))
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
@@ -220,7 +249,13 @@ def _scalar(value: Any, where: str) -> str:
     return json_text(value, where) if isinstance(value, str | int | None) else str(value)
 
 
-_INPUTS: dict[str, Callable[[Path, TaskSpec], Iterator[Row]]] = {
+def _plain(value: Any) -> Any:
+    """A cell of .parquet in the types of JSON: dates and the like as text."""
+    plain = isinstance(value, str | int | float | None)
+    return value if plain else json.loads(json.dumps(value, default=str))
+
+
+_INPUTS: dict[str, Callable[[Path, TaskSpec], Iterator[Input]]] = {
     ".txt": _txt_rows,
     ".csv": _csv_rows,
     ".tsv": _tsv_rows,

@@ -115,7 +115,7 @@ def matmul_precision(name: str) -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, run all stages, print the scores."""
     parser = arguments.Parser(prog="python -m ppo_nlu.pretrain", description=DESCRIPTION)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=arguments.config_file)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, help="folder for the stages and the finished model")
     parser.add_argument("--again", choices=RESULTS, help="repeat from this stage on")

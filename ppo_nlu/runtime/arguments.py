@@ -10,9 +10,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-from ppo_nlu.config import Config
+from ppo_nlu.config import Config, shipped
 from ppo_nlu.config.mistakes import meant
 from ppo_nlu.errors import UserError
+from ppo_nlu.runtime.streams import tell
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +33,16 @@ class Parser(argparse.ArgumentParser):
             return f"; did you mean {near[0]}?"
         text = meant(Config, key)
         return f"; keys of the config are given as section.key=value: {text}" if text else ""
+
+
+def config_file(text: str) -> str:
+    """The path of a config that the user names: of one that comes with the package, if there is no
+    such file here. Use it as the `type` of an argument."""
+    found = None if os.path.lexists(text) else shipped.find(text)
+    if found is None:
+        return text
+    tell(f"note: there is no {text} here; the one that comes with the package is taken: {found}")
+    return str(found)
 
 
 def require_place(flag: str, path: Path) -> Path:

@@ -100,6 +100,30 @@ def best(run_dir: str | Path) -> Path | None:
     return path if path.is_dir() else None
 
 
+def named(run_dir: str | Path, which: str) -> Path:
+    """The folder of the checkpoint `best`, `last` or `step_N`; a UserError where none was kept."""
+    if which == "best":
+        mend = "train with train.eval_every=N, which keeps the best"
+        return _there(best(run_dir), run_dir, which, mend)
+    kept = _steps(run_dir)
+    names = ", ".join(path.name.removeprefix(_MOVED) for path in kept)
+    mend = "train.checkpoint_every and train.keep_checkpoints say which stay"
+    mend = f"there are {names} ({mend})" if kept else mend
+    if which == "last":
+        return _there(kept[-1] if kept else None, run_dir, which, mend)
+    step = re.fullmatch(r"step_(\d{1,18})", which)
+    if step is None:
+        raise UserError(f"--checkpoint {which}: is no checkpoint; give best, last or step_N")
+    found = [path for path in kept if int(path.name.rpartition("_")[2]) == int(step[1])]
+    return _there(next(iter(found), None), run_dir, which, mend)
+
+
+def _there(path: Path | None, run_dir: str | Path, which: str, mend: str) -> Path:
+    if path is None:
+        raise UserError(f"--checkpoint: {run_dir} has no {which} checkpoint; {mend}")
+    return path
+
+
 def best_metric(run_dir: str | Path) -> float | None:
     """The dev metric of the best checkpoint, or None where there is none that can be read."""
     path = best(run_dir)

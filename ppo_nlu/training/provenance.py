@@ -24,6 +24,7 @@ import torch
 import ppo_nlu
 from ppo_nlu.answering.load_run import start_folder
 from ppo_nlu.config import Config
+from ppo_nlu.config.paths import absolute
 from ppo_nlu.config.strict_config import values
 from ppo_nlu.errors import UserError
 from ppo_nlu.model.base_model import resolve
@@ -217,6 +218,9 @@ def _sample(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
 
 def compare(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Warnings about what has changed since a checkpoint; a UserError where it must not have."""
+    config = before.get("config")
+    if isinstance(config, Mapping):  # earlier versions noted relative paths
+        before = {**before, "config": {key: absolute(key, config[key]) for key in config}}
     for name, mend in REFUSED.items():
         if before.get(name) != now[name]:
             raise UserError(

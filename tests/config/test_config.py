@@ -16,6 +16,7 @@ from ppo_nlu import config
 from ppo_nlu.config import (
     PRESETS,
     Config,
+    LogConfig,
     LoraConfig,
     PPOConfig,
     diff,
@@ -353,9 +354,9 @@ def test_numbers_of_yaml_1_1(write: Write) -> None:
 
 def test_words_stay_words(write: Write) -> None:
     targets = "[no, yes, on, off, y, n, 1:30, 010, 2024-01-01, 0x1f]"
-    cfg = load_config(write(f"{TASK}lora: {{targets: {targets}}}\ndata: {{path: no}}\n"))
+    cfg = load_config(write(f"{TASK}lora: {{targets: {targets}}}\nlog: {{project: no}}\n"))
     assert cfg.lora.targets == targets.strip("[]").split(", ")
-    assert cfg.data.path == "no"
+    assert cfg.log.project == "no"
     assert load_config(write(TASK + "log: {wandb: True, plot: false}\n")).log.wandb is True
 
 
@@ -463,7 +464,8 @@ ODD_TEXTS += [
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
 def test_any_text_reloads(write: Write, text: str) -> None:
-    cfg = Config(task="sst2", init_from=text, lora=LoraConfig(targets=[text, "b"]))
+    lora, log = LoraConfig(targets=[text, "b"]), LogConfig(project=text)
+    cfg = Config(task="sst2", lora=lora, log=log)
     assert load_config(write(dump(cfg))) == cfg
     assert not any(letter in text for letter in "é中") or text in dump(cfg)
 

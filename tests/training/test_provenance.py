@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppo_nlu import teach_form, train
+from ppo_nlu import evaluate, export, predict, teach_form, train
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import base
 from ppo_nlu.model import BUNDLED
@@ -162,6 +162,55 @@ def test_an_edited_config_in_the_run_folder_is_refused(
     assert "now: config (optim.lr)" in error and error.count("\n") == 1
     path.write_text(text.replace("checkpoint_every: 1", "checkpoint_every: 2"))
     assert place.resume() == 0
+
+
+@pytest.mark.slow
+def test_a_run_of_relative_paths_works_from_any_folder(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """And after it was moved; no file of the adapter tells the machine's paths."""
+    config = place.config()
+    config.write_text(config.read_text().replace(f"{place.root}/", ""))
+    monkeypatch.chdir(place.root)
+    place.stopped(monkeypatch, Path("config.yaml"))
+    (place.root / "elsewhere").mkdir()
+    monkeypatch.chdir(place.root / "elsewhere")
+    assert start("../a run/config.yaml", "--resume", "../a run") == 0
+    shutil.move("../a run", "moved")
+    for main, words in (
+        (evaluate.main, ["moved"]),
+        (predict.main, ["moved", "prompt.shots=1", "--input", "../dev.csv", "--output", "a.csv"]),
+        (export.main, ["moved", "--merge", "--output", "merged"]),
+    ):
+        assert cli.run(main, words) == 0
+    for path in Path("moved/adapter").iterdir():
+        assert str(place.root).encode() not in path.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_folder_may_be_named_relatively_when_a_run_is_resumed(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    place.stopped(monkeypatch, place.config())
+    monkeypatch.chdir(place.root)
+    assert start("config.yaml", "model.name_or_path=base/", "--resume", "a run") == 0
+    assert "another" not in capsys.readouterr().out
+
+
+def test_a_relative_path_that_an_earlier_version_noted_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    now: dict[str, Any] = {key: {} for key in (*provenance.REFUSED, *provenance.TOLD)}
+    before = now | {"config": {"model.name_or_path": "base", "init_from": "runs/a"}}
+    now["config"] = {
+        "model.name_or_path": str(tmp_path / "base"), "init_from": str(tmp_path / "runs" / "a"),
+    }  # fmt: skip
+    assert provenance.compare(tmp_path, before, now) == []
+    before["config"]["model.name_or_path"] = "other"
+    with pytest.raises(UserError, match=r"config \(model.name_or_path\)"):
+        provenance.compare(tmp_path, before, now)
 
 
 def test_another_start_is_refused(

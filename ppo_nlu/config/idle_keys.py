@@ -37,6 +37,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "optim.value_lr": ("ppo",),
     "train.micro_batch_tokens": ("ppo", "grpo", "sft"),
     "eval.before": ("ppo", "grpo", "sft"),
+    "eval.label_scores": ("ppo", "grpo", "sft"),
     "eval.top_k": ("ppo", "grpo", "sft"),
     "eval.top_p": ("ppo", "grpo", "sft"),
 }

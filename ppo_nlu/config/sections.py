@@ -224,6 +224,9 @@ class EvalConfig:
     batch_size: int = number(64, 1, 65536)  # prompts at a time
     top_k: int = count(0)  # draw the sampled answer from the k likeliest tokens; 0 = off
     top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # the same by their mass; 1 = off
+    # Scored answers: a label's log-probability as it is (sum), by its number of tokens (mean),
+    # or less what it is without the text (prior).
+    label_scores: str = one_of("sum", "sum", "mean", "prior")
     before: bool = True  # score the untrained model too
     bootstrap: int = number(1000, 0, 10**5)  # resamples for the confidence interval; 0 = off
 

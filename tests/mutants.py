@@ -1103,6 +1103,27 @@ OPTIM = of(
     ),
 )
 
+SCORED = of(
+    "answering/by_policy",
+    "answering/by_policy::test_labels_of_different_lengths_are_scored_as_asked",
+    "answering/by_policy::test_the_prior_is_run_once_for_a_task_and_its_number_of_shots",
+    mean_over_padding=(
+        "scores / mask.sum(-1)",
+        "scores / mask.shape[-1]",
+        "the mean is over a label's own tokens",
+    ),
+    prior_of_other_shots=(
+        "self._priors[spec.name, prompt.dropped] for",
+        "self._priors[spec.name, prompts[0].dropped] for",
+        "a prompt that lost shots is compared with one that has as many",
+    ),
+    prior_run_each_batch=(
+        "if (spec.name, dropped) not in self._priors:",
+        "if True:",
+        "the prior is run once",
+    ),
+)
+
 CHECKPOINT = of(
     "runtime/checkpoint",
     "runtime/checkpoint::test_latest_goes_by_number_and_prune_keeps_the_last_and_the_best",
@@ -1162,7 +1183,7 @@ MUTANTS = [
     *LOSSES, *ADVANTAGES, *ROLLOUT, *PROMPTS, *PPO, *GRPO, *SFT, *UPDATES, *REPORT, *REFERENCE,
     *GENERATE,
     *KEPT_GRAPH, *PACK, *ROW, *PREFIXES, *PLAIN, *PLAN, *ATTENTION, *PASSES, *TORCH_LORA, *SOFTMAX,
-    *LOGPROBS,
+    *LOGPROBS, *SCORED,
     *LORA, *OPS, *MODEL, *STOP, *PATH_CHECK, *ANSWERS, *REWARDS, *OPTIM, *CHECKPOINT,
     *BASELINES, *WARNINGS,
 ]  # fmt: skip

@@ -21,11 +21,13 @@ from benchmarks import (  # noqa: E402
     goals,
     gpu_checks,
     kernels,
+    label_scores,
     lora_variants,
     rivals,
     timing,
 )
 from benchmarks.cases import Case  # noqa: E402
+from ppo_nlu.tasks import Example, get_task  # noqa: E402
 
 TINY = {
     "linear_logprobs": "6x16x50",
@@ -341,3 +343,30 @@ def test_the_committed_picture_has_its_rows_and_is_small() -> None:
         parts = [row["part"] for row in csv.DictReader(file)]
     assert parts.count("base") == parts.count("tuned") == 3 and parts.count("reward") == 20
     assert before_after.PICTURE.stat().st_size < 100_000
+
+
+# ---- the scores of labels
+
+
+def test_choices_between_labels_by_hand() -> None:
+    """Behind no text, then behind one: labels of 1 and 3 tokens. Sums -2 and -2.4; means -2 and
+    -0.8; less the prior -2 + 1 = -1 and -2.4 + 3 = 0.6."""
+    without, row = [[-1.0, 0, 0], [-2.0, -0.5, -0.5]], [[-2.0, 0, 0], [-2.0, -0.2, -0.2]]
+    mask = torch.tensor([[[True, False, False], [True] * 3]] * 2)
+    best = label_scores.choices(torch.tensor([without, row]), mask)
+    assert {how: found.tolist() for how, found in best.items()} == {
+        "sum": [0], "mean": [1], "prior": [1],
+    }  # fmt: skip
+    spec = get_task("sst2")
+    rows = [Example("0", {"sentence": "good"}, spec.words[0], "sst2")]
+    measured = label_scores.measure(spec, rows, "mean", [1])
+    assert (measured["accuracy"], measured["most_frequent"]) == ("0.0000", spec.words[1])
+    first, second = label_scores.by_label(spec, rows, torch.tensor([without, row]), mask, best, 1)
+    assert (first["tokens"], first["sum"], first["answered_sum"], first["right"]) == (
+        0,
+        "-2.00",
+        1,
+        1,
+    )
+    assert (second["tokens"], second["others"], second["tag"]) == (2, "-0.20", "-0.20")
+    assert (second["per_token"], second["without_text"]) == ("-0.80", "-3.00")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,23 @@ def test_the_program_on_a_config_is_the_base(
     tuned = read(tmp_path / "tuned" / "predictions-score.jsonl")
     assert [row["id"] for row in base] == [row["id"] for row in tuned]
     assert [row["probabilities"] for row in base] != [row["probabilities"] for row in tuned]
+
+
+def test_against_the_prior_each_rows_log_odds_move_by_the_same(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    """By log π(Positive) - log π(Negative) of the prompt without text, which all rows share."""
+
+    def log_odds(how: str) -> list[float]:
+        more = ["eval.limit=4", "--decode", "score", f"eval.label_scores={how}"]
+        assert cli.run(main, [str(finished_run), *more, "--output", str(tmp_path / how)]) == 0
+        rows = read(tmp_path / how / "predictions-score.jsonl")
+        chances = [row["probabilities"] for row in rows]
+        return [math.log(row["Positive"] / row["Negative"]) for row in chances]
+
+    moved = [one - other for one, other in zip(log_odds("sum"), log_odds("prior"), strict=True)]
+    assert abs(moved[0]) > 0.01
+    assert moved == pytest.approx([moved[0]] * 4, abs=1e-4)
 
 
 def test_a_split_without_labels_has_predictions_and_no_scores(

@@ -29,6 +29,7 @@ class PolicyAnswerer:
 
     def __init__(self, policy: Policy, cfg: Config):
         self.policy, self.cfg, self.shots = policy, cfg, Shots(cfg)
+        self._priors: dict[tuple[str, int], torch.Tensor] = {}  # of the weights as they are
 
     @property
     def device(self) -> torch.device:
@@ -39,8 +40,7 @@ class PolicyAnswerer:
         """A UserError where the tokenizer changes the answers, or where the form of the prompt
         leaves no room for one."""
         check_words(self.policy, spec, self.cfg.prompt)
-        empty = Example("", dict.fromkeys(spec.fields, ""), None)
-        fit_prompt(self.policy, spec, empty, self._longest(spec), self.cfg.prompt)
+        fit_prompt(self.policy, spec, _empty(spec), self._longest(spec), self.cfg.prompt)
 
     def answer(
         self,
@@ -123,16 +123,34 @@ class PolicyAnswerer:
         prefix_cache: PrefixCache | None,
     ) -> list[Answer]:
         """The likeliest word; for a rating the expectation over its grid."""
-        form = self.cfg.prompt.form
-        table = label_probabilities(self.policy, spec, prompts, form, prefix_cache).tolist()
+        form, how = self.cfg.prompt.form, self.cfg.eval.label_scores
+        prior = self._prior(spec, prompts) if how == "prior" else None
+        table = label_probabilities(
+            self.policy, spec, prompts, form, prefix_cache, how == "mean", prior
+        )
         answers = []
-        for example, probabilities in zip(rows, table, strict=True):
+        for example, probabilities in zip(rows, table.tolist(), strict=True):
             by_word = dict(zip(spec.words, probabilities, strict=True))
             best = max(by_word, key=lambda word: by_word[word])
             if spec.rating:
                 best = f"{sum(float(word) * p for word, p in by_word.items()):.3f}"
             answers.append(Answer(example, best, answer(best, form), by_word))
         return answers
+
+    def _prior(self, spec: TaskSpec, prompts: Sequence[Fitted]) -> torch.Tensor:
+        """log π(label | the prompt with empty texts), (P, K); run once for a task and a number of
+        shots."""
+        for dropped in {prompt.dropped for prompt in prompts}:
+            if (spec.name, dropped) not in self._priors:
+                self._priors[spec.name, dropped] = self._without_text(spec, dropped)
+        return torch.stack([self._priors[spec.name, prompt.dropped] for prompt in prompts])
+
+    @torch.no_grad()
+    def _without_text(self, spec: TaskSpec, dropped: int) -> torch.Tensor:
+        style, pool = self.cfg.prompt, self.shots.pool(spec)
+        shots = pool[: min(style.shots, len(pool)) - dropped]
+        prompt = fit_prompt(self.policy, spec, _empty(spec), self._longest(spec), style, shots)
+        return label_logprobs(self.policy, spec, [prompt], style.form)[0].sum(-1)[0]
 
 
 @torch.no_grad()
@@ -142,8 +160,31 @@ def label_probabilities(
     prompts: Sequence[Fitted],
     form: str = "judgement",
     prefix_cache: PrefixCache | None = None,
+    mean: bool = False,
+    prior: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax over the labels of log π(` Word </Judgement>` | prompt), (P, K), no length norm.
+    """softmax over the labels of log π(` Word </Judgement>` | prompt), (P, K).
+
+    `mean`: of that sum over the label's tokens, divided by their number. `prior`: of that sum less
+    `prior`, so of the pointwise mutual information of label and text (arXiv 2104.08315).
+    """
+    logprobs, mask = label_logprobs(policy, spec, prompts, form, prefix_cache)
+    scores = logprobs.sum(-1)
+    if mean:
+        scores = scores / mask.sum(-1)
+    if prior is not None:
+        scores = scores - prior
+    return scores.softmax(-1)
+
+
+def label_logprobs(
+    policy: Policy,
+    spec: TaskSpec,
+    prompts: Sequence[Fitted],
+    form: str = "judgement",
+    prefix_cache: PrefixCache | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log π of each token of ` Word </Judgement>` behind each prompt, and their mask, (P, K, R).
 
     Each label is tokenised behind its prompt, as a whole text; where a label changes the prompt's
     last tokens, scoring starts at the first token that differs. In the analysis form the label
@@ -159,7 +200,12 @@ def label_probabilities(
         prompt_of += [number] * len(whole)
     scored = policy.score(beginnings, answers, prompt_of, prefix_cache=prefix_cache)
     _require_numbers(scored.logprobs)
-    return scored.logprobs.sum(1).view(len(prompts), -1).softmax(-1)
+    shape = (len(prompts), len(replies), -1)
+    return scored.logprobs.view(shape), scored.mask.view(shape)
+
+
+def _empty(spec: TaskSpec) -> Example:
+    return Example("", dict.fromkeys(spec.fields, ""), None)
 
 
 def _replies(policy: Policy, spec: TaskSpec, form: str) -> list[str]:

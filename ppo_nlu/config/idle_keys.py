@@ -36,6 +36,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "train.micro_batch_tokens": WRITING,
     "eval.before": WRITING,
     "eval.base": WRITING,
+    "eval.label_scores": WRITING,
     "eval.top_k": WRITING,
     "eval.top_p": WRITING,
 }

@@ -228,6 +228,9 @@ class EvalConfig:
     top_p: float = number(1.0, min=0, max=1, exclusive_min=True)  # the same by their mass; 1 = off
     before: bool = True  # score the model before training too: the base, or that of init_from
     base: bool = False  # with init_from: score the base too
+    # Scored answers: a label's log-probability as it is (sum), by its number of tokens (mean),
+    # or less what it is without the text (prior).
+    label_scores: str = one_of("sum", "sum", "mean", "prior")
     bootstrap: int = number(1000, 0, 10**5)  # resamples for the confidence interval; 0 = off
     # At the end of a run measure a constant answer, and TF-IDF with logistic regression, too.
     baselines: bool = True  # TF-IDF needs scikit-learn

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ppo_nlu.config import Config
 from ppo_nlu.methods import memory
 from ppo_nlu.methods.minibatch import Budget
+from ppo_nlu.methods.prompts import fit_prompt, longest_prompt
 from ppo_nlu.methods.report import Report
-from ppo_nlu.methods.rollout import fit_prompt, longest_prompt
 from ppo_nlu.methods.workload import Workload
 from ppo_nlu.model import lora, peft_format
 from ppo_nlu.model.value_head import VALUE_HEAD

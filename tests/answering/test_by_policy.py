@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -11,11 +14,13 @@ import torch
 
 from ppo_nlu import data
 from ppo_nlu.answering.answer import DECODES, Answer
-from ppo_nlu.answering.by_policy import PolicyAnswerer
+from ppo_nlu.answering.by_policy import PolicyAnswerer, label_probabilities
 from ppo_nlu.answering.load_run import load_trained, run_config
-from ppo_nlu.config import Config
+from ppo_nlu.config import Config, DataConfig, PromptConfig
+from ppo_nlu.data import shots as shots_module
+from ppo_nlu.methods.rollout import fit_prompt
 from ppo_nlu.model.policy import Policy
-from ppo_nlu.tasks import Example, get_task
+from ppo_nlu.tasks import Example, TaskSpec, get_task
 from ppo_nlu.tasks.prompts import answer, render
 from ppo_nlu.tree import prefixes
 
@@ -180,3 +185,119 @@ def test_samples_come_as_often_as_their_probability_says(
     error = (rate * (1 - rate) / total) ** 0.5
     assert right / total == pytest.approx(rate, abs=4 * error + 0.01)
     assert total / (4 * seeds) == pytest.approx(sum(weights) / 4, abs=0.12)
+
+
+# ---- labels of different lengths (eval.label_scores)
+
+LENGTHS = ("good", "very bad film", "a film that is not good and not bad")
+UNEVEN = replace(
+    SPEC, labels=tuple(replace(SPEC.labels[0], word=word, value=word) for word in LENGTHS)
+)
+
+
+def scoring(how: str, **changes: object) -> Config:
+    cfg = Config(task="sst2", **changes)  # type: ignore[arg-type]
+    return replace(cfg, eval=replace(cfg.eval, label_scores=how, batch_size=2))
+
+
+@torch.no_grad()
+def token_logprobs(made: Policy, spec: TaskSpec, prompt: str) -> list[list[float]]:
+    """log π of each token of each label, one unpadded row at a time."""
+    start, found = len(made.encode(prompt)), []
+    for word in spec.words:
+        ids = made.encode(prompt + answer(word))
+        logprobs = made.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        found.append([float(logprobs[t - 1, ids[t]]) for t in range(start, len(ids))])
+    return found
+
+
+def by_hand(
+    made: Policy, row: Example, how: str, shots: Sequence[Example] = (), spec: TaskSpec = UNEVEN
+) -> list[float]:
+    """The probabilities of the labels: with s the log-probs of a label's tokens, sum(s),
+    sum(s) / len(s), or sum(s) - sum(s behind the prompt without text)."""
+    nothing = dict.fromkeys(spec.fields, "")
+    own = token_logprobs(made, spec, render(spec, row.fields, shots))
+    bare = token_logprobs(made, spec, render(spec, nothing, shots))
+    scores = {
+        "sum": [sum(s) for s in own],
+        "mean": [sum(s) / len(s) for s in own],
+        "prior": [sum(s) - sum(without) for s, without in zip(own, bare, strict=True)],
+    }[how]
+    weights = [math.exp(score - max(scores)) for score in scores]
+    return [weight / sum(weights) for weight in weights]
+
+
+def probabilities(found: Sequence[Answer]) -> list[list[float]]:
+    return [list((row.probabilities or {}).values()) for row in found]
+
+
+@pytest.mark.parametrize("how", ["sum", "mean", "prior"])
+def test_labels_of_different_lengths_are_scored_as_asked(how: str) -> None:
+    made, rows = tiny.policy(seed=3), tiny.examples(5)
+    found = list(PolicyAnswerer(made, scoring(how)).answer(UNEVEN, rows, "score"))
+    wanted = [by_hand(made, row, how) for row in rows]
+    for got, ours, theirs in zip(found, probabilities(found), wanted, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5)
+        assert got.prediction == LENGTHS[theirs.index(max(theirs))]
+    for other in {"sum", "mean", "prior"} - {how}:  # the three can be told apart
+        far = [by_hand(made, row, other) for row in rows]
+        assert max(abs(a[0] - b[0]) for a, b in zip(far, wanted, strict=True)) > 0.01
+
+
+@pytest.mark.parametrize("how", ["mean", "prior"])
+def test_a_rating_is_the_expectation_under_the_scores_that_are_asked_for(
+    loaded: tuple[Config, Policy], how: str
+) -> None:
+    stsb, made = get_task("stsb"), loaded[1]
+    texts = {"sentence1": "A good film.", "sentence2": "A bad film!"}
+    row = Example("0", texts, "1.0", "stsb")
+
+    def expectation(how: str) -> float:
+        chances = by_hand(made, row, how, spec=stsb)
+        return sum(float(word) * p for word, p in zip(stsb.words, chances, strict=True))
+
+    (found,) = PolicyAnswerer(made, scoring(how)).answer(stsb, [row], "score")
+    assert found.prediction is not None
+    assert float(found.prediction) == pytest.approx(expectation(how), abs=2e-3)
+    assert abs(expectation(how) - expectation("sum")) > 0.01
+
+
+def test_by_default_a_label_scores_its_sum_to_the_last_bit() -> None:
+    """As the engine always had it: one pass, the sum over all columns, the softmax."""
+    made, rows = tiny.policy(seed=3), tiny.examples(4)
+    prompts = [fit_prompt(made, UNEVEN, row, 200) for row in rows]
+    replies = [made.encode(answer(word)) for word in LENGTHS] * len(rows)
+    places = [number for number in range(len(rows)) for _ in LENGTHS]
+    scored = made.score([prompt.ids for prompt in prompts], replies, places)
+    wanted = scored.logprobs.detach().sum(1).view(len(rows), -1).softmax(-1)
+    assert torch.equal(label_probabilities(made, UNEVEN, prompts), wanted)
+    assert Config(task="sst2").eval.label_scores == "sum"
+
+
+def test_the_prior_is_run_once_for_a_task_and_its_number_of_shots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Six rows in batches of two, asked twice: six passes and one for each prior. A row that
+    leaves no room for the second shot is compared with one shot and no text."""
+    shots = [replace(row, id=f"shot-{row.id}") for row in tiny.examples(5)[2:5]]
+    monkeypatch.setattr(shots_module, "_drawn", lambda spec, cfg: tuple(shots))
+    made = tiny.policy(seed=3)
+    rows = [Example(str(i), {"sentence": "bad " * (3 + 9 * (i % 2))}, None) for i in range(6)]
+    longest = len(made.encode(render(UNEVEN, rows[1].fields, shots[:2]))) - 1
+    cfg = scoring("prior", prompt=PromptConfig(shots=2), data=DataConfig(max_prompt_tokens=longest))
+    passes: list[int] = []
+    score = made.score
+
+    def counted(prompts: Sequence[Sequence[int]], *more: Any, **options: Any) -> Any:
+        passes.append(len(prompts))
+        return score(prompts, *more, **options)
+
+    monkeypatch.setattr(made, "score", counted)
+    answerer = PolicyAnswerer(made, cfg)
+    found = [list(answerer.answer(UNEVEN, rows, "score")) for _ in range(2)]
+    assert sorted(passes) == [1] * 2 + [2] * 6
+    assert [row.dropped for row in found[0]] == [0, 1] * 3
+    assert probabilities(found[0]) == probabilities(found[1])
+    for row, got, dropped in zip(rows, probabilities(found[0]), [0, 1] * 3, strict=True):
+        assert got == pytest.approx(by_hand(made, row, "prior", shots[: 2 - dropped]), abs=2e-5)

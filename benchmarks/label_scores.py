@@ -32,7 +32,7 @@ from ppo_nlu.answering.by_policy import PolicyAnswerer, label_logprobs
 from ppo_nlu.answering.load_run import load_base, load_trained, run_config
 from ppo_nlu.answering.stored_config import read_config
 from ppo_nlu.config import Config
-from ppo_nlu.methods.rollout import fit_prompt, longest_prompt
+from ppo_nlu.methods.prompts import fit_prompt, longest_prompt
 from ppo_nlu.tasks import Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 from ppo_nlu.tasks.prompts import answer

@@ -18,7 +18,7 @@ from ppo_nlu.answering.by_policy import PolicyAnswerer, label_probabilities
 from ppo_nlu.answering.load_run import load_trained, run_config
 from ppo_nlu.config import Config, DataConfig, PromptConfig
 from ppo_nlu.data import shots as shots_module
-from ppo_nlu.methods.rollout import fit_prompt
+from ppo_nlu.methods.prompts import fit_prompt
 from ppo_nlu.model.policy import Policy
 from ppo_nlu.tasks import Example, TaskSpec, get_task
 from ppo_nlu.tasks.prompts import answer, render

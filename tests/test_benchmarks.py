@@ -184,6 +184,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return path, done.stdout
 
 
+@pytest.mark.slow
 def test_rows_have_all_columns(run: tuple[Path, str]) -> None:
     with run[0].open(newline="") as file:
         table = csv.DictReader(file)
@@ -200,6 +201,7 @@ def test_rows_have_all_columns(run: tuple[Path, str]) -> None:
     assert {json.loads(r["shape"])["V"] for r in rows if r["kernel"] == "linear_logprobs"} == {50}
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_named(run: tuple[Path, str]) -> None:
     named = [line for line in run[1].splitlines() if line.startswith("left out")]
     assert any("Triton kernels, which need CUDA" in line for line in named)
@@ -207,6 +209,7 @@ def test_what_is_left_out_is_named(run: tuple[Path, str]) -> None:
     assert not any("AttributeError" in line for line in named)
 
 
+@pytest.mark.slow
 def test_rows_are_shown_and_drawn(run: tuple[Path, str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "ratios.png"
@@ -226,6 +229,7 @@ def test_resume_leaves_out_what_was_measured(
     assert "fits none of: gae" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_summary_holds_what_lies_there(run: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "kernels.csv").write_bytes(run[0].read_bytes())
     (tmp_path / "stages.csv").write_text("stage,result,seconds\ntests,ok,3\n")

@@ -310,6 +310,7 @@ def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
     assert (child.returncode, error) == (0, "")
 
 
+@pytest.mark.slow
 def test_the_program_from_the_shell(run: Path) -> None:
     argv = [sys.executable, "-m", "ppo_nlu.export", str(run), "--output", str(run)]
     done = subprocess.run(

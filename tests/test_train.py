@@ -159,6 +159,7 @@ def test_the_first_step_comes_soon(
     assert ends[0] - began < 2
 
 
+@pytest.mark.slow
 def test_resume_after_kills_is_bit_exact(config: Path, tmp_path: Path, whole: Path) -> None:
     """One run, killed -9 at nine moments, each time resumed: to the last bit as if never killed."""
     folder, log = tmp_path / "killed", tmp_path / "log"

@@ -1,9 +1,10 @@
 """The configuration of a run: its sections together, the checks between them, how it is loaded.
 
 A YAML file states only what differs from the defaults, under the names of the keys in `sections`.
-Later layers win: defaults < preset < method < file < command line (`section.key=value`). How a file
-is read, and what is said of mistakes in it, is in `strict_config`. A relative path in a config is
-relative to the current directory; once loaded it is absolute (`paths`). Nothing here imports torch.
+Later layers win: defaults < preset < method < task of the user's own < file < command line
+(`section.key=value`). How a file is read, and what is said of mistakes in it, is in
+`strict_config`. A relative path in a config is relative to the current directory; once loaded it is
+absolute (`paths`). Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from ppo_nlu.config.checks import checked
 from ppo_nlu.config.fields import below_one, number, one_of, positive, schema, share
 from ppo_nlu.config.foreign_names import ABSENT, FOREIGN_NAMES, NEAR_MISSES, NOTES
 from ppo_nlu.config.paths import PATHS, absolute
-from ppo_nlu.config.presets import METHOD_DEFAULTS, PRESETS
+from ppo_nlu.config.presets import (
+    METHOD_DEFAULTS,
+    OWN_TASK_BUNDLED,
+    OWN_TASK_DEFAULTS,
+    PRESETS,
+)
 from ppo_nlu.config.sections import (
     CustomConfig,
     DataConfig,
@@ -147,19 +153,31 @@ def _conflicts(cfg: Config) -> Iterator[tuple[str, str]]:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file and `section.key=value` overrides; its method and its preset
-    change the defaults."""
+    """The configuration of a YAML file and `section.key=value` overrides; its method, a task of the
+    user's own, and its preset change the defaults."""
     given = strict_config.given(Config, path, overrides)
     method = given.get("method", ("", "ppo"))[1]
     if isinstance(method, str) and method in METHOD_DEFAULTS:
         where = given.get("method", (str(path), method))[0]
-        given = {key: (where, value) for key, value in METHOD_DEFAULTS[method].items()} | given
+        changed = METHOD_DEFAULTS[method] | _own_task_defaults(given, method)
+        given = {key: (where, value) for key, value in changed.items()} | given
     if "ppo.preset" in given:
         where, name = given["ppo.preset"]
         leaf = schema(Config)["ppo.preset"]
         name = checked(leaf, name, where, "ppo.preset")
         given = {key: (where, value) for key, value in PRESETS[name].items()} | given
     return strict_config.build(Config, given | dict(_absolute(given)), str(path))
+
+
+def _own_task_defaults(given: strict_config.Given, method: str) -> dict[str, object]:
+    """The defaults that a task of the user's own changes; none for the tasks of the tables."""
+    task, own, model = (
+        given.get(key, ("", None))[1] for key in ("task", "custom.name", "model.name_or_path")
+    )
+    if own is None or task != own:
+        return {}
+    small = OWN_TASK_BUNDLED if model in (None, "bundled") and method != "encoder" else {}
+    return OWN_TASK_DEFAULTS[method] | small
 
 
 def _absolute(given: strict_config.Given) -> Iterator[tuple[str, tuple[str, object]]]:

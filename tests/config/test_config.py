@@ -382,6 +382,30 @@ def test_overrides_win_over_the_file(write: Write) -> None:
     assert cfg.ppo.value_clip is None
 
 
+OWN = "task: mine\ncustom: {name: mine, train: t.csv, fields: [text], labels: [a, b]}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "lr", "rank"),
+    [
+        (OWN, 1e-3, 32),  # the bundled model
+        (OWN + "model: {name_or_path: org/half-billion}\n", 1e-4, 16),
+        (OWN + "model: {name_or_path: org/half-billion}\nmethod: grpo\n", 1e-4, 16),
+        (OWN + "model: {name_or_path: org/half-billion}\nmethod: sft\n", 2e-4, 16),
+        (OWN + "method: encoder\n", 2e-5, 16),
+        (OWN + "optim: {lr: 0.5}\nlora: {r: 2}\n", 0.5, 2),  # the file wins
+        (OWN.replace("task: mine", "task: sst2"), 9e-6, 16),  # another task is trained
+        (TASK, 9e-6, 16),
+    ],
+)
+def test_a_task_of_ones_own_has_defaults_that_learn(
+    write: Write, text: str, lr: float, rank: int
+) -> None:
+    cfg = load_config(write(text))
+    assert (cfg.optim.lr, cfg.lora.r) == (lr, rank)
+    assert cfg.ppo.kl_adaptive == (cfg.method != "ppo" or "custom" not in text or "sst2" in text)
+
+
 def test_parse_overrides_gives_dotted_keys() -> None:
     found = parse_overrides(["seed=3", "optim.lr=1e-5", "lora={r: 2, targets: [q]}"], Config)
     assert found == {"seed": 3, "optim.lr": "1e-5", "lora.r": 2, "lora.targets": ["q"]}

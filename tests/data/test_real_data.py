@@ -138,6 +138,7 @@ def test_every_split_of_the_real_data(real_data: Path, name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_real_groups_ids_and_ranges(real_data: Path) -> None:
     cfg = _full(real_data)
     groups = {split: set() for split in ("train", "dev")}

@@ -101,6 +101,7 @@ def _logprobs(model: Any, tokens: torch.Tensor, attention: torch.Tensor) -> torc
     return torch.log_softmax(logits / TEMPERATURE, -1).gather(1, row[-4:, None])[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 def test_it_learns_what_is_rewarded(small: pytest.MonkeyPatch, tmp_path: Path, sign: int) -> None:
     """Every label is the same: the reward goes up. With the sign of the advantages turned it goes

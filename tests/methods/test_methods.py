@@ -281,6 +281,7 @@ def test_a_run_says_that_it_learned_from_a_part_of_the_official_set(folder: Path
     assert entry["partial"] is False
 
 
+@pytest.mark.slow
 def test_a_form_is_taught_without_a_label(folder: Path, capsys) -> None:
     """The bundled model never says CoLA's words. After 40 steps it does, whatever the labels in the
     file."""

@@ -452,6 +452,7 @@ def test_a_run_without_its_value_head(place: Place, finished_run: Path, capsys: 
     refused(predict.main, [copy, "--input", source], ["value_head.safetensors", "--resume"], capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["ppo.clipp=1", "lora.targets=[query_key]"])
 def test_a_real_process_says_one_line(place: Place, override: str) -> None:
     """Nothing else gets to stderr: no traceback, and no warning of a library."""

@@ -57,6 +57,7 @@ def test_training_outlives_its_output(tmp_path: Path, said: Path, left: int, kin
     assert ("step 3/3" in said.read_text()) == (kind == "the reader of stdout")
 
 
+@pytest.mark.slow
 def test_a_real_process_without_streams(tmp_path: Path) -> None:
     """No file that the run opens gets the number of a closed stream, and with it what is said."""
     (tmp_path / "c.yaml").write_text(THREE_STEPS)

@@ -57,6 +57,7 @@ def test_kill_9_gives_the_folder_back(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_of_many_processes_one_has_the_folder(tmp_path: Path) -> None:
     """Twenty forks at once, ten times over; each holds the lock for a moment."""
     for number in range(10):

@@ -346,8 +346,12 @@ class LinearCases:
         linear(hidden, weight, targets)[0].sum().backward()
         exact = leaf(hidden)
         plain(exact @ weight.double().T, targets)[0].sum().backward()
-        # 5e-5: the GEMM adds 151936 equal numbers in fp32, and their rounding does not average out.
-        assert relative(hidden.grad, exact.grad) < max(DH[dtype], 5e-5)
+        # The GEMM adds 151936 equal numbers in fp32, and their rounding does not average out: 5e-5
+        # where it adds in blocks, some 4e-3 where it adds one by one, as on some processors.
+        equal = torch.full((2, 151936), 1 / 151936, device=DEVICE, dtype=torch.float32)
+        equal[:, 0] -= 1  # the target
+        rounding = relative(equal @ weight.float(), equal.double() @ weight.double())
+        assert relative(hidden.grad, exact.grad) < max(DH[dtype], 5e-5, 1.5 * rounding)
 
     @pytest.mark.parametrize("path", PATHS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -273,9 +273,12 @@ def measure(cell: Cell, args: argparse.Namespace, gemm: float, copy: float) -> d
         result, _ = engines.run_job(job, rows, Path(sys.executable), Path(work), name, True)
     step = engine_cells.between(result["clocks"], cell.steps, 1) / cell.steps
     counted = passes(
-        Size.of(engine_setup.SHAPES[cell.model]), cell, 4 if cell.method == "ppo" else 1,
-        2 if args.dtype == "bfloat16" else 4, args.dtype != "float32",
-    )  # fmt: skip
+        Size.of(engine_setup.SHAPES[cell.model]),
+        cell,
+        4 if cell.method == "ppo" else 1,
+        2 if args.dtype == "bfloat16" else 4,
+        args.dtype != "float32",
+    )
     limit = sum(p.seconds(gemm, copy) for p in counted)
     flops = sum(p.times * p.flops for p in counted)
     return {

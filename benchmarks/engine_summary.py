@@ -134,12 +134,9 @@ def cost_bar(rows: Sequence[Row]) -> Bar:
     texts = []
     for model in dict.fromkeys(row["model"] for row in rows if row["part"] == "cost"):
         of = {
-            m: [
-                r for r in rows
-                if r["part"] == "cost" and r["model"] == model and r["method"] == m
-            ]
+            m: [r for r in rows if r["part"] == "cost" and r["model"] == model and r["method"] == m]
             for m in ("ppo", "sft")
-        }  # fmt: skip
+        }
         measured = ratio(*(median(of[m], "cpu_s_per_1000") for m in ("ppo", "sft")))
         passes = ratio(*(median(of[m], "token_passes") for m in ("ppo", "sft")))
         if measured is not None:

@@ -181,9 +181,11 @@ def run_job(
     with log.open("w") as file:
         done = subprocess.run(
             [str(python), program, str(order)],
-            stdout=file, stderr=subprocess.STDOUT, cwd=work,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=work,
             env=engine_setup.environment(job["threads"], inherit),
-        )  # fmt: skip
+        )
     if done.returncode:
         said = log.read_text(errors="replace")[-3000:]
         print(f"{name}:\n{said}", file=sys.stderr, flush=True)
@@ -196,9 +198,12 @@ def row_of(cell: Cell, result: dict[str, Any], run: str, args: argparse.Namespac
     from benchmarks import timing
 
     optional = {
-        "answer_tokens": ".2f", "prompt_tokens": ".1f", "first_step_s": ".2f",
-        "trained_weights": "", "token_passes": "",
-    }  # fmt: skip
+        "answer_tokens": ".2f",
+        "prompt_tokens": ".1f",
+        "first_step_s": ".2f",
+        "trained_weights": "",
+        "token_passes": "",
+    }
     found = {
         n: format(result[n], f) for n, f in optional.items() if result.get(n) not in (None, "")
     }

@@ -160,8 +160,9 @@ def copy_rate() -> float:
 
 def row_kernel_goal(rows: Rows) -> Iterator[Goal]:
     found = rows.of("token_logprobs", "8192x151936", "forward")["ours"]
-    yield within("G5", "logits to log-prob and entropy, 8192x151936 bf16",
-                 float(found["p50_ms"]), 0.89, "ms")  # fmt: skip
+    yield within(
+        "G5", "logits to log-prob and entropy, 8192x151936 bf16", float(found["p50_ms"]), 0.89, "ms"
+    )
     yield within("G5", "its rate", float(found["tbs"]), 2.8, "TB/s", most=False)
 
 
@@ -197,8 +198,9 @@ def decode_goal(rows: Rows) -> Iterator[Goal]:
 def launch_bound_goal(rows: Rows) -> Iterator[Goal]:
     """Time inside a graph of twenty calls, so that the gaps between launches do not count."""
     for kernel, shape, mode, bar in (
-        ("ppo_loss", "512x16", BOTH, 20.0), ("gae", "512x1024", "forward", 15.0),
-    ):  # fmt: skip
+        ("ppo_loss", "512x16", BOTH, 20.0),
+        ("gae", "512x1024", "forward", 15.0),
+    ):
         case = Case(kernel, cases.parse_sizes(shape), "fp32", mode)
         inputs = cases.prepare(case, "cuda")
         make = rivals.our_gae if kernel == "gae" else rivals.our_ppo_loss

@@ -149,8 +149,10 @@ def checks(folder: Path, sections: Sequence[str], budget: float) -> int:
             try:
                 limit = min(left, SECTION_SECONDS.get(name, 20.0))
                 for check in within(SECTIONS[name](), limit, name):
-                    print(f"{name}: {check.name}: {check.value:.4g} {check.unit} {check.note}",
-                          flush=True)  # fmt: skip
+                    print(
+                        f"{name}: {check.name}: {check.value:.4g} {check.unit} {check.note}",
+                        flush=True,
+                    )
                     figures = check.name, f"{check.value:.6g}", check.unit, check.note
                     table.writerow([name, *figures, *where])
             except Exception as problem:

@@ -85,12 +85,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="fewer rounds for a provider too slow for all in S")  # fmt: skip
     parser.add_argument("--budget", type=float, metavar="S", help="start no case after S seconds")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows here")
-    parser.add_argument("--resume", action="store_true",
-                        help="leave out cases that the --csv file has already")  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out cases that the --csv file has already"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="show this file, do not measure")
-    parser.add_argument("--write-table", action="store_true",
-                        help="CUDA: time the LoRA variants, write their table")  # fmt: skip
+    parser.add_argument(
+        "--write-table", action="store_true", help="CUDA: time the LoRA variants, write their table"
+    )
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
@@ -295,8 +297,10 @@ def show(rows: Sequence[Row]) -> None:
     own = next((float(r["p50_ms"]) for r in rows if r["provider"] == "ours"), None)
     first = rows[0]
     print(f"\n{first['kernel']} {first['mode']} {first['shape']} {first['dtype']}")
-    print("| provider | ms (p20–p80) | × ours | CPU ms | peak MiB | TFLOP/s | TB/s "
-          "| % of limit | error |")  # fmt: skip
+    print(
+        "| provider | ms (p20–p80) | × ours | CPU ms | peak MiB | TFLOP/s | TB/s "
+        "| % of limit | error |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for r in sorted(rows, key=lambda r: float(r["p50_ms"])):
         ratio = "" if own is None else f"{float(r['p50_ms']) / own:.2f}"

@@ -44,8 +44,10 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
     bars = sorted((r for r in rows if r["provider"] != "limit"), key=lambda r: float(r["p50_ms"]))
     low, middle, high = ([float(r[f"{p}_ms"]) / limit for r in bars] for p in ("p20", "p50", "p80"))
     names = [r["provider"] for r in bars]
-    spread = [[m - a for m, a in zip(middle, low, strict=True)],
-              [b - m for m, b in zip(middle, high, strict=True)]]  # fmt: skip
+    spread = [
+        [m - a for m, a in zip(middle, low, strict=True)],
+        [b - m for m, b in zip(middle, high, strict=True)],
+    ]
     colors = [OURS if name.startswith("ours") else OTHERS for name in names]
     axis.barh(names, middle, color=colors, height=0.7, xerr=spread,
               error_kw={"elinewidth": 0.8, "ecolor": "#444"})  # fmt: skip

@@ -240,8 +240,9 @@ def stock_cross_entropy(inputs: Inputs) -> Call:
 # ---- published kernels
 
 
-@provider("liger-ppo", "linear_logprobs", package="liger-kernel",
-          modes=("forward", "forward+backward"))  # fmt: skip
+@provider(
+    "liger-ppo", "linear_logprobs", package="liger-kernel", modes=("forward", "forward+backward")
+)
 def liger_chunked_ppo(inputs: Inputs) -> Call:
     """The log-probabilities of LigerFusedLinearPPOBase: blocks of logits, recomputed."""
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
@@ -269,8 +270,9 @@ def liger_scaled_cross_entropy(inputs: Inputs) -> Call:
     return differentiated(inputs, forward)
 
 
-@provider("liger-row", "token_logprobs", package="liger-kernel", modes=("forward",),
-          devices=("cuda",))  # fmt: skip
+@provider(
+    "liger-row", "token_logprobs", package="liger-kernel", modes=("forward",), devices=("cuda",)
+)
 def liger_row_kernel(inputs: Inputs) -> Call:
     """The row kernel of Liger's GRPO loss; it leaves out the last row, so one more is given."""
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax

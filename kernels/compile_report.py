@@ -170,10 +170,12 @@ def parse_launch(launch: Launch, arch: int) -> Any:
     ir.load_dialects(context)
     backend.load_dialects(context)
     given = {
-        "target": target, "options": options, "context": context,
+        "target": target,
+        "options": options,
+        "context": context,
         "codegen_fns": backend.get_codegen_implementation(options),
         "module_map": backend.get_module_map(),
-    }  # fmt: skip
+    }
     source = _source(launch)
     wanted = inspect.signature(source.make_ir).parameters  # Triton's versions differ in these
     return source.make_ir(**{name: given[name] for name in wanted})
@@ -253,8 +255,9 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"{r.label} | {r.kernel} | sm_{arch} | {r.warps} | {r.stages} | {r.registers} | "
                 f"{r.shared / 1024:.1f} | {r.spills} | {r.hgmma} | {r.hmma}",
-                *r.faults(), flush=True,
-            )  # fmt: skip
+                *r.faults(),
+                flush=True,
+            )
             failed += bool(r.faults())
     if args.csv:
         with args.csv.open("w", newline="") as file:

@@ -251,9 +251,7 @@ def _reduce(
 
 
 @triton.jit
-def _sum(
-    parts, out, count, size, columns, out_row, factor, BLOCK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+def _sum(parts, out, count, size, columns, out_row, factor, BLOCK: tl.constexpr, ACC: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     acc = tl.zeros((BLOCK,), ACC)
@@ -510,9 +508,7 @@ def _add_up(parts: Tensor, out: Tensor, factor: float) -> None:
     count, rows, columns = parts.shape
     settings = {"ACC": _settings(parts)["ACC"], "BLOCK": 512, "num_warps": 4}
     grid = (triton.cdiv(rows * columns, 512),)
-    _sum[grid](
-        parts, out, count, rows * columns, columns, out.stride(0), float(factor), **settings
-    )  # fmt: skip
+    _sum[grid](parts, out, count, rows * columns, columns, out.stride(0), float(factor), **settings)
 
 
 # ---- tiles

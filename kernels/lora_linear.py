@@ -58,9 +58,7 @@ def lora_linear(
     `variant` and `backward` force a form; by default the table of measurements decides.
     """
     members = [weight], [bias], [lora_a], [lora_b], [scaling]
-    return lora_linear_grouped(
-        x, *members, dropout_p, seed, variant=variant, backward=backward
-    )[0]  # fmt: skip
+    return lora_linear_grouped(x, *members, dropout_p, seed, variant=variant, backward=backward)[0]
 
 
 def lora_linear_grouped(
@@ -300,10 +298,13 @@ def _gradients(ctx, tensors, grads):
     places = _columns([lora_as[i] for i in live])
     for i, dy, place in zip(live, dys, places, strict=True):
         out_b[i] = lora_gemm.low_grads(
-            dy, low[:, columns[i]], lora_bs[i], ctx.plan.factors[i],
+            dy,
+            low[:, columns[i]],
+            lora_bs[i],
+            ctx.plan.factors[i],
             None if low_grad is None else low_grad[:, place],
             lora_bs[i].dtype if needs_b[i] else None,
-        )  # fmt: skip
+        )
         out_bias[i] = dy.sum(0) if needs_bias[i] else None
     if any(needs_a[i] for i in live):
         rows = x.reshape(-1, x.shape[-1])

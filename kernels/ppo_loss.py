@@ -331,6 +331,4 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         settings = ((0.2, 0.2), 3.0, 0.2, 0.5, 0.01)
         for kind, denominator in (("number", 100.0), ("count", None)):
             if rows * 16 <= ONE_PROGRAM or kind == "number":
-                yield f"{rows} x 16, {kind}", partial(
-                    launch, tensors, mask, *settings, denominator
-                )  # fmt: skip
+                yield f"{rows} x 16, {kind}", partial(launch, tensors, mask, *settings, denominator)

@@ -272,8 +272,11 @@ def test_the_gpu_script_refuses_without_cuda(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(
         ["bash", str(script), str(tmp_path / "out")],
-        capture_output=True, text=True, env=environment, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
     assert done.returncode == 2 and "no CUDA device" in done.stderr
     assert not (tmp_path / "out").exists()
     assert gpu_checks.main(["--output", str(tmp_path)]) == 2
@@ -359,8 +362,10 @@ def test_choices_between_labels_by_hand() -> None:
     mask = torch.tensor([[[True, False, False], [True] * 3]] * 2)
     best = label_scores.choices(torch.tensor([without, row]), mask)
     assert {how: found.tolist() for how, found in best.items()} == {
-        "sum": [0], "mean": [1], "prior": [1],
-    }  # fmt: skip
+        "sum": [0],
+        "mean": [1],
+        "prior": [1],
+    }
     spec = get_task("sst2")
     rows = [Example("0", {"sentence": "good"}, spec.words[0], "sst2")]
     measured = label_scores.measure(spec, rows, "mean", [1])

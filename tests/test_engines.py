@@ -51,9 +51,11 @@ def test_figures_are_per_thousand_answers_and_above_the_imports() -> None:
     result = {"clocks": clocks, "peak_mb": 1300.0, "import_mb": 400.0, "rewards": [0.1, 0.2]}
     found = engine_cells.figures(CELL, result)
     assert found == {
-        "cpu_s_per_1000": "187.50", "wall_s_per_1000": "375.00", "answers_per_s": "2.667",
+        "cpu_s_per_1000": "187.50",
+        "wall_s_per_1000": "375.00",
+        "answers_per_s": "2.667",
         "peak_mb_above_import": "900",
-    }  # fmt: skip
+    }
     rewards = [float(i) for i in range(16)]  # eighths of two steps each
     with_reward = replace(CELL, steps=2, reward="task")
     found = engine_cells.figures(with_reward, result | {"rewards": rewards})

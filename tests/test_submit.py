@@ -196,14 +196,8 @@ SUPERGLUE_ANSWERS = {
     "ax-g": ["Yes", "Yes"],
 }
 SUPERGLUE_FILES = {
-    "AX-b.jsonl": (
-        b'{"idx": 0, "label": "not_entailment"}\n'
-        b'{"idx": 1, "label": "entailment"}\n'
-    ),
-    "AX-g.jsonl": (
-        b'{"idx": 0, "label": "entailment"}\n'
-        b'{"idx": 1, "label": "entailment"}\n'
-    ),
+    "AX-b.jsonl": (b'{"idx": 0, "label": "not_entailment"}\n{"idx": 1, "label": "entailment"}\n'),
+    "AX-g.jsonl": (b'{"idx": 0, "label": "entailment"}\n{"idx": 1, "label": "entailment"}\n'),
     "BoolQ.jsonl": b'{"idx": 0, "label": "true"}\n{"idx": 1, "label": "false"}\n',
     "CB.jsonl": b'{"idx": 0, "label": "contradiction"}\n{"idx": 1, "label": "neutral"}\n',
     "COPA.jsonl": b'{"idx": 0, "label": 1}\n{"idx": 1, "label": 0}\n',
@@ -213,14 +207,11 @@ SUPERGLUE_FILES = {
         b'{"idx": 1, "answers": [{"idx": 2, "label": 0}]}]}}\n'
         b'{"idx": 5, "passage": {"questions": [{"idx": 2, "answers": [{"idx": 3, "label": 1}]}]}}\n'
     ),
-    "RTE.jsonl": (
-        b'{"idx": 0, "label": "entailment"}\n'
-        b'{"idx": 1, "label": "not_entailment"}\n'
-    ),
+    "RTE.jsonl": (b'{"idx": 0, "label": "entailment"}\n{"idx": 1, "label": "not_entailment"}\n'),
     "ReCoRD.jsonl": b'{"idx": 17, "label": "G\\u00f6ran"}\n{"idx": 18, "label": "Lee"}\n',
     "WSC.jsonl": b'{"idx": 0, "label": "True"}\n{"idx": 1, "label": "False"}\n',
     "WiC.jsonl": b'{"idx": 0, "label": "false"}\n{"idx": 1, "label": "true"}\n',
-}  # fmt: skip
+}
 
 
 def test_a_whole_superglue_submission(

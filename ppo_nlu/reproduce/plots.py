@@ -212,9 +212,11 @@ def _bars(axis: Any, bars: Mapping[str, Mapping[str, int]], colours: Mapping[str
     skip = 2 if len(names) > 8 else 1
     shown = [_short(name) if i % skip == 0 else "" for i, name in enumerate(names)]
     axis.set_xticks(
-        range(len(names)), shown,
-        rotation=35 if crowded else 0, ha="right" if crowded else "center",
+        range(len(names)),
+        shown,
+        rotation=35 if crowded else 0,
+        ha="right" if crowded else "center",
         rotation_mode="anchor" if crowded else "default",
-    )  # fmt: skip
+    )
     style(axis)
     axis.tick_params(axis="x", length=0, labelsize=7 if crowded else 7.5)

@@ -36,8 +36,10 @@ def test_a_run_answers_what_goes_with_its_tasks() -> None:
 
 def test_a_run_that_was_trained_on_the_other_task_goes_first() -> None:
     assert trained(["mnli"], ["mnli-mm"]) == {
-        "mnli": ("0", "mnli"), "mnli-mm": ("1", "mnli-mm"), "ax": ("0", "mnli"),
-    }  # fmt: skip
+        "mnli": ("0", "mnli"),
+        "mnli-mm": ("1", "mnli-mm"),
+        "ax": ("0", "mnli"),
+    }
 
 
 # What is complete among the real files at hand; QQP and ReCoRD have no test file there.

@@ -99,5 +99,8 @@ def test_the_command_to_resume_can_be_typed(tmp_path: Path) -> None:
     words = shlex.split(resume_command(folder, load_config(path)))
     assert words[:3] == ["python", "-m", "ppo_nlu.train"]
     assert words[3:] == [
-        str(folder / "config.yaml"), "model.trust_remote_code=true", "--resume", str(folder),
-    ]  # fmt: skip
+        str(folder / "config.yaml"),
+        "model.trust_remote_code=true",
+        "--resume",
+        str(folder),
+    ]

@@ -377,8 +377,10 @@ def test_overrides_win_over_the_file(write: Write) -> None:
     )  # fmt: skip
     assert (cfg.seed, cfg.ppo.clip, cfg.ppo.gamma) == (4, 0.3, 0.9)
     assert (cfg.task, cfg.lora, cfg.optim.lr) == (
-        "glue/rte", LoraConfig(r=2, targets=["q_proj", "v_proj"]), 1e-5,
-    )  # fmt: skip
+        "glue/rte",
+        LoraConfig(r=2, targets=["q_proj", "v_proj"]),
+        1e-5,
+    )
     assert cfg.ppo.value_clip is None
 
 

@@ -135,8 +135,9 @@ def test_a_gpu_gets_the_tokens_that_fit(monkeypatch: pytest.MonkeyPatch) -> None
     # At least one answer; and the user's own limit holds.
     free = 0
     assert plan_of(policy, config(), prompts()).micro_batch_tokens == 6 + 3 + 5
-    assert any("lower rollout.batch_size" in line for line in
-               plan_of(policy, config(), prompts()).lines())  # fmt: skip
+    assert any(
+        "lower rollout.batch_size" in line for line in plan_of(policy, config(), prompts()).lines()
+    )
     own = plan_of(policy, config(limit=15), prompts())
     assert (own.micro_batch_tokens, own.tokens) == (15, 15)
 
@@ -195,8 +196,10 @@ def test_the_plan_holds_within_a_factor(
     monkeypatch.setattr(bundled, "tree", tree)
     monkeypatch.setattr(bundled.stop, "ended", lambda rows: [False] * len(rows))
     shared = "You read a sentence from a film review. Is its opinion favourable or not? "
-    rows = [bundled.encode(f"{shared}The film {i} is a {'very ' * (i % 9)}good one.")
-            for i in range(answers)]  # fmt: skip
+    rows = [
+        bundled.encode(f"{shared}The film {i} is a {'very ' * (i % 9)}good one.")
+        for i in range(answers)
+    ]
     cfg = config(answers, longest, answers)
     plan = plan_of(bundled, cfg, rows)
     update(bundled, rows, longest)  # gradients are there, as the plan's `adapters` say

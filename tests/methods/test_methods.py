@@ -209,8 +209,11 @@ def test_an_encoder_is_evaluated_and_answers_like_any_other_run(folder: Path) ->
     assert run(config, "--output", "run") == 0
     summary = read(folder / "run" / "summary.json")
     assert summary["before"] is None and set(summary["after"]) == {
-        "sample", "greedy", "score", "unparsed"
-    }  # fmt: skip
+        "sample",
+        "greedy",
+        "score",
+        "unparsed",
+    }
     (folder / "new.txt").write_text("Bill sang.\nSang Bill it.\n")
     assert cli.run(predict.main, ["run", "--input", "new.txt", "--output", "a.jsonl"]) == 0
     rows = lines(folder / "a.jsonl")

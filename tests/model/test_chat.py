@@ -248,8 +248,11 @@ def test_a_template_file_beside_the_tokenizer(tmp_path: Path) -> None:
             " [/INST]",
         ),
         (
-            CHATML.replace("assistant\\n' }}", "assistant\\n' }}{% if enable_thinking is defined "
-            "and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"),
+            CHATML.replace(
+                "assistant\\n' }}",
+                "assistant\\n' }}{% if enable_thinking is defined "
+                "and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}",
+            ),
             "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
         ),
         # It opens the thinking before every answer: closed again.
@@ -258,7 +261,7 @@ def test_a_template_file_beside_the_tokenizer(tmp_path: Path) -> None:
             "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
         ),
     ],
-)  # fmt: skip
+)
 def test_the_answer_begins_where_the_models_own_would(template: str, end: str) -> None:
     made = policy(template=template)
     text = fit_prompt(made, tiny.SST2, ROW, 4000, CHAT).text
@@ -272,8 +275,10 @@ def test_the_answer_begins_where_the_models_own_would(template: str, end: str) -
 def test_a_template_may_refuse_an_answer_but_not_break_on_it(told: str, fits: bool) -> None:
     """One that takes no turn of the assistant has no header that could be missed. Any other error
     on such a turn is the template's own, and the user is told."""
-    made = policy(template=f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{told}"
-                  "{% endif %}{{ m.content }}\n{% endfor %}")  # fmt: skip
+    made = policy(
+        template=f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{told}"
+        "{% endif %}{{ m.content }}\n{% endfor %}"
+    )
     if fits:
         text = fit_prompt(made, tiny.SST2, ROW, 4000, CHAT).text
         assert text.endswith(query(tiny.SST2, ROW.fields) + "\n<Judgement>")

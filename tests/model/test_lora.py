@@ -225,8 +225,10 @@ def test_disabled_survives_nesting_and_exceptions() -> None:
 
 # ---- which layers ----------------------------------------------------------------------------
 
-LLAMA_LAYERS = ("self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
-                "mlp.gate_proj mlp.up_proj mlp.down_proj")  # fmt: skip
+LLAMA_LAYERS = (
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+    "mlp.gate_proj mlp.up_proj mlp.down_proj"
+)
 
 
 @pytest.mark.parametrize(

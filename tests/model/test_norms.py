@@ -74,8 +74,10 @@ def test_otherwise_it_does_as_the_library_does(what: str) -> None:
         assert torch.equal(model.inner.norm(x), theirs(x))
         return
     theirs.weight.requires_grad_(True)  # the same parameter
-    found = [torch.autograd.grad(n(x).square().sum(), theirs.weight)[0]
-             for n in (model.inner.norm, theirs)]  # fmt: skip
+    found = [
+        torch.autograd.grad(n(x).square().sum(), theirs.weight)[0]
+        for n in (model.inner.norm, theirs)
+    ]
     tiny.close(*found)
     assert float(found[0].abs().min()) > 0.0
 

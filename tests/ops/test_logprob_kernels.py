@@ -159,7 +159,8 @@ class TokenCases:
 
     def test_a_nan_is_not_hidden(self) -> None:
         logits = torch.zeros(1, 70, device=DEVICE).index_fill_(
-            1, torch.tensor([5], device=DEVICE), torch.nan)  # fmt: skip
+            1, torch.tensor([5], device=DEVICE), torch.nan
+        )
         logprobs, entropy = ops.token_logprobs(logits, torch.tensor([3], device=DEVICE))
         assert logprobs.isnan().all() and entropy.isnan().all()
 
@@ -197,10 +198,12 @@ class TokenCases:
 
         rows, spies = 70000, []
         for module, name in (
-            (token_logprobs, "_forward"), (token_logprobs, "_backward"),
-            (online_logprobs, "_partial"), (online_logprobs, "_merge"),
+            (token_logprobs, "_forward"),
+            (token_logprobs, "_backward"),
+            (online_logprobs, "_partial"),
+            (online_logprobs, "_merge"),
             (linear_logprobs, "_combine"),
-        ):  # fmt: skip
+        ):
             spies.append(Spy(getattr(module, name), run=False))
             monkeypatch.setattr(module, name, spies[-1])
         logits = torch.zeros(1, 3, device=DEVICE).expand(rows, 3).requires_grad_()
@@ -294,8 +297,9 @@ class LinearCases:
         a, b = (leaf(torch.randn(*s, device=DEVICE) / 2, torch.float32) for s in ((3, 12), (65, 3)))
         sources = (hidden, *(() if frozen else (weight, bias)), *((a, b) if lora else ()))
         doubles = {id(t): leaf(t) for t in sources}
-        h, w, c, low, high = (doubles.get(id(t), t.detach().double()) for t in (
-            hidden, weight, bias, a, b))  # fmt: skip
+        h, w, c, low, high = (
+            doubles.get(id(t), t.detach().double()) for t in (hidden, weight, bias, a, b)
+        )
         exact = h @ w.T + c + (1.5 * (h @ low.T) @ high.T if lora else 0.0)
         kwargs = {"lora_a": a, "lora_b": b, "scaling": 1.5} if lora else {}
         ours = linear(hidden, weight, targets, bias, 0.8, path=None, **kwargs)
@@ -363,8 +367,10 @@ class LinearCases:
         hidden[0, 3] = 16.0
         hidden, targets = hidden.requires_grad_(), torch.tensor([3], device=DEVICE)
         exact = leaf(hidden)
-        ours, theirs = linear(hidden, weight, targets, path=path), plain(exact @ weight.double().T,
-            targets)  # fmt: skip
+        ours, theirs = (
+            linear(hidden, weight, targets, path=path),
+            plain(exact @ weight.double().T, targets),
+        )
         torch.testing.assert_close(ours[0].double(), theirs[0], rtol=1e-4, atol=0.0)
         (a,), (b,) = (grads(o[0].sum(), (s,)) for o, s in ((ours, hidden), (theirs, exact)))
         torch.testing.assert_close(a.double(), b, rtol=DH[dtype], atol=0.0)
@@ -377,9 +383,11 @@ class LinearCases:
             (torch.randn(16, 4, device=DEVICE).T, torch.randn(16, 33, device=DEVICE).T),
             (torch.randn(8, 33, device=DEVICE)[::2, 1::2], torch.randn(66, 16, device=DEVICE)[::2]),
             (torch.randn(1, 16, device=DEVICE).expand(4, 16), torch.randn(33, 16, device=DEVICE)),
-            (torch.randn(65, device=DEVICE)[1:].view(4, 16),
-             torch.randn(529, device=DEVICE)[1:].view(33, 16)),
-        ):  # fmt: skip
+            (
+                torch.randn(65, device=DEVICE)[1:].view(4, 16),
+                torch.randn(529, device=DEVICE)[1:].view(33, 16),
+            ),
+        ):
             hidden = hidden.requires_grad_()
             ours = linear(hidden, weight, targets, path=path)
             theirs = plain(hidden.double() @ weight.double().T, targets)
@@ -387,8 +395,9 @@ class LinearCases:
             (a,), (b,) = (grads(out[0].sum(), (hidden,)) for out in (ours, theirs))
             assert relative(a, b) < 1e-5
 
-    @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32),
-                                        (torch.float32, torch.bfloat16)])  # fmt: skip
+    @pytest.mark.parametrize(
+        "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+    )
     def test_mixed_dtypes(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         hidden, weight, targets = head(3, 8, 33)
         hidden, weight = leaf(hidden, dtypes[0]), weight.to(dtypes[1])
@@ -484,10 +493,13 @@ class LinearCases:
 
         spies = {}
         for module, name in (
-            (token_logprobs, "_forward"), (token_logprobs, "_backward"),
-            (linear_logprobs, "_directions"), (linear_logprobs, "_combine"),
-            (online_logprobs, "_partial"), (online_logprobs, "_merge"),
-        ):  # fmt: skip
+            (token_logprobs, "_forward"),
+            (token_logprobs, "_backward"),
+            (linear_logprobs, "_directions"),
+            (linear_logprobs, "_combine"),
+            (online_logprobs, "_partial"),
+            (online_logprobs, "_merge"),
+        ):
             spies[name] = Spy(getattr(module, name), run=True)
             monkeypatch.setattr(module, name, spies[name])
 

@@ -237,8 +237,9 @@ class KernelCases:
         x = leaf(x.expand(rows, features), torch.float32)
         keep, dy = kept(rows, features, 0.3), torch.ones(rows, features, device=DEVICE)
         weight = torch.zeros_like(eye)
-        y = kernel.lora_linear(x, weight, None, a, b, 0.7, 0.3, SEED, variant=form[0],
-                               backward=form[1])  # fmt: skip
+        y = kernel.lora_linear(
+            x, weight, None, a, b, 0.7, 0.3, SEED, variant=form[0], backward=form[1]
+        )
         grads = torch.autograd.grad(y, (x, a, b), dy)
         torch.testing.assert_close(y.double(), keep)
         torch.testing.assert_close(grads[0].double(), keep)
@@ -337,14 +338,15 @@ class KernelCases:
     @pytest.mark.parametrize("form", FORMS, ids=str)
     @pytest.mark.parametrize("scalings", [(1.5, 1.5, 1.5), (1.5, 0.5, 3.0)])
     def test_a_group_is_its_members(self, form, scalings: tuple[float, ...]) -> None:
-        layers = [Layer(21, 40, o, r, bias=i != 1) for i, (o, r) in enumerate(
-            ((50, 4), (16, 1), (16, 20)))]  # fmt: skip
+        layers = [
+            Layer(21, 40, o, r, bias=i != 1)
+            for i, (o, r) in enumerate(((50, 4), (16, 1), (16, 20)))
+        ]
         x = layers[0].x
         columns = list(zip(*(layer.args[1:] for layer in layers), strict=True))
         columns[-1] = scalings
         for p, used in ((0.0, (0, 1, 2)), (0.3, (1, 2))):
-            ys = kernel.lora_linear_grouped(x, *columns, p, SEED, variant=form[0],
-                                            backward=form[1])  # fmt: skip
+            ys = kernel.lora_linear_grouped(x, *columns, p, SEED, variant=form[0], backward=form[1])
             trained = [t for i in used for t in (layers[i].lora_a, layers[i].lora_b)]
             ours = torch.autograd.grad(
                 [ys[i] for i in used], (x, *trained), [layers[i].dy for i in used]

@@ -100,12 +100,14 @@ class KernelCases:
         """Values at old ± ε, and ratios at both bounds: with ε = 0 these and ρ are 1 exactly."""
         zero = torch.zeros(1, 6, device=DEVICE)
         data = {
-            "logprobs": zero, "old_logprobs": zero, "entropy": zero,
+            "logprobs": zero,
+            "old_logprobs": zero,
+            "entropy": zero,
             "advantages": torch.tensor([[1.0, -1.0, 2.0, 0.0, -0.5, 1.0]], device=DEVICE),
             "values": torch.tensor([[0.5, -0.5, 1.0, 0.0, -1.0, 0.25]], device=DEVICE),
             "old_values": zero,
             "returns": torch.tensor([[1.0, 1.0, 0.75, 0.0, -0.75, 0.5]], device=DEVICE),
-        }  # fmt: skip
+        }
         mask = torch.ones_like(zero, dtype=torch.bool)
         for clip, dual_clip in ((0.0, None), (0.25, None), (0.0, 1.25)):
             settings = {"clip": clip, "value_clip": 0.5, "dual_clip": dual_clip}

@@ -50,9 +50,12 @@ def made_report(task: str, score: float, seed: int) -> dict[str, Any]:
     spec, draw = get_task(task), random.Random(seed)
     names = {*spec.metrics, *spec.shown}
     row: dict[str, Any] = {
-        "count": 100, "metrics": dict.fromkeys(names, score), "score": score,
-        "interval": [score - 0.04, score + 0.04], "unparsed": 0.01 * draw.random(),
-    }  # fmt: skip
+        "count": 100,
+        "metrics": dict.fromkeys(names, score),
+        "score": score,
+        "interval": [score - 0.04, score + 0.04],
+        "unparsed": 0.01 * draw.random(),
+    }
     if spec.kind == "rating":
         edges = [f"{i / 2:g}-{i / 2 + 0.5:g}" for i in range(10)]
         return row | {"predicted": {name: draw.randrange(60) for name in edges} | {"unparsed": 3}}
@@ -79,11 +82,13 @@ def made_summary(
         )
         reports = {"sample": low, "greedy": high, "score": high + 0.002}
         entries[task] = {
-            "title": task, "data": "real", "rows": 100,
+            "title": task,
+            "data": "real",
+            "rows": 100,
             "note": f"{task} from /home/someone/data/glue/{task}",
             "partial": task == "boolq",
             "reports": {d: made_report(task, x, seed) for d, x in reports.items()},
-        }  # fmt: skip
+        }
     if method == "encoder":
         for entry in entries.values():
             entry["reports"] = {"score": entry["reports"]["score"]}

@@ -243,8 +243,11 @@ def test_the_presets_load(path: Path) -> None:
             twin.rollout.max_new_tokens,
         )
         assert (cfg.model, cfg.lora, cfg.eval, cfg.data) == (
-            twin.model, twin.lora, twin.eval, twin.data,
-        )  # fmt: skip
+            twin.model,
+            twin.lora,
+            twin.eval,
+            twin.data,
+        )
 
 
 # --- running ------------------------------------------------------------------------------------

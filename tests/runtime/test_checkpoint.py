@@ -269,8 +269,11 @@ def test_links_in_checkpoints_lose_only_the_link(tmp_path: Path) -> None:
     (folder / "step_000008").symlink_to("step_000008")
     check(folder / "step_000001", 1)
     assert [p.name for p in checkpoint.candidates(run)] == [
-        "step_000008", "step_000007", "step_000002", "step_000001",
-    ]  # fmt: skip
+        "step_000008",
+        "step_000007",
+        "step_000002",
+        "step_000001",
+    ]
     with pytest.raises(Damaged, match="is not a folder"):
         checkpoint.load(folder / "step_000008")
     with pytest.raises(Damaged, match="holds the checkpoint of step 1"):

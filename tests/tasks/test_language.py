@@ -344,11 +344,13 @@ def more(text, row, more=0, **rest): return 1
         ("mute", "failed on row 'r7' .Mute, at"),
         ("base", "failed on row 'r7' .Base: gone"),
         ("slippery", "failed on row 'r7' .RuntimeError: no"),
-        *((name, "returned .* for row 'r7'; it must return a finite number")
-          for name in ("none", "nan", "inf", "huge", "tensor", "long", "odd")),
+        *(
+            (name, "returned .* for row 'r7'; it must return a finite number")
+            for name in ("none", "nan", "inf", "huge", "tensor", "long", "odd")
+        ),
         *((name, "does not take .text, row.") for name in ("one", "three", "later")),
     ],
-)  # fmt: skip
+)
 def test_a_reward_that_goes_wrong_names_the_row(tmp_path, monkeypatch, name, words) -> None:
     (tmp_path / "odd_rewards.py").write_text(ODD_REWARDS)
     monkeypatch.syspath_prepend(tmp_path)

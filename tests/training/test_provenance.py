@@ -205,8 +205,9 @@ def test_a_relative_path_that_an_earlier_version_noted_is_the_same(
     now: dict[str, Any] = {key: {} for key in (*provenance.REFUSED, *provenance.TOLD)}
     before = now | {"config": {"model.name_or_path": "base", "init_from": "runs/a"}}
     now["config"] = {
-        "model.name_or_path": str(tmp_path / "base"), "init_from": str(tmp_path / "runs" / "a"),
-    }  # fmt: skip
+        "model.name_or_path": str(tmp_path / "base"),
+        "init_from": str(tmp_path / "runs" / "a"),
+    }
     assert provenance.compare(tmp_path, before, now) == []
     before["config"]["model.name_or_path"] = "other"
     with pytest.raises(UserError, match=r"config \(model.name_or_path\)"):

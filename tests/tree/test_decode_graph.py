@@ -78,8 +78,10 @@ def test_recorded_once_then_replayed(log: list[str], monkeypatch: pytest.MonkeyP
     assert_same(generate(policy, ragged(), Sampling(7, 2), seeded(), critic=True), expected)
     assert log == ["record", *["replay"] * 4]  # it has been compared
     log.clear()
-    assert_same(generate(policy, ragged(), Sampling(3, 2), seeded()),
-                generate(made(), ragged(), Sampling(3, 2), seeded()))  # fmt: skip
+    assert_same(
+        generate(policy, ragged(), Sampling(3, 2), seeded()),
+        generate(made(), ragged(), Sampling(3, 2), seeded()),
+    )
     assert log == []  # two steps are not worth it
 
 

@@ -75,8 +75,11 @@ def test_classes_that_never_occur_count_as_zero() -> None:
     assert report["accuracy"] == 0 and report["unparsed"] == 1 and report["macro_f1"] == 0
     assert interval(judged(["Positive"] * 3, [None] * 3), ACCURACY, resamples=10) == [0, 0]
     assert report["per_class"]["Negative"] == {
-        "precision": 0, "recall": 0, "f1": 0, "support": 0,
-    }  # fmt: skip
+        "precision": 0,
+        "recall": 0,
+        "f1": 0,
+        "support": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -216,8 +219,9 @@ def test_record_by_hand() -> None:
     # city: P 2/3, R 1, F1 4/5. Third: unanswered.
     given = ["Yes", "Yes", "No", "Yes", "Yes", None, "No"]
     assert evaluate(spec, examples, given) == {
-        "record_f1": pytest.approx(0.8 / 3), "record_em": 0,
-    }  # fmt: skip
+        "record_f1": pytest.approx(0.8 / 3),
+        "record_em": 0,
+    }
     # P(Yes) - P(No) picks Babbage (0.2 over 0.1), Boston and Paris (though each is below one half)
     sure = [0.55, 0.6, 0.3, 0.1, 0.4, 0.25, 0.2]
     probabilities = [{"Yes": p, "No": 1 - p} for p in sure]
@@ -233,6 +237,7 @@ def test_gender_parity_by_hand() -> None:
     gold = ["Yes", "No", "Yes", "Yes", "Yes", "Yes", "No", "No", "Yes"]
     groups = [str(i // 2) for i in range(9)]
     assert evaluate(TASKS["ax-g"], rows(gold, groups), given) == {
-        "gender_parity": 0.25, "accuracy": pytest.approx(4 / 9),
-    }  # fmt: skip
+        "gender_parity": 0.25,
+        "accuracy": pytest.approx(4 / 9),
+    }
     assert measured("gender_parity", "ax-g", ["Yes"], ["Yes"], groups=["0"]) == 0

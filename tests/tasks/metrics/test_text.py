@@ -26,8 +26,9 @@ def test_free_text_by_hand() -> None:
     examples[2] = replace(examples[2], extra={"answers": ["Roma", "the city of Rome"]})
     given = ["paris.", None, "city of Rome"]
     assert evaluate(TEXT, examples, given) == {
-        "exact": pytest.approx(2 / 3), "token_f1": pytest.approx(2 / 3),
-    }  # fmt: skip
+        "exact": pytest.approx(2 / 3),
+        "token_f1": pytest.approx(2 / 3),
+    }
     figures = report(TEXT, examples, given, resamples=20)
     assert figures["predicted"] == {} and figures["unparsed"] == pytest.approx(1 / 3)
     assert json.loads(json.dumps(figures)) == figures and "confusion" not in figures

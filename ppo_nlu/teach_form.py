@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     policy = _load(cfg)
     for spec in specs.values():
         check_words(policy, spec, cfg.prompt)
-    print(f"model: {cfg.model.name_or_path} on {policy.device}; {len(specs)} tasks", flush=True)
+    print(f"model: {cfg.model.name_or_path} on {policy.device}", flush=True)
     files.make_folder(folder)
     with locks.FolderLock(folder):
         _require_new(folder)  # again, now that nobody else writes there

@@ -24,6 +24,7 @@ from ppo_nlu.config.paths import PATHS, absolute
 from ppo_nlu.config.presets import (
     METHOD_DEFAULTS,
     OWN_TASK_BUNDLED,
+    OWN_TASK_BUNDLED_PPO,
     OWN_TASK_DEFAULTS,
     PRESETS,
 )
@@ -176,8 +177,10 @@ def _own_task_defaults(given: strict_config.Given, method: str) -> dict[str, obj
     )
     if own is None or task != own:
         return {}
-    small = OWN_TASK_BUNDLED if model in (None, "bundled") and method != "encoder" else {}
-    return OWN_TASK_DEFAULTS[method] | small
+    if model not in (None, "bundled") or method == "encoder":
+        return OWN_TASK_DEFAULTS[method]
+    more = OWN_TASK_BUNDLED_PPO if method == "ppo" else {}
+    return OWN_TASK_DEFAULTS[method] | OWN_TASK_BUNDLED | more
 
 
 def _absolute(given: strict_config.Given) -> Iterator[tuple[str, tuple[str, object]]]:

@@ -405,6 +405,7 @@ def test_a_task_of_ones_own_has_defaults_that_learn(
 ) -> None:
     cfg = load_config(write(text))
     assert (cfg.optim.lr, cfg.lora.r) == (lr, rank)
+    assert cfg.rollout.batch_size == (64 if lr in (1e-3, 0.5) else 16)
     assert cfg.ppo.kl_adaptive == (cfg.method != "ppo" or "custom" not in text or "sst2" in text)
 
 

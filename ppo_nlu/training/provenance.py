@@ -219,8 +219,10 @@ def _sample(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
 def compare(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Warnings about what has changed since a checkpoint; a UserError where it must not have."""
     config = before.get("config")
-    if isinstance(config, Mapping):  # earlier versions noted relative paths
-        before = {**before, "config": {key: absolute(key, config[key]) for key in config}}
+    if isinstance(config, Mapping):  # earlier versions noted relative paths, and had fewer keys
+        noted = {key: absolute(key, config[key]) for key in config}
+        newer = {key: value for key, value in _defaults().items() if key in now["config"]}
+        before = {**before, "config": newer | noted}
     for name, mend in REFUSED.items():
         if before.get(name) != now[name]:
             raise UserError(
@@ -236,6 +238,11 @@ def compare(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     if not changed:
         return []
     return [f"changed since the last checkpoint: {'; '.join(changed)}; the last bits may differ"]
+
+
+def _defaults() -> dict[str, Any]:
+    """What a key that a checkpoint does not note stood for: its default changes nothing."""
+    return values(Config(task=""))
 
 
 def _changed(before: Any, now: Mapping[str, Any]) -> str:

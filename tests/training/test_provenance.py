@@ -214,6 +214,16 @@ def test_a_relative_path_that_an_earlier_version_noted_is_the_same(
         provenance.compare(tmp_path, before, now)
 
 
+def test_a_key_that_an_earlier_version_did_not_have_is_at_its_default(tmp_path: Path) -> None:
+    now: dict[str, Any] = {name: {} for name in provenance.REFUSED} | dict.fromkeys(provenance.TOLD)
+    now["config"] = {"seed": 0, "eval.label_scores": "sum"}
+    before = now | {"config": {"seed": 0}}
+    assert provenance.compare(tmp_path, before, now) == []
+    now["config"] = {"seed": 0, "eval.label_scores": "prior"}
+    with pytest.raises(UserError, match=r"config \(eval.label_scores\)"):
+        provenance.compare(tmp_path, before, now)
+
+
 def test_another_start_is_refused(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

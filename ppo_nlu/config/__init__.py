@@ -171,11 +171,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _own_task_defaults(given: strict_config.Given, method: str) -> dict[str, object]:
-    """The defaults that a task of the user's own changes; none for the tasks of the tables."""
+    """The defaults that a task of the user's own changes; none for the tasks of the tables, and
+    none where a preset is asked for."""
     task, own, model = (
         given.get(key, ("", None))[1] for key in ("task", "custom.name", "model.name_or_path")
     )
-    if own is None or task != own:
+    preset = given.get("ppo.preset", ("", "default"))[1]
+    if own is None or task != own or preset != "default":
         return {}
     if model not in (None, "bundled") or method == "encoder":
         return OWN_TASK_DEFAULTS[method]

@@ -39,6 +39,7 @@ def finish(run: Run, stop: StopRequest) -> bool:
     with profiling.phase("io"):
         write_answers(run, after)
     summary = summarise(run, before, after, base)
+    files.atomic_write_json(run.folder / "summary.json", summary)  # baselines may take long
     compare(run, summary)
     summary["wall_s"] = time.perf_counter() - run.started
     files.atomic_write_json(run.folder / "summary.json", summary)

@@ -396,6 +396,7 @@ OWN = "task: mine\ncustom: {name: mine, train: t.csv, fields: [text], labels: [a
         (OWN + "model: {name_or_path: org/half-billion}\nmethod: sft\n", 2e-4, 16),
         (OWN + "method: encoder\n", 2e-5, 16),
         (OWN + "optim: {lr: 0.5}\nlora: {r: 2}\n", 0.5, 2),  # the file wins
+        (OWN + "ppo: {preset: legacy}\n", 9e-6, 16),  # and so does a preset
         (OWN.replace("task: mine", "task: sst2"), 9e-6, 16),  # another task is trained
         (TASK, 9e-6, 16),
     ],
@@ -406,7 +407,7 @@ def test_a_task_of_ones_own_has_defaults_that_learn(
     cfg = load_config(write(text))
     assert (cfg.optim.lr, cfg.lora.r) == (lr, rank)
     assert cfg.rollout.batch_size == (64 if lr in (1e-3, 0.5) else 16)
-    assert cfg.ppo.kl_adaptive == (cfg.method != "ppo" or "custom" not in text or "sst2" in text)
+    assert cfg.ppo.kl_adaptive == (cfg.method != "ppo" or lr == 9e-6)
 
 
 def test_parse_overrides_gives_dotted_keys() -> None:

@@ -217,6 +217,7 @@ def test_rows_are_shown_and_drawn(run: tuple[Path, str], tmp_path: Path) -> None
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_resume_leaves_out_what_was_measured(
     run: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -586,6 +586,7 @@ def test_the_legacy_preset_drives_an_update(tmp_path: Path) -> None:
     assert moved(policy, before) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "lr"), [("adamw", 1e-2), ("adafactor", 5e-3)])
 def test_it_learns_to_answer(name: str, lr: float) -> None:
     """Every label is Positive: from noise (reward -1, no answer) to the right answer, closed."""

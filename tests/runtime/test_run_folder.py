@@ -141,6 +141,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
             act(tmp_path / "file" / "runs")
 
 
+@pytest.mark.slow
 def test_of_processes_that_claim_one_folder_one_succeeds(tmp_path: Path) -> None:
     """50 tries of two processes, each behind a pipe that lets both go at once."""
     for number in range(50):

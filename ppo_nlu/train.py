@@ -127,7 +127,7 @@ def _evaluated(run: Run, metrics: dict[str, Any], stop: StopRequest) -> bool:
     for name, spec in run.specs.items():
         rows = run.held[name].examples
         with profiling.phase("evaluation"):
-            answerer = answerer_of(run.method.model, run.cfg)
+            answerer = answerer_of(run.method.model, run.cfg, run.method.shots)
             found = answer.ask(answerer, spec, rows, ("greedy",), stop=lambda: bool(stop))["greedy"]
         if len(found) < len(rows):
             return False

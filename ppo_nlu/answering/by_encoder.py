@@ -8,14 +8,15 @@ import torch
 
 from ppo_nlu.answering.answer import Answer, never
 from ppo_nlu.config import Config
+from ppo_nlu.data.shots import Shots
 from ppo_nlu.methods.encoder_model import Encoder, answer_all
 from ppo_nlu.tasks import Example, TaskSpec
 
 
 class EncoderAnswerer:
-    """An encoder as an `Answerer`."""
+    """An encoder as an `Answerer`; it shows no shots."""
 
-    def __init__(self, encoder: Encoder, cfg: Config):
+    def __init__(self, encoder: Encoder, cfg: Config, shots: Shots | None = None):
         self.encoder, self.cfg = encoder, cfg
 
     @property

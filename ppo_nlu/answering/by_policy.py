@@ -25,10 +25,10 @@ WINDOW = 16  # batches whose rows are sorted by length together
 
 
 class PolicyAnswerer:
-    """A policy as an `Answerer`."""
+    """A policy as an `Answerer`; `shots` that a run has read already are not read again."""
 
-    def __init__(self, policy: Policy, cfg: Config):
-        self.policy, self.cfg, self.shots = policy, cfg, Shots(cfg)
+    def __init__(self, policy: Policy, cfg: Config, shots: Shots | None = None):
+        self.policy, self.cfg, self.shots = policy, cfg, shots or Shots(cfg)
         self._priors: dict[tuple[str, int], torch.Tensor] = {}  # of the weights as they are
 
     @property

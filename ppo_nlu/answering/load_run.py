@@ -13,6 +13,7 @@ from ppo_nlu.answering.by_policy import PolicyAnswerer
 from ppo_nlu.answering.stored_config import resume_command, stored_config
 from ppo_nlu.config import Config
 from ppo_nlu.config.idle_keys import reads
+from ppo_nlu.data.shots import Shots
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods import encoder_load, encoder_save
 from ppo_nlu.methods.encoder_model import Encoder
@@ -74,9 +75,9 @@ def load_base(cfg: Config) -> Answerer:
     return answerer_of(_kind(cfg).base(cfg), cfg)
 
 
-def answerer_of(model: Any, cfg: Config) -> Answerer:
-    """The model that `cfg.method` trains, as an `Answerer`."""
-    return _kind(cfg).answerer(model, cfg)
+def answerer_of(model: Any, cfg: Config, shots: Shots | None = None) -> Answerer:
+    """The model that `cfg.method` trains, as an `Answerer`; with the `shots` of a run, if any."""
+    return _kind(cfg).answerer(model, cfg, shots)
 
 
 # ---- the two kinds of models -----------------------------------------------------------------
@@ -88,7 +89,7 @@ class Kind:
 
     folder: str  # in the run folder
     mark: str  # a file in it that is there once the run has finished
-    answerer: Callable[[Any, Config], Answerer]
+    answerer: Callable[[Any, Config, Shots | None], Answerer]
     load: Callable[[Config, Path], Any]
     kept: Callable[[Config, checkpoint.Tensors, str], Any]  # from the groups of a checkpoint
     base: Callable[[Config], Any]

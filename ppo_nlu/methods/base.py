@@ -17,6 +17,7 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from ppo_nlu.config import Config
+from ppo_nlu.data.shots import Shots
 from ppo_nlu.methods import memory
 from ppo_nlu.methods.minibatch import Budget
 from ppo_nlu.methods.prompts import fit_prompt, longest_prompt
@@ -43,6 +44,7 @@ class Method(ABC):
 
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Any):
         self.cfg, self.specs, self.model = cfg, specs, model
+        self.shots = Shots(cfg)  # for training and evaluation: the rows are read once a run
         self.optimizer = build_optimizer(cfg.optim, *self.parameters())
 
     @abstractmethod
@@ -101,7 +103,7 @@ class Method(ABC):
 
     def plan_memory(self, rows: Sequence[Example]) -> list[str]:
         """What a run on such rows will need, a line each; on a GPU the budget keeps to the plan."""
-        prompts = memory.prompts_of(self.model, self.specs, self.cfg, rows)
+        prompts = memory.prompts_of(self.model, self.specs, self.cfg, rows, self.shots)
         trained = [parameter for group in self.parameters() for parameter in group]
         plan = memory.plan(self.model, self.cfg, self.workload(), trained, prompts)
         if self.budget is not None:

@@ -56,7 +56,9 @@ class GRPO(Method):
         self.batch_size, self.samples = cfg.rollout.batch_size, cfg.rollout.samples_per_prompt
         self.section = cfg.grpo
         estimator: Divergence | None = "k3" if cfg.grpo.kl_coef else None
-        self.sampler = Sampler(self.model, specs, cfg, critic=False, estimator=estimator)
+        self.sampler = Sampler(
+            self.model, specs, cfg, critic=False, estimator=estimator, shots=self.shots
+        )
         self.budget = Budget(cfg.grpo.micro_batch_size, cfg.train.micro_batch_tokens)
         self.first_ratio = FirstRatio(exact=cfg.model.dtype == "float32")
 

@@ -190,11 +190,14 @@ def _reuses_logprobs(cfg: Config) -> bool:
 
 
 def prompts_of(
-    policy: Policy, specs: Mapping[str, TaskSpec], cfg: Config, examples: Sequence[Example]
+    policy: Policy,
+    specs: Mapping[str, TaskSpec],
+    cfg: Config,
+    examples: Sequence[Example],
+    drawn: Shots,
 ) -> list[list[int]]:
     """The prompts of these rows, as training will see them."""
     longest = longest_prompt(policy, cfg, cfg.rollout.max_new_tokens)
-    drawn = Shots(cfg)
     shots = {name: drawn.pool(spec) for name, spec in specs.items()}
     return [
         fit_prompt(policy, specs[row.task], row, longest, cfg.prompt, shots[row.task]).ids

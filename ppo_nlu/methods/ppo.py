@@ -59,7 +59,9 @@ class PPO(Method):
         self.section, self.kl = ppo, AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         # A coefficient of 0 stays 0, so the reference is not run.
         divergence = cast(Divergence, ppo.kl_estimator) if ppo.kl_coef else None
-        self.sampler = Sampler(self.model, specs, cfg, critic=True, estimator=divergence)
+        self.sampler = Sampler(
+            self.model, specs, cfg, critic=True, estimator=divergence, shots=self.shots
+        )
         self.budget = Budget(ppo.micro_batch_size, cfg.train.micro_batch_tokens)
         self.first_ratio = FirstRatio(exact=cfg.model.dtype == "float32")
 

@@ -45,11 +45,12 @@ class Sampler:
         cfg: Config,
         critic: bool = True,
         estimator: Divergence | None = None,
+        shots: Shots | None = None,
     ):
         self.policy, self.specs, self.cfg = policy, specs, cfg
         self.critic, self.estimator = critic, estimator
         self.temperature = cfg.rollout.temperature
-        self.shots = Shots(cfg)
+        self.shots = shots or Shots(cfg)
         self.reference = ReferenceCache() if cfg.rollout.reference_cache else None
         self.reuse: bool | None = {"always": True, "never": False}.get(cfg.rollout.reuse_logprobs)
         self.scale = RunningScale() if cfg.reward.normalise else None

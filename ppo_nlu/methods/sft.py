@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ppo_nlu import losses
 from ppo_nlu.config import Config
-from ppo_nlu.data.shots import Shots
 from ppo_nlu.errors import UserError
 from ppo_nlu.methods.base import Method
 from ppo_nlu.methods.minibatch import Budget, OptimizerStep
@@ -53,7 +52,6 @@ class SFT(Method):
     def __init__(self, cfg: Config, specs: Mapping[str, TaskSpec], model: Policy | None = None):
         super().__init__(cfg, specs, model or load_policy(cfg))
         self.batch_size = cfg.sft.batch_size
-        self.shots = Shots(cfg)
         self.budget = Budget(cfg.sft.micro_batch_size, cfg.train.micro_batch_tokens)
 
     def collect(self, rows: Sequence[Example], step: int) -> Batch:

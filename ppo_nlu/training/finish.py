@@ -64,7 +64,7 @@ def measure_in(
 
 def measure(run: Run, what: str, stop: StopRequest) -> Answers:
     """The model's answers to each task's rows; fewer where a stop came."""
-    answerer, found = answerer_of(run.method.model, run.cfg), {}
+    answerer, found = answerer_of(run.method.model, run.cfg, run.method.shots), {}
     with profiling.phase("evaluation"):
         for name, spec in run.specs.items():
             title = f"{what}: {spec.title}" if run.cfg.log.progress else None

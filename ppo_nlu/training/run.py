@@ -120,7 +120,7 @@ def _own_rewards(cfg: Config, specs: Mapping[str, TaskSpec]) -> list[str]:
 def load_method(cfg: Config, specs: Mapping[str, TaskSpec]) -> Method:
     """The method with its model, which can answer every task."""
     method = METHODS[cfg.method](cfg, specs)
-    answerer = answerer_of(method.model, cfg)
+    answerer = answerer_of(method.model, cfg, method.shots)
     for spec in specs.values():
         answerer.require_fit(spec)
     place = f"{cfg.model.name_or_path} on {method.model.device}"

@@ -9,6 +9,7 @@ import pytest
 from short_run import QUICK, run
 
 from ppo_nlu import evaluate, predict, train
+from ppo_nlu.data import shots
 from ppo_nlu.methods import memory
 from ppo_nlu.model import BUNDLED
 from ppo_nlu.runtime import cli
@@ -47,6 +48,19 @@ def test_a_gpus_limit_reaches_the_method(
     assert run(config, *QUICK, "train.steps=1", "--output", tmp_path / "run") == 0
     assert 100 < seen[0] < 40 * 2**20 / (20 * 2**10)  # at least 20 KiB a token and layer
     assert "micro_batch_tokens: 0\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ppo", "sft"])
+def test_the_shots_are_drawn_once_a_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """For the memory plan, training and every evaluation: each draw reads the training file."""
+    drawn, original = [], shots._drawn
+    monkeypatch.setattr(shots, "_drawn", lambda *a: [drawn.append(1), original(*a)][1])
+    more = (f"method={method}", "prompt.shots=1", "train.steps=2", "train.eval_every=1")
+    assert run(config, *QUICK, *more, "eval.limit=2", "--output", tmp_path / "run") == 0
+    assert len(drawn) == 1
 
 
 @pytest.mark.slow

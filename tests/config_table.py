@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ppo_nlu.config import METHOD_DEFAULTS, PRESETS, key_table
+from ppo_nlu.config import METHOD_DEFAULTS, PRESETS, defaults, key_table
 
 DOCUMENT = Path(__file__).parents[1] / "configs" / "README.md"
 BEGIN = "<!-- written by: python -m tests.config_table --write -->"
@@ -43,7 +43,7 @@ def _row(key: key_table.Key) -> str:
 def _method_defaults() -> str:
     """A table of the keys whose default depends on the method."""
     keys = sorted({key for own in METHOD_DEFAULTS.values() for key in own})
-    values = key_table.defaults()
+    values = defaults()
     rows = []
     for key in keys:
         own = [METHOD_DEFAULTS[method].get(key, values[key]) for method in METHOD_DEFAULTS]

@@ -60,7 +60,7 @@ __all__ = [
     "EncoderConfig", "EvalConfig", "GRPOConfig", "LogConfig", "LoraConfig", "MixtureConfig",
     "ModelConfig", "OptimConfig", "PPOConfig", "PromptConfig", "RewardConfig", "RolloutConfig",
     "SFTConfig", "TrainConfig",
-    "below_one", "diff", "dump", "load_config", "load_dataclass", "number", "one_of",
+    "below_one", "defaults", "diff", "dump", "load_config", "load_dataclass", "number", "one_of",
     "parse_overrides", "positive", "share", "to_dict",
 ]  # fmt: skip
 
@@ -151,6 +151,11 @@ def _conflicts(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "rollout.max_new_tokens", problem
     if cfg.lora.targets == []:
         yield "lora.targets", "is empty; use all-linear, attention, or module name endings"
+
+
+def defaults() -> dict[str, object]:
+    """The default of every dotted key."""
+    return strict_config.values(Config(task="")) | {"task": None}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from ppo_nlu.config import METHODS, Config
+from ppo_nlu.config import METHODS, Config, defaults
 from ppo_nlu.config.strict_config import values
 
 BY_REWARD = ("ppo", "grpo")  # the methods that learn from what their answers earn
@@ -49,7 +49,7 @@ def reads(cfg: Config, key: str) -> bool:
 
 def idle_keys(cfg: Config, said: Collection[str], saw_labels: bool) -> Iterator[tuple[str, str]]:
     """(key, why it has no effect) of the keys that the user gave, in their order."""
-    default, mine = values(Config(task="x")), values(cfg)
+    default, mine = defaults(), values(cfg)
     for key in said:
         changed = key in mine and mine[key] != default[key]
         if changed and (why := _why(cfg, key, saw_labels)):

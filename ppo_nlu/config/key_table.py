@@ -18,7 +18,7 @@ from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ppo_nlu.config import METHOD_DEFAULTS, Config, strict_config
+from ppo_nlu.config import METHOD_DEFAULTS, Config, defaults
 from ppo_nlu.config.fields import Leaf, schema
 
 SLIP = 1000  # a bound from here on only catches slips, so it is not listed
@@ -56,11 +56,6 @@ def _key(name: str, leaf: Leaf, comment: str) -> Key:
     other = {method: own[name] for method, own in METHOD_DEFAULTS.items() if name in own}
     by_method = {method: as_yaml(value) for method, value in other.items()}
     return Key(name, as_yaml(defaults()[name]), by_method, _allowed(leaf), meaning)
-
-
-def defaults() -> dict[str, Any]:
-    """The default of every key."""
-    return strict_config.values(Config(task="sst2")) | {"task": None}
 
 
 def as_yaml(value: Any) -> str:

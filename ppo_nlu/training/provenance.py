@@ -23,7 +23,7 @@ import torch
 
 import ppo_nlu
 from ppo_nlu.answering.load_run import start_folder
-from ppo_nlu.config import Config
+from ppo_nlu.config import Config, defaults
 from ppo_nlu.config.paths import absolute
 from ppo_nlu.config.strict_config import values
 from ppo_nlu.errors import UserError
@@ -219,9 +219,9 @@ def _sample(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
 def compare(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Warnings about what has changed since a checkpoint; a UserError where it must not have."""
     config = before.get("config")
-    if isinstance(config, Mapping):  # earlier versions noted relative paths, and had fewer keys
+    if isinstance(config, Mapping):  # earlier versions had relative paths, and fewer keys
         noted = {key: absolute(key, config[key]) for key in config}
-        newer = {key: value for key, value in _defaults().items() if key in now["config"]}
+        newer = {key: value for key, value in defaults().items() if key in now["config"]}
         before = {**before, "config": newer | noted}
     for name, mend in REFUSED.items():
         if before.get(name) != now[name]:
@@ -238,11 +238,6 @@ def compare(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     if not changed:
         return []
     return [f"changed since the last checkpoint: {'; '.join(changed)}; the last bits may differ"]
-
-
-def _defaults() -> dict[str, Any]:
-    """What a key that a checkpoint does not note stood for: its default changes nothing."""
-    return values(Config(task=""))
 
 
 def _changed(before: Any, now: Mapping[str, Any]) -> str:

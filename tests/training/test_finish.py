@@ -15,7 +15,7 @@ from short_run import QUICK, run
 from ppo_nlu.answering import baselines
 from ppo_nlu.config import Config, EvalConfig
 from ppo_nlu.model import BUNDLED
-from ppo_nlu.training import finish
+from ppo_nlu.training import finish, tables
 from tests import tickets
 
 pytestmark = pytest.mark.skipif(
@@ -28,7 +28,7 @@ def test_the_curves_title_names_method_and_task(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, title: str
 ) -> None:
     titles = []
-    monkeypatch.setattr(finish, "draw_curves", lambda _, title, before: titles.append(title))
+    monkeypatch.setattr(tables, "draw_curves", lambda _, title, before: titles.append(title))
     more = (f"method={method}", "train.steps=1", "eval.before=false", "log.progress=false")
     assert run(config, *more, "--output", tmp_path / "run") == 0
     assert titles == [f"{title} on bundled data, not SST-2, seed 0"]
@@ -130,8 +130,8 @@ def test_baselines_can_be_left_out(monkeypatch: pytest.MonkeyPatch, wanted: bool
 
 
 def test_what_is_said_of_a_baseline() -> None:
-    said = finish.said_of({"error": baselines.MISSING}, {})
+    said = tables.said_of({"error": baselines.MISSING}, {})
     assert said.startswith("not measured, since") and "pip install -e '.[baselines]'" in said
     entry = {"reports": {"greedy": {"mean_error": 0.5}}}
-    said = finish.said_of({"answer": "2.700", "mean_error": 1.25}, entry)
+    said = tables.said_of({"answer": "2.700", "mean_error": 1.25}, entry)
     assert "mean error 1.25, of the tuned greedy answers 0.50" in said

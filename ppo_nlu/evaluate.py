@@ -8,6 +8,7 @@ are never overwritten: a run's go to RUN_DIR/eval-TASK-SPLIT-METHOD-SHOTS, a bas
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -42,9 +43,7 @@ from ppo_nlu.tasks import TASKS, Example, TaskSpec
 from ppo_nlu.tasks.custom import specs_of
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program."""
-    started = time.perf_counter()
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.Parser("python -m ppo_nlu.evaluate", description=__doc__)
     parser.add_argument(
         "target",
@@ -64,7 +63,13 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FOLDER",
         help="for predictions, report.json and summary.json; refused where it holds results",
     )
-    args = parser.parse_intermixed_args(argv)
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program."""
+    started = time.perf_counter()
+    args = _arguments(argv)
     target = Path(args.target)
     is_run = target.is_dir()
     if args.checkpoint and not is_run:
@@ -79,15 +84,15 @@ def main(argv: list[str] | None = None) -> int:
     default = unused(target / name if is_run else Path(name))
     output = require_unused(arguments.require_place("--output", args.output or default), specs)
     held = {name: held_out(spec, cfg) for name, spec in specs.items()}
-    for rows in held.values():
-        print(f"data: {rows.note}; {split}: {len(rows.examples):,} rows", flush=True)
+    for found in held.values():
+        print(f"data: {found.note}; {split}: {len(found.examples):,} rows", flush=True)
     answerer = load_trained(cfg, target, args.checkpoint) if is_run else load_base(cfg)
     for spec in specs.values():
         answerer.require_fit(spec)
     with FolderLock(make_folder(output)):
         require_unused(output, specs)  # again, now that nobody else writes there
         measured = list(_measured(answerer, specs, cfg, held, decode=args.decode, output=output))
-    if all(row.label is not None for rows in held.values() for row in rows.examples):
+    if all(row.label is not None for found in held.values() for row in found.examples):
         method = "few-shot" if cfg.prompt.shots else "zero-shot"
         summary = summarise(cfg, measured) | {
             "method": cfg.method if is_run else method,
@@ -95,9 +100,10 @@ def main(argv: list[str] | None = None) -> int:
             "peak_memory_mb": peak_memory_mb(answerer.device),
         }
         atomic_write_json(output / "summary.json", summary)
-    if cut := sum(row.cut for one in measured for row in next(iter(one.after.values()))):
+    rows = [row for one in measured for row in next(iter(one.after.values()))]
+    if cut := sum(row.cut for row in rows):
         print(f"{cut:,} prompts were cut to fit the model's context")
-    if lost := sum(row.dropped for one in measured for row in next(iter(one.after.values()))):
+    if lost := sum(row.dropped for row in rows):
         print(f"{lost:,} shots were left out, whole, where a prompt did not fit")
     print(f"written: {output}")
     return 0
